@@ -1,0 +1,33 @@
+"""DINO pretraining of XCiT backbones, their evaluation and their attention maps.
+
+Importing the package imports no torch: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "XCiT": "xcit",
+    "DINOHead": "dino",
+    "DINOLoss": "dino",
+    "PretrainConfig": "config",
+    "pretrain": "pretrain",
+    "load_backbone": "weights",
+    "class_attention": "attention",
+    "knn_classify": "knn",
+}
+__all__ = [*_ROOMS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,119 @@
+"""Image -> views: draws every random number of a sample, cuts and resizes uint8 crops (DINO, section 3.1; multi-crop of SwAV).
+
+The numbers are a function of (seed, epoch, index of the image) alone. So workers, processes, order and interruptions change
+nothing, and the crops in `crops.png` are the crops that the network is trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.photometric import Draw
+
+GLOBAL_CROPS = 2
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+ATTEMPTS = 10  # of drawing a box that fits, before the centre is taken, as in torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """The views of one image. G = 2 global, L local crops; S, s their sides."""
+
+    global_crops: Tensor
+    """uint8 (G, C, S, S)"""
+    global_draws: Tensor
+    """float32 (G, len(Draw))"""
+    local_crops: Tensor
+    """uint8 (L, C, s, s)"""
+    local_draws: Tensor
+    """float32 (L, len(Draw))"""
+
+
+class MultiCrop:
+    """Cuts the views of an image. Picklable, without state: a worker may hold one."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        local = config.local_crops_number
+        self.views = GLOBAL_CROPS + local
+        scales = [config.global_crops_scale] * GLOBAL_CROPS + [config.local_crops_scale] * local
+        self.scale_low, self.scale_high = np.array(scales).T
+        self.blur_prob = self._per_view(config.blur_prob)
+        self.solarize_prob = self._per_view(config.solarize_prob)
+
+    def _per_view(self, values: tuple[float, float, float]) -> np.ndarray:
+        return np.array([values[0], values[1], *[values[2]] * self.config.local_crops_number])
+
+    def __call__(self, image: Tensor, key: tuple[int, ...]) -> Views:
+        """Image uint8 (C, H, W), key (seed, epoch, index) -> its views."""
+        rng = np.random.default_rng(key)
+        boxes = self.draw_boxes(rng, *image.shape[-2:])
+        draws = torch.from_numpy(self.draw_photometric(rng))
+        c, g = self.config, GLOBAL_CROPS
+        return Views(
+            global_crops=_cut(image, boxes[:g], c.global_crops_size),
+            global_draws=draws[:g],
+            local_crops=_cut(image, boxes[g:], c.local_crops_size),
+            local_draws=draws[g:],
+        )
+
+    def draw_boxes(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+        """One box per view, int (V, 4): top, left, height, width; torchvision's RandomResizedCrop."""
+        shape = (self.views, ATTEMPTS)
+        area = height * width * rng.uniform(self.scale_low[:, None], self.scale_high[:, None], shape)
+        aspect = np.exp(rng.uniform(*np.log(ASPECT_RATIOS), shape))
+        w = np.rint(np.sqrt(area * aspect)).astype(int)
+        h = np.rint(np.sqrt(area / aspect)).astype(int)
+        place = rng.random((self.views, 2))
+        fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+        first, view = fits.argmax(1), np.arange(self.views)
+        w, h = w[view, first], h[view, first]
+        top = np.floor(place[:, 0] * (height - h + 1)).astype(int)
+        left = np.floor(place[:, 1] * (width - w + 1)).astype(int)
+        boxes = np.stack([top, left, h, w], axis=1)
+        boxes[~fits.any(1)] = _centre_box(height, width)
+        return boxes
+
+    def draw_photometric(self, rng: np.random.Generator) -> np.ndarray:
+        """float32 (V, len(Draw))."""
+        c, V = self.config, self.views
+        draws = np.zeros((V, len(Draw)))
+        draws[:, Draw.FLIP] = rng.random(V) < c.flip_prob
+        strengths = np.array(c.color_jitter)
+        jitter = rng.uniform(-strengths, strengths, (V, 4)) * (rng.random(V) < c.color_jitter_prob)[:, None]
+        draws[:, Draw.BRIGHTNESS : Draw.HUE] = 1 + jitter[:, :3]
+        draws[:, Draw.HUE] = jitter[:, 3]
+        draws[:, Draw.BRIGHTNESS_RANK : Draw.HUE_RANK + 1] = rng.permuted(np.tile(np.arange(4), (V, 1)), axis=1)
+        draws[:, Draw.GRAYSCALE] = rng.random(V) < c.grayscale_prob
+        draws[:, Draw.SIGMA] = rng.uniform(*c.blur_sigma, V) * (rng.random(V) < self.blur_prob)
+        draws[:, Draw.SOLARIZE] = rng.random(V) < self.solarize_prob
+        return draws.astype(np.float32)
+
+
+def _cut(image: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+    """uint8 (C, H, W), boxes (V, 4) -> uint8 (V, C, size, size)."""
+    views = torch.empty(len(boxes), image.shape[0], size, size, dtype=torch.uint8)
+    for view, (top, left, height, width) in zip(views, boxes, strict=True):
+        crop = image[None, :, top : top + height, left : left + width]
+        view.copy_(resize(crop, size, size)[0])
+    return views
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (B, C, H, W) -> uint8 (B, C, height, width), antialiased bicubic."""
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+
+
+def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest centred box of an allowed aspect ratio."""
+    low, high = ASPECT_RATIOS
+    w = min(width, int(math.floor(height * high + 0.5)))
+    h = min(height, int(math.floor(width / low + 0.5)))
+    return (height - h) // 2, (width - w) // 2, h, w

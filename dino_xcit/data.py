@@ -1,0 +1,309 @@
+"""Where images come from, which are bad, and in which order they are visited.
+
+Every sample is asked for by (epoch, index of the image), so that a loader's worker needs no state to draw its numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.io import ImageReadMode, decode_image
+
+from dino_xcit import shapes
+from dino_xcit.config import PretrainConfig
+from dino_xcit.crops import MultiCrop, Views
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
+REPLACEMENTS_TRIED = 20
+READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class ImageSet(Protocol):
+    """Images by number."""
+
+    labels: np.ndarray | None
+    """class of each image, or None if the set has no classes"""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """uint8 (C, H, W); raises OSError or ValueError if the image cannot be read."""
+
+    def name(self, index: int) -> str:
+        """What tells a person which image this is."""
+
+
+class ShapeSet:
+    """The embedded set (`shapes.py`)."""
+
+    def __init__(self, seed: int, split: str, count: int, channels: int) -> None:
+        self.seed, self.split, self.count, self.channels = seed, split, count, channels
+        self.labels = np.arange(count) % len(shapes.TEXTURES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Tensor:
+        image = shapes.draw_shape(self.seed, self.split, index, self.channels).image
+        return torch.from_numpy(image).permute(2, 0, 1)
+
+    def name(self, index: int) -> str:
+        return f"shape {index} ({shapes.TEXTURES[index % len(shapes.TEXTURES)]})"
+
+
+class TimmSet:
+    """Any set that timm's dataset factory makes: a folder, torch/..., hfds/... ."""
+
+    def __init__(self, dataset: Any, channels: int) -> None:
+        self.dataset, self.channels = dataset, channels
+        self.reader = getattr(dataset, "reader", None)
+        self.labels = _labels(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> Tensor:
+        if self.reader is None:  # torchvision's sets hand out PIL images
+            return _from_pil(self.dataset[index][0], self.channels)
+        with self.reader[index][0] as file:
+            return decode(file.read(), self.channels)
+
+    def name(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True)) if self.reader else f"image {index}"
+
+
+class Subset:
+    """Some images of a set, picked by the seed."""
+
+    def __init__(self, images: ImageSet, count: int, seed: int) -> None:
+        self.images = images
+        self.indices = np.sort(np.random.default_rng((seed, len(images))).permutation(len(images))[:count])
+        self.labels = None if images.labels is None else images.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        return self.images.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
+def open_images(config: PretrainConfig, split: str) -> ImageSet | None:
+    """The images of a split, `train` or `validation`; None if the set has no validation images.
+
+    Raises ValueError, naming the flag, if there is nothing to open.
+    """
+    name = config.dataset or ("" if config.data_path else "shapes")
+    if name == "shapes":
+        counts = {"train": config.num_images or shapes.COUNT, "validation": shapes.VALIDATION_COUNT}
+        return ShapeSet(config.seed, split, counts[split], config.in_chans)
+    images = _open_folder(config.data_path, split, config.in_chans) if not name else _open_named(name, config, split)
+    if images is not None and split == "train" and config.num_images:
+        if config.num_images > len(images):
+            raise ValueError(f"--num_images {config.num_images} is more than the {len(images)} images found")
+        images = Subset(images, config.num_images, config.seed)
+    return images
+
+
+def _open_folder(data_path: str | None, split: str, channels: int) -> ImageSet | None:
+    from timm.data import ImageDataset
+    from timm.data.readers import set_img_extensions
+
+    root = Path(data_path or "")
+    if not root.is_dir():
+        kind = "is a file" if root.exists() else "does not exist"
+        raise ValueError(f"--data_path {data_path} {kind}; expected a folder of images")
+    found = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    if split == "validation" and found is None:
+        return None
+    folder = found or root
+    set_img_extensions(EXTENSIONS)
+    try:
+        return TimmSet(ImageDataset(str(folder)), channels)
+    except RuntimeError:  # timm's "Found 0 images"
+        files = sum(len(names) for _, _, names in os.walk(folder))
+        raise ValueError(
+            f"no images in --data_path {folder} ({files} other files); expected files ending in {' '.join(EXTENSIONS)}"
+        ) from None
+
+
+def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet:
+    from timm.data import create_dataset
+
+    try:
+        return TimmSet(create_dataset(name, root=config.data_path, split=split), config.in_chans)
+    except ImportError as error:
+        raise ValueError(f"--dataset {name} needs a package that is not installed: {error}") from error
+    except (AssertionError, RuntimeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--dataset {name} could not be opened at --data_path {config.data_path}: {_one_line(error)}; "
+            "expected shapes, torch/NAME (torchvision) or hfds/NAME (Hugging Face)"
+        ) from error
+
+
+def _labels(dataset: Any) -> np.ndarray | None:
+    reader = getattr(dataset, "reader", None)
+    labels: Any = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if hasattr(reader, "samples"):
+        labels = [target for _, target in reader.samples]
+    elif hasattr(reader, "label_key"):
+        labels = reader.dataset[reader.label_key]
+    labels = None if labels is None else np.asarray(labels)
+    return labels if labels is not None and len(np.unique(labels)) > 1 else None
+
+
+def decode(data: bytes, channels: int) -> Tensor:
+    """The bytes of an image file -> uint8 (C, H, W), upright, in the channels asked for.
+
+    torchvision decodes what it can (JPEG, PNG, WebP, GIF); PIL the rest. Raises OSError or ValueError if neither can.
+    """
+    mode = READ_MODES.get(channels)
+    try:
+        if mode is None or not data:
+            raise RuntimeError
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
+    except RuntimeError:
+        with Image.open(io.BytesIO(data)) as file:
+            return _from_pil(ImageOps.exif_transpose(file), channels)
+    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
+    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+
+
+def _from_pil(image: Image.Image, channels: int) -> Tensor:
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip instead of scale
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if channels not in PIL_MODES:
+        raise ValueError(f"images of {channels} channels cannot be read from files; --in_chans takes 1, 3 or 4 here")
+    array = np.array(image.convert(PIL_MODES[channels]))
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read and what was wrong with it."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """What a step trains on: `Views` with a batch axis in front, and the unreadable images met on the way."""
+
+    views: dict[str, Tensor]
+    bad_images: list[BadImage]
+
+
+class CropDataset(Dataset[tuple[Views, list[BadImage]]]):
+    """(epoch, index) -> the views of that image in that epoch."""
+
+    def __init__(self, images: ImageSet, config: PretrainConfig) -> None:
+        self.images, self.config = images, config
+        self.crop = MultiCrop(config)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Views, list[BadImage]]:
+        epoch, index = position
+        key = (self.config.seed, epoch, index)
+        bad: list[BadImage] = []
+        for candidate in (index, *np.random.default_rng((*key, 1)).integers(len(self.images), size=REPLACEMENTS_TRIED)):
+            try:
+                return self.crop(self.images.read(int(candidate)), key), bad
+            except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+                bad.append(BadImage(name=self.images.name(int(candidate)), reason=_one_line(error)))
+                if self.config.on_bad_image == "raise":
+                    break
+        problem = f"cannot read {bad[0].name}: {bad[0].reason}"
+        if self.config.on_bad_image == "raise":
+            raise ValueError(f"{problem}; --on_bad_image replace would go on without it")
+        raise ValueError(f"{problem}, nor {len(bad) - 1} others picked in its place; is --data_path right?")
+
+
+class Order(Sampler[list[tuple[int, int]]]):
+    """Which images each forward pass of this process sees, over the whole run: lists of (epoch, index).
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into optimizer steps, each step into passes, each pass into
+    the shares of the processes. What does not fill a step is left out, as official DINO drops its last batch.
+    """
+
+    def __init__(self, config: PretrainConfig, images: int, rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.images, self.rank, self.world_size = config, images, rank, world_size
+        self.passes_done = 0
+        self.pass_batch = config.batch_size_per_gpu * world_size
+        self.total_batch = self.pass_batch * config.accumulate_grad_batches
+        self.steps_per_epoch = images // self.total_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{images} images are fewer than one step takes ({self.total_batch}: --batch_size_per_gpu "
+                f"{config.batch_size_per_gpu} x {world_size} processes x --accumulate_grad_batches "
+                f"{config.accumulate_grad_batches}); lower --batch_size_per_gpu"
+            )
+        self.passes_per_epoch = self.steps_per_epoch * config.accumulate_grad_batches
+
+    def __len__(self) -> int:
+        return self.config.epochs * self.passes_per_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.config.batch_size_per_gpu
+        for epoch in range(self.passes_done // self.passes_per_epoch, self.config.epochs):
+            permutation = np.random.default_rng((self.config.seed, epoch)).permutation(self.images)
+            first = max(0, self.passes_done - epoch * self.passes_per_epoch)
+            for number in range(first, self.passes_per_epoch):
+                start = number * self.pass_batch + self.rank * share
+                yield [(epoch, int(index)) for index in permutation[start : start + share]]
+
+
+class CropLoader(DataLoader[Batch]):
+    """Loads the run's batches in order. Lightning saves and restores how many were handed out."""
+
+    def __init__(self, dataset: CropDataset, order: Order, num_workers: int, pin_memory: bool) -> None:
+        self.order = order
+        self.handed_out = 0
+        super().__init__(
+            dataset,
+            batch_sampler=order,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=collate,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.handed_out = self.order.passes_done
+        for batch in super().__iter__():
+            self.handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self.handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.order.passes_done = self.handed_out = state["passes"]
+
+
+def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
+    return Batch(
+        views=default_collate([vars(views) for views, _ in samples]), bad_images=[bad for _, bads in samples for bad in bads]
+    )
+
+
+def default_workers() -> int:
+    """Cores that this process may use, less one for itself, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores - 1))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

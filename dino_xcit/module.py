@@ -1,0 +1,322 @@
+"""The Lightning module: student, teacher, one step, what is logged (DINO, algorithm 1).
+
+Batch norm policy, in one place. XCiT's stem and LPI hold batch norms. As in the official code, the student and the teacher
+both run in train mode: each normalises by its own batch, and each keeps running statistics of its own batches; the teacher's
+are not averaged from the student's, only its parameters are. Global and local crops are separate forward passes, so separate
+batches. With several processes a batch is the batch of all of them: torch's SyncBatchNorm on GPU, `CpuSyncBatchNorm` on CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import Batch
+from dino_xcit.dino import DINOHead, DINOLoss, LossStatistics
+from dino_xcit.photometric import photometric
+from dino_xcit.run_folder import plain
+from dino_xcit.schedules import Schedules
+from dino_xcit.xcit import ABLATIONS, XCiT
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "teacher_temp",
+    "teacher_entropy",
+    "kl",
+    "center_norm",
+    "grad_norm",
+    "images_per_second",
+    "knn_top1",
+)
+"""Columns of metrics.csv. `step` counts finished optimizer steps; entropy and KL are in nats, k-NN in percent."""
+
+
+class Network(nn.Module):
+    """Backbone and projection head; the student is one, the teacher another."""
+
+    def __init__(self, config: PretrainConfig, drop_path: float) -> None:
+        super().__init__()
+        self.backbone = XCiT(
+            config.arch,
+            in_chans=config.in_chans,
+            drop_path=drop_path,
+            grad_checkpointing=config.grad_checkpointing,
+            **{switch: getattr(config, switch) for switch in ABLATIONS},
+        )
+        self.head = DINOHead(
+            self.backbone.embed_dim,
+            config.out_dim,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+            use_bn=config.use_bn_in_head,
+            norm_last_layer=config.norm_last_layer,
+        )
+
+    def forward(self, groups: list[Tensor]) -> Tensor:
+        """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K)."""
+        features = [self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in groups]
+        views = torch.cat(features, dim=1)  # (B, V, D)
+        return self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+
+class DINOModule(L.LightningModule):
+    """Trains the student on `Batch`es; the teacher follows. The product is `teacher.backbone`.
+
+    `row` holds the values of the step just made if it is one that logs, else it is empty.
+    """
+
+    _broken: Tensor
+
+    def __init__(self, config: PretrainConfig, schedules: Schedules) -> None:
+        super().__init__()
+        self.config, self.schedules = config, schedules
+        self.student = Network(config, drop_path=config.drop_path_rate)
+        self.teacher = Network(config, drop_path=0.0).requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.loss = DINOLoss(config.out_dim, config.student_temp, config.center_momentum)
+        self.register_buffer("_broken", torch.zeros(()), persistent=False)  # 1 once a loss or gradient was not finite
+        self.row: dict[str, float] = {}
+        self._statistics: LossStatistics | None = None
+        self._step_loss: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
+        self._clock = (time.perf_counter(), 0)
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            for network in (self.student, self.teacher):
+                synchronise_batch_norms(network, self.trainer.strategy.root_device.type)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def views(self, batch: Batch) -> list[Tensor]:
+        """The batch's groups of views as the network sees them: (B, 2, C, S, S) and, if any, (B, L, C, s, s)."""
+        groups = ["global", "local"] if self.config.local_crops_number else ["global"]
+        return [self._augment(batch.views[f"{group}_crops"], batch.views[f"{group}_draws"]) for group in groups]
+
+    def _augment(self, crops: Tensor, draws: Tensor) -> Tensor:
+        c = self.config
+        views = photometric(crops.flatten(0, 1), draws.flatten(0, 1), c.mean, c.std, c.blur_sigma[1])
+        return views.unflatten(0, crops.shape[:2])
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Stochastic depth is the only randomness of a step; seeding it here makes the step a function of its number.
+        seeds = np.random.SeedSequence((self.config.seed, batch_idx, self.global_rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        groups = self.views(batch)
+        temperature = self.schedules.teacher_temp(self.global_step)
+        with torch.no_grad():
+            teacher = self.teacher(groups[:1])
+        student = self.student(groups)
+        loss = self.loss(student, teacher, temperature)
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+        if self._logs(self.global_step):
+            self._statistics = self.loss.statistics(loss, teacher, temperature)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # The scaler of float16 has to see the gradients before they are clipped, which a fused optimizer hides from it.
+        return torch.optim.AdamW(parameter_groups(self.student), lr=0.0, fused=not self._is_float16)
+
+    @property
+    def _is_float16(self) -> bool:
+        return self.trainer.precision == "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norms = clip_per_parameter(gradients, self.config.clip_grad)
+        self._gradient_norm = torch.linalg.vector_norm(norms)
+        sound = self._mean_loss().isfinite()
+        if not self._is_float16:  # whose scaler skips steps of infinite gradients on its own
+            sound = sound & self._gradient_norm.isfinite()
+            # The fused optimizer reads this flag on the device and leaves weights and moments alone once it is set.
+            optimizer.found_inf = (~sound).float().maximum(self._broken)  # type: ignore[attr-defined]
+        self._broken.copy_((~sound).float().maximum(self._broken))
+        if self.schedules.last_layer_is_frozen(self.global_step):
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        step = self.global_step
+        regularised, spared = optimizer.param_groups
+        regularised["lr"] = spared["lr"] = self.schedules.lr(step)
+        regularised["weight_decay"] = self.schedules.weight_decay(step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.device.type == "cpu" or self._logs(step):  # on a GPU not at every step, since it waits for the device
+            self.stop_if_broken()
+        get_ema_multi_avg_fn(self.schedules.momentum(step))(
+            list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], None
+        )
+        self.loss.update_center()
+        self.row = self._log_row(step) if self._logs(step) else {}
+        self._step_loss = None
+
+    # -- what is logged ------------------------------------------------------------------------------------------
+
+    def _logs(self, step: int) -> bool:
+        done = step + 1
+        return done == 1 or done % self.config.log_every_n_steps == 0 or done % self.schedules.steps_per_epoch == 0
+
+    def _log_row(self, step: int) -> dict[str, float]:
+        assert self._statistics is not None and self._gradient_norm is not None
+        values = torch.stack([self._mean_loss(), *self._statistics])
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        loss, entropy, kl = values.tolist()
+        then, step_then = self._clock
+        self._clock = (time.perf_counter(), step + 1)
+        schedules = self.schedules
+        return {
+            "epoch": schedules.epoch(step),
+            "loss": loss,
+            "lr": schedules.lr(step),
+            "weight_decay": schedules.weight_decay(step),
+            "momentum": schedules.momentum(step),
+            "teacher_temp": schedules.teacher_temp(step),
+            "teacher_entropy": entropy,
+            "kl": kl,
+            "center_norm": self.loss.center.norm().item(),
+            "grad_norm": self._gradient_norm.item(),
+            "images_per_second": (step + 1 - step_then) * schedules.total_batch / (self._clock[0] - then),
+        }
+
+    def _mean_loss(self) -> Tensor:
+        assert self._step_loss is not None
+        return self._step_loss / self.config.accumulate_grad_batches
+
+    def restart_clock(self) -> None:
+        """Begin to count images per second anew: what ran since the last row was no training."""
+        self._clock = (time.perf_counter(), self.global_step)
+
+    def on_train_start(self) -> None:
+        self.restart_clock()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = plain(dataclasses.asdict(self.config))
+
+    def stop_if_broken(self) -> None:
+        """Raise FloatingPointError if a loss or gradient was not finite. Waits for the device."""
+        if self._broken.item():
+            assert self._gradient_norm is not None
+            raise FloatingPointError(
+                f"by step {self.global_step + 1}: loss {self._mean_loss().item():.4g}, gradient norm "
+                f"{self._gradient_norm.item():.4g}. The weights were not touched by it and checkpoints/last.ckpt is from "
+                "before it. Try --precision 32-true, a lower --lr, a longer --warmup_epochs, --clip_grad 0.3 or "
+                "--norm_last_layer true"
+            )
+
+
+class CollapseWatch:
+    """Says in plain words that a run has collapsed, from the rows that it logs (DINO, section 5.3).
+
+    Young runs look the same as collapsed ones, so a warning needs `PATIENCE` rows in a row after the last layer is free.
+    """
+
+    PATIENCE = 10
+    NEAR_UNIFORM = 0.99  # of ln(prototypes)
+    NEAR_ZERO = 0.01  # of ln(prototypes)
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.uniform = self.single = 0
+
+    def __call__(self, row: dict[str, float]) -> str | None:
+        """A logged row -> a warning, or None."""
+        if row["epoch"] < self.config.freeze_last_layer:
+            return None
+        limit = math.log(self.config.out_dim)
+        self.uniform = self.uniform + 1 if row["loss"] > self.NEAR_UNIFORM * limit else 0
+        self.single = self.single + 1 if row["teacher_entropy"] < self.NEAR_ZERO * limit else 0
+        if self.uniform and self.uniform % self.PATIENCE == 0:
+            return (
+                f"the loss has been at {row['loss']:.2f} for {self.uniform} rows, and ln({self.config.out_dim}) = {limit:.2f} "
+                "is what a network earns that finds every prototype equally likely: collapse to uniform, or nothing learned "
+                "yet. Try a lower --teacher_temp and --warmup_teacher_temp (0.04), a higher --lr, or --freeze_last_layer 2"
+            )
+        if self.single and self.single % self.PATIENCE == 0:
+            return (
+                f"the teacher's entropy has been at {row['teacher_entropy']:.3f} for {self.single} rows: every image goes to "
+                "the same few prototypes, collapse to one. Try a higher --warmup_teacher_temp, a lower --center_momentum, a "
+                "higher --momentum_teacher, a lower --lr or --norm_last_layer true"
+            )
+        return None
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for AdamW: regularised, and spared from weight decay.
+
+    Official rule: biases and one-dimensional tensors are spared. XCA's temperature (h, 1, 1) and the class token are
+    therefore decayed, which timm's `no_weight_decay` would not do.
+    """
+    regularised, spared = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (spared if name.endswith(".bias") or parameter.ndim == 1 else regularised).append(parameter)
+    return [{"params": regularised}, {"params": spared, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def clip_per_parameter(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale down, in place, each gradient whose own norm exceeds the limit (0: none) -> the norms before, (tensors,)."""
+    norms = torch._foreach_norm(gradients)
+    if limit:
+        torch._foreach_mul_(gradients, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return torch.stack(norms)
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, by all-reduce: torch's SyncBatchNorm refuses CPU tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        wide = x.float()
+        count = x.numel() // x.shape[1] * dist.get_world_size()  # every process has a batch of the same size
+        mean = dist_nn.all_reduce(wide.sum(dims)) / count
+        centred = wide - mean.view(shape)
+        variance = dist_nn.all_reduce(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Takes (B, C) too: the head's batch norm is one-dimensional."""
+
+
+def synchronise_batch_norms(network: nn.Module, device_type: str) -> None:
+    """Replace batch norms by ones that use the batches of all processes; names, weights and statistics stay."""
+    synced_class = CpuSyncBatchNorm if device_type == "cpu" else nn.SyncBatchNorm
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                synced = synced_class(child.num_features, child.eps, child.momentum)
+                synced.load_state_dict(child.state_dict())
+                setattr(parent, name, synced.requires_grad_(child.weight.requires_grad))

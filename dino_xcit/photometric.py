@@ -1,0 +1,138 @@
+"""uint8 views and the numbers drawn for them -> normalised float views: a batch at a time, on whichever device.
+
+The same function as official DINO's per-image augmentation (torchvision's operations on PIL images): flip, colour jitter in
+random order, grayscale, Gaussian blur, solarize, normalise. It differs in that values stay float32 between operations
+instead of being rounded to 8 bits, and that the blur is the Gaussian itself, which PIL approximates by three boxes.
+
+Nothing here is random: every view has its own row of drawn numbers (columns: `Draw`). On a GPU every operation runs on the
+whole batch and does nothing to the views that were not drawn for it, so nothing waits for the device; on CPU only the drawn
+views are touched. Axes: N views, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in PIL and torchvision
+BLUR_REACH = 3.0  # standard deviations after which the Gaussian is cut off
+
+
+class Draw(IntEnum):
+    """Columns of the drawn numbers, float32."""
+
+    FLIP = 0  # 1: mirror left and right
+    BRIGHTNESS = 1  # factor; 1 leaves the view alone
+    CONTRAST = 2  # factor
+    SATURATION = 3  # factor
+    HUE = 4  # shift in turns of the colour circle, -0.5 to 0.5; 0 leaves the view alone
+    BRIGHTNESS_RANK = 5  # which of the four jitter operations this is: 0 first, 3 last
+    CONTRAST_RANK = 6
+    SATURATION_RANK = 7
+    HUE_RANK = 8
+    GRAYSCALE = 9  # 1: drop colour
+    SIGMA = 10  # standard deviation of the blur in pixels; 0: none
+    SOLARIZE = 11  # 1: invert what is at least as bright as half
+
+
+def photometric(views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float) -> Tensor:
+    """uint8 (N, C, H, W), draws (N, len(Draw)) -> float32 (N, C, H, W).
+
+    max_sigma: largest blur that can be drawn; sets the size of the kernel. Hue, saturation and grayscale need colour, so
+    they are skipped unless C is 3.
+    """
+    flip = draws[:, Draw.FLIP, None, None, None] > 0
+    x = torch.where(flip, views.flip(-1), views).float().div_(255)
+    x = color_jitter(x, draws)
+    if x.shape[1] == 3:
+        x = _on_rows(x, draws[:, Draw.GRAYSCALE] > 0, lambda x, rows: gray(x).expand_as(x))
+    x = _on_rows(x, draws[:, Draw.SIGMA] > 0, lambda x, rows: gaussian_blur(x, draws[rows, Draw.SIGMA], max_sigma))
+    x = _on_rows(x, draws[:, Draw.SOLARIZE] > 0, lambda x, rows: torch.where(x >= 128 / 255, 1 - x, x))
+    return (x - x.new_tensor(mean)[:, None, None]).div_(x.new_tensor(std)[:, None, None])
+
+
+def color_jitter(x: Tensor, draws: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in each view's own order. Float (N, C, H, W) in [0, 1].
+
+    Brightness, contrast and saturation are one operation with three sets of coefficients (`_blend`). So the batch takes
+    three blends, hue, three blends; each view takes part in those that its order puts before or after its hue.
+    """
+    hue_rank = draws[:, Draw.HUE_RANK]
+    ranks = draws[:, Draw.BRIGHTNESS_RANK : Draw.SATURATION_RANK + 1]  # (N, 3)
+    factors = draws[:, Draw.BRIGHTNESS : Draw.SATURATION + 1]  # (N, 3)
+    for rank in (0, 1, 2):
+        x = _blend_at(x, rank, ranks, factors, rank < hue_rank)
+    if x.shape[1] == 3:
+        x = _on_rows(x, draws[:, Draw.HUE] != 0, lambda x, rows: shift_hue(x, draws[rows, Draw.HUE]))
+    for rank in (1, 2, 3):
+        x = _blend_at(x, rank, ranks, factors, rank > hue_rank)
+    return x
+
+
+def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, on_this_side: Tensor) -> Tensor:
+    """Apply to each view the operation (of brightness, contrast, saturation) that has this rank, if it has one."""
+    chosen = (ranks == rank) & on_this_side[:, None]  # (N, 3), at most one True per row
+    factor = torch.where(chosen, factors, 1.0)
+    if x.shape[1] != 3:
+        factor[:, 2] = 1.0  # no saturation without colour
+    active = (factor != 1).any(1)
+    return _on_rows(x, active, lambda x, rows: _blend(x, factor[rows]))
+
+
+def _blend(x: Tensor, factor: Tensor) -> Tensor:
+    """x * f + (1 - f) * other, in [0, 1]: other is black, the view's mean gray, or each pixel's gray; factors (N, 3)."""
+    brightness, contrast, saturation = factor[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1) each
+    g = gray(x)  # (N, 1, H, W)
+    offset = g * (1 - saturation) + g.mean((-2, -1), keepdim=True) * (1 - contrast)
+    return (x * (brightness * contrast * saturation)).add_(offset).clamp_(0, 1)
+
+
+def gray(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 1, H, W): luma of RGB, the mean of any other channels."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    red, green, blue = x.unbind(1)
+    return (red * GRAY_WEIGHTS[0]).add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])[:, None]
+
+
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of RGB views (N, 3, H, W) by `turns` (N,), keeping value and chroma (the HSV model)."""
+    red, green, blue = x.unbind(1)
+    top = x.amax(1)
+    chroma = top - x.amin(1)
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(
+        top == red,
+        (green - blue) / safe,
+        torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )  # (N, H, W), in sixths of the circle
+    hue = hue + 6 * turns[:, None, None]
+    channel = x.new_tensor([5.0, 3.0, 1.0])[:, None, None]
+    k = torch.remainder(hue[:, None] + channel, 6)  # (N, 3, H, W)
+    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
+    """Blur each view (N, C, H, W) with its own standard deviation (N,), mirrored at the borders, cut off at 3 deviations
+    of the largest."""
+    N, C, H, W = x.shape
+    reach = min(math.ceil(BLUR_REACH * max_sigma), H - 1, W - 1)
+    offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)  # (N, taps)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (N * C, taps)
+    x = F.pad(x, (reach, reach, reach, reach), mode="reflect").reshape(1, N * C, H + 2 * reach, W + 2 * reach)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=N * C)
+    return F.conv2d(x, kernel[:, None, None, :], groups=N * C).reshape(N, C, H, W)
+
+
+def _on_rows(x: Tensor, active: Tensor, operation: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:
+    """Apply the operation to the active views. It gets them and their rows."""
+    if x.device.type != "cpu":  # choosing rows would wait for the device
+        return torch.where(active[:, None, None, None], operation(x, slice(None)), x)
+    rows = active.nonzero()[:, 0]
+    return x.index_copy(0, rows, operation(x[rows], rows)) if len(rows) else x

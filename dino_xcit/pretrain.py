@@ -1,0 +1,463 @@
+"""Config -> data, module, trainer -> a finished run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from tqdm import tqdm
+
+from dino_xcit import run_folder
+from dino_xcit.config import PretrainConfig, differing_options, validate
+from dino_xcit.crops import GLOBAL_CROPS
+from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, collate, default_workers, open_images
+from dino_xcit.features import centre_crop, evaluation_workers, extract
+from dino_xcit.knn import knn_classify, top1
+from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule, Network
+from dino_xcit.schedules import Schedules
+from dino_xcit.weights import LAST, TEACHER, save_backbone
+from dino_xcit.xcit import resolve_architecture
+
+SECONDS_BETWEEN_CHECKPOINTS = 600
+BAD_SHARE_TO_LOOK_AT = 0.01
+PROBE_NEIGHBOURS = 20
+SHEET_IMAGES = 6
+SHEET_LOCAL_CROPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    """optimizer steps done"""
+    steps: int
+    """optimizer steps of the whole run"""
+    interrupted: bool
+
+
+def pretrain(config: PretrainConfig) -> Outcome:
+    """Run, or continue, the run in `config.output_dir`.
+
+    Raises ValueError, naming the flag, for what the user can put right, and FloatingPointError if the loss is not finite.
+    """
+    validate(config)
+    resolve_architecture(config.arch)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
+    torch.set_flush_denormal(True)  # denormals slow CPU training several times over
+    images = open_images(config, "train")
+    assert images is not None
+    folder = Path(config.output_dir)
+    checkpoint = prepare_folder(folder, config)
+    trainer = make_trainer(config)
+    order = Order(config, len(images), world_size=trainer.world_size)
+    schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
+    L.seed_everything(config.seed, verbose=False)
+    module = DINOModule(config, schedules)
+    draw_crop_sheet(folder, module, images)
+    if config.dry_run:
+        print(plan(config, module, len(images), trainer))
+        return Outcome(folder=folder, step=0, steps=schedules.steps, interrupted=False)
+    if config.compile:
+        for network in (module.student, module.teacher):
+            for block in network.backbone.blocks:
+                block.compile(dynamic=False)
+    saver = RunFolder(config, folder, KnnProbe.of(config, images))
+    trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own
+        trainer.fit(module, datamodule=CropData(config, images), ckpt_path=checkpoint, weights_only=True)
+    return Outcome(folder=folder, step=trainer.global_step, steps=schedules.steps, interrupted=saver.interrupted)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """A line on the terminal that leaves the progress bar whole."""
+    tqdm.write(message, file=sys.stderr)
+
+
+@rank_zero_only
+def _write_config(folder: Path, config: PretrainConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_config(config, folder)
+
+
+def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
+    """Write config.yaml -> the checkpoint to continue from, or None for a fresh start.
+
+    Raises ValueError if the folder holds a run that this config must not continue.
+    """
+    checkpoint = folder / LAST
+    if checkpoint.exists():
+        if not config.resume:
+            raise ValueError(f"--output_dir {folder} holds a run and --resume is false; name another --output_dir")
+        differing = differing_options(run_folder.read_config(folder), config)
+        if differing:
+            listed = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in differing.items())
+            raise ValueError(f"--output_dir {folder} holds a run of other options: {listed}; name another --output_dir")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; expected a folder")
+    if not config.dry_run or not checkpoint.exists():
+        _write_config(folder, config)
+    return checkpoint if checkpoint.exists() else None
+
+
+# -- machine ---------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(config: PretrainConfig) -> L.Trainer:
+    """Lightning's trainer for one long epoch: the loader hands out every batch of the run."""
+    devices: Any = int(config.devices) if config.devices.lstrip("-").isdigit() else config.devices
+    options: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": devices,
+        "num_nodes": config.num_nodes,
+        "strategy": config.strategy,
+        "precision": resolve_precision(config),
+        "accumulate_grad_batches": config.accumulate_grad_batches,
+        "max_epochs": 1,
+        "logger": make_loggers(config),
+        "callbacks": [Progress(config)],
+        "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "default_root_dir": config.output_dir,
+    }
+    if config.strategy in ("auto", "ddp"):
+        processes = config.num_nodes * (devices if isinstance(devices, int) else torch.cuda.device_count())
+        if processes > 1:
+            # Every process computes the same buffers from the same numbers, so broadcasting them would be wasted.
+            options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    try:
+        return L.Trainer(**{**options, **config.trainer})
+    except (TypeError, ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
+        raise ValueError(
+            f"Lightning refuses --accelerator {config.accelerator} --devices {config.devices} --precision "
+            f"{config.precision} --strategy {config.strategy}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def resolve_precision(config: PretrainConfig) -> Any:
+    """`auto` becomes bf16-mixed where matrix products in bfloat16 are faster than in float32."""
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    on_cpu = config.accelerator in ("auto", "cpu")
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # AVX-512 alone emulates it, slower than float32
+    return "bf16-mixed" if on_cpu and has_amx() else "32-true"
+
+
+def make_loggers(config: PretrainConfig) -> list[Logger]:
+    """Loggers besides metrics.csv."""
+    loggers: list[Logger] = []
+    try:
+        if "tensorboard" in config.logger:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(config.output_dir, name="", version="tensorboard"))
+        if "wandb" in config.logger:
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(save_dir=config.output_dir, project="dino_xcit", name=Path(config.output_dir).name))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--logger {' '.join(config.logger)} needs a package that is not installed: {error}") from error
+    return loggers
+
+
+class CropData(L.LightningDataModule):
+    """The loader of this process."""
+
+    def __init__(self, config: PretrainConfig, images: ImageSet) -> None:
+        super().__init__()
+        self.config, self.images = config, images
+
+    def train_dataloader(self) -> CropLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        order = Order(self.config, len(self.images), trainer.global_rank, trainer.world_size)
+        workers = default_workers() if self.config.num_workers is None else self.config.num_workers
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return CropLoader(CropDataset(self.images, self.config), order, num_workers=workers, pin_memory=on_gpu)
+
+
+# -- what happens besides the steps ----------------------------------------------------------------------------------
+
+
+class KnnProbe:
+    """k-NN accuracy of a backbone on the run's own images, a seeded sample of them."""
+
+    def __init__(self, config: PretrainConfig, train: ImageSet, validation: ImageSet | None) -> None:
+        """Without a validation set, every tenth training image is held out of the neighbours."""
+        self.config = config
+        order = np.random.default_rng((config.seed, 0)).permutation(len(train))
+        self.train, self.validation = train, validation or train
+        if validation is None:
+            held_out = max(1, len(order) // 10)
+            order, self.queries = order[held_out:], order[:held_out]
+        else:
+            self.queries = np.random.default_rng((config.seed, 1)).permutation(len(validation))
+        self.neighbours = order[: config.eval_num_images]
+        self.queries = self.queries[: config.eval_num_images]
+
+    @classmethod
+    def of(cls, config: PretrainConfig, images: ImageSet) -> KnnProbe | None:
+        """The probe of a run; None if its images have no labels."""
+        if images.labels is None:
+            return None
+        validation = open_images(config, "validation")
+        return cls(config, images, validation if validation is not None and validation.labels is not None else None)
+
+    def __call__(self, backbone: nn.Module, device: torch.device) -> float:
+        """Top-1 in percent."""
+        features, labels = [], []
+        for images, indices in ((self.train, self.neighbours), (self.validation, self.queries)):
+            extracted = extract(
+                backbone,
+                images,
+                indices,
+                size=self.config.global_crops_size,
+                mean=self.config.mean,
+                std=self.config.std,
+                device=device,
+                num_workers=evaluation_workers(len(indices)),
+            )
+            assert images.labels is not None
+            features.append(extracted)
+            labels.append(torch.from_numpy(images.labels[indices]))
+        k = min(PROBE_NEIGHBOURS, len(self.neighbours))
+        return top1(knn_classify(features[0], labels[0], features[1], [k])[k], labels[1])
+
+
+class RunFolder(L.Callback):
+    """Writes the run folder while the run goes on, and stops the run when it is asked to."""
+
+    def __init__(self, config: PretrainConfig, folder: Path, probe: KnnProbe | None) -> None:
+        self.config, self.folder, self.probe = config, folder, probe
+        self.watch = CollapseWatch(config)
+        self.interrupted = False
+        self.saved_at = time.monotonic()
+        self.bad_images: set[str] = set()
+        self.images_seen = 0
+        self.told_of_bad_images = False
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._signal_before = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.metrics = run_folder.Metrics(self.folder, COLUMNS, trainer.global_step)
+        if trainer.global_step:
+            say(f"continuing {self.folder} from step {trainer.global_step}")
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        signal.signal(signal.SIGINT, self._signal_before)
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step; Ctrl-C again stops at once, without saving", file=sys.stderr, flush=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._note_bad_images(batch)
+        if (batch_idx + 1) % self.config.accumulate_grad_batches:
+            return  # in the middle of a step
+        step = trainer.global_step
+        epoch, into_epoch = divmod(step, module.schedules.steps_per_epoch)
+        row = dict(module.row)
+        if not into_epoch and self._evaluates(epoch):
+            row["knn_top1"] = self._probe(trainer, module)
+        if row:
+            self._write_row(trainer, {"step": step, **row})
+        if not into_epoch and trainer.is_global_zero:
+            run_folder.draw_curves(self.folder)
+        self._save_or_stop(trainer, module, epoch if not into_epoch else None)
+
+    def _evaluates(self, epoch: int) -> bool:
+        every = self.config.eval_every_n_epochs
+        due = epoch == self.config.epochs or (every and epoch % every == 0)
+        return bool(self.probe is not None and due)
+
+    def _probe(self, trainer: L.Trainer, module: Any) -> float:
+        """The teacher's k-NN accuracy, computed by one process while the others wait."""
+        accuracy = torch.zeros((), device=module.device)
+        if trainer.is_global_zero:
+            assert self.probe is not None
+            accuracy.fill_(self.probe(module.teacher.backbone, module.device))
+        module.restart_clock()
+        return float(trainer.strategy.broadcast(accuracy))
+
+    def _write_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.metrics.write(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
+        warning = self.watch(row)
+        if warning:
+            say(f"step {row['step']}: {warning}")
+
+    def _save_or_stop(self, trainer: L.Trainer, module: Any, ended_epoch: int | None) -> None:
+        step, every = trainer.global_step, self.config.checkpoint_every_n_steps
+        due = ended_epoch is not None or (every is not None and step % every == 0)
+        stop = self.interrupted
+        if trainer.world_size > 1:
+            # Clocks and signals differ between processes; they agree when they meet to log anyway.
+            stop = bool(module.row) and trainer.strategy.reduce_boolean_decision(stop, all=False)
+            overdue = bool(module.row) and trainer.strategy.reduce_boolean_decision(self._is_overdue(), all=False)
+        else:
+            overdue = self._is_overdue()
+        if due or overdue or stop:
+            self.save(trainer, module, ended_epoch)
+        if stop:
+            self.interrupted = trainer.should_stop = True
+
+    def _is_overdue(self) -> bool:
+        return time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+
+    def save(self, trainer: L.Trainer, module: Any, ended_epoch: int | None) -> None:
+        """checkpoints/last.ckpt and teacher.safetensors; every `saveckp_freq` epochs a checkpoint that stays."""
+        module.stop_if_broken()
+        last = self.folder / LAST
+        beside = last.with_name(".last.writing.ckpt")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            os.replace(beside, last)
+            with run_folder.replacing(self.folder / TEACHER) as path:
+                save_backbone(module.teacher.backbone, self.config, path)
+            if ended_epoch and self.config.saveckp_freq and ended_epoch % self.config.saveckp_freq == 0:
+                with run_folder.replacing(last.with_name(f"epoch{ended_epoch:04}.ckpt")) as path:
+                    shutil.copyfile(last, path)
+        self.saved_at = time.monotonic()
+
+    def _note_bad_images(self, batch: Batch) -> None:
+        self.images_seen += len(batch.views["global_crops"])
+        for bad in batch.bad_images:
+            if bad.name not in self.bad_images:
+                self.bad_images.add(bad.name)
+                self._list_bad_image(bad)
+        share = len(self.bad_images) / self.images_seen
+        if share > BAD_SHARE_TO_LOOK_AT and self.images_seen >= 100 and not self.told_of_bad_images:
+            self.told_of_bad_images = True
+            say(
+                f"{len(self.bad_images)} of the first {self.images_seen} images could not be read ({share:.1%}); "
+                f"look at {self.folder / run_folder.BAD_IMAGES}"
+            )
+
+    def _list_bad_image(self, bad: BadImage) -> None:
+        with (self.folder / run_folder.BAD_IMAGES).open("a") as file:
+            file.write(f"{bad.name}\t{bad.reason}\n")
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar over all steps of the run, with epoch, loss and images per second."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.shown: dict[str, str] = {}
+        # In a file every refresh is a line of its own.
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else config.log_every_n_steps)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("pretrain")
+        self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
+        row = module.row
+        if row:
+            self.shown = {
+                "epoch": f"{row['epoch'] + 1}/{self.config.epochs}",
+                "loss": f"{row['loss']:.3f}",
+                "images/s": f"{row['images_per_second']:.0f}",
+            }
+        return dict(self.shown)
+
+
+# -- before the first step -------------------------------------------------------------------------------------------
+
+
+@rank_zero_only
+def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
+    """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
+    config = module.config
+    dataset = CropDataset(images, config)
+    permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
+    batch = collate([dataset[0, int(index)] for index in permutation])
+    groups = [views[:, :SHEET_LOCAL_CROPS] for views in module.views(batch)]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    rows = []
+    for i, index in enumerate(permutation):
+        try:
+            whole = [centre_crop(images.read(int(index)), config.global_crops_size) / 255]
+        except (OSError, ValueError):
+            whole = [torch.zeros(config.in_chans, 8, 8)]
+        pictures = whole + [view * std + mean for views in groups for view in views[i]]
+        rows.append((Path(images.name(int(index))).name, [p.permute(1, 2, 0).clamp(0, 1).numpy() for p in pictures]))
+    locals_shown = min(config.local_crops_number, SHEET_LOCAL_CROPS)
+    titles = ["image"] + [f"global {i + 1}" for i in range(GLOBAL_CROPS)] + [f"local {i + 1}" for i in range(locals_shown)]
+    run_folder.draw_crops(folder, rows, titles)
+
+
+def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Trainer) -> str:
+    """What the run would do, in a few lines."""
+    schedules = module.schedules
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (module.student.backbone, module.student.head)]
+    memory = memory_estimate(config)
+    return "\n".join(
+        [
+            f"images      {images:,}",
+            f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
+            f"{schedules.total_batch} images each, {trainer.world_size} processes)",
+            f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
+            f"memory      about {memory / 2**30:.1f} GiB per process for weights, optimizer and one step in float32",
+            f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
+            f"crops       {Path(config.output_dir) / run_folder.CROPS}",
+        ]
+    )
+
+
+def memory_estimate(config: PretrainConfig) -> int:
+    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass keeps for the
+    backward pass, all float32. Counted on the meta device: nothing is computed."""
+    with torch.device("meta"):
+        student = Network(dataclasses.replace(config, grad_checkpointing=False), config.drop_path_rate)
+        B, C = config.batch_size_per_gpu, config.in_chans
+        groups = [torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)]
+        if config.local_crops_number:
+            side = config.local_crops_size
+            groups.append(torch.empty(B, config.local_crops_number, C, side, side))
+        kept: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logits = student(groups)
+            torch.logsumexp(logits / config.student_temp, dim=-1).sum()
+    parameters = 4 * sum(p.numel() for p in student.parameters())
+    return 5 * parameters + sum(kept.values())

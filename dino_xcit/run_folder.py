@@ -1,0 +1,135 @@
+"""What a run leaves behind: names of its files, and how each is written and read.
+
+Every file is written beside its place and then renamed, except metrics.csv, which grows by a row at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dino_xcit.config import PretrainConfig
+
+CONFIG = "config.yaml"
+METRICS = "metrics.csv"
+BAD_IMAGES = "bad_images.txt"
+CROPS = "crops.png"
+CURVES = "curves.png"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside the path to write to; it takes the path's place once the block ends well."""
+    beside = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_config(config: PretrainConfig, folder: Path) -> None:
+    """Every resolved option: `dino-xcit pretrain --config FILE` repeats the run."""
+    with replacing(folder / CONFIG) as path:
+        path.write_text(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def read_config(folder: Path) -> PretrainConfig:
+    """Raises ValueError if the folder's config.yaml is not one of this version."""
+    path = folder / CONFIG
+    try:
+        return from_plain(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a config of this version: {' '.join(str(error).split())}") from None
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists, all the way down: what YAML and checkpoints hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def from_plain(options: dict[str, Any]) -> PretrainConfig:
+    """The inverse of `plain(asdict(config))`."""
+    return PretrainConfig(**{key: tuple(item) if isinstance(item, list) else item for key, item in options.items()})
+
+
+class Metrics:
+    """metrics.csv: a row per logged step. Columns without a value stay empty."""
+
+    def __init__(self, folder: Path, columns: Sequence[str], first_step: int) -> None:
+        """Keeps the rows up to `first_step`, from which the run goes on; later ones will be written anew."""
+        self.path, self.columns = folder / METRICS, columns
+        kept = [row for row in read_metrics(folder) if int(row["step"]) <= first_step]
+        with replacing(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def write(self, row: dict[str, float]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv; none if there is no such file. A last row that was cut off in writing is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return [row for row in reader if None not in row.values() and row["step"]]
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: each column of metrics.csv over the steps."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    panels = [
+        ("loss", "cross-entropy, nats"),
+        ("teacher_entropy", "teacher entropy, nats"),
+        ("kl", "KL teacher to student, nats"),
+        ("knn_top1", "k-NN top-1, %"),
+        ("lr", "learning rate"),
+        ("weight_decay", "weight decay"),
+        ("grad_norm", "gradient norm"),
+        ("images_per_second", "images per second"),
+    ]
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", color="#0072B2")
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="grey")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    with replacing(folder / CURVES) as path:
+        figure.savefig(path, dpi=100)
+
+
+def draw_crops(folder: Path, rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str]) -> None:
+    """crops.png: a row per image, (its name, pictures (H, W, C) in [0, 1] under the columns' titles)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * len(columns), 1.4 * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes_row, (name, pictures) in zip(grid, rows, strict=True):
+        for axes, picture, column in zip(axes_row, pictures, columns, strict=True):
+            grey = picture.shape[-1] != 3
+            axes.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None, vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            if axes_row is grid[0]:
+                axes.set_title(column, fontsize=8)
+        axes_row[0].set_ylabel(name[-22:], fontsize=6, parse_math=False)
+    with replacing(folder / CROPS) as path:
+        figure.savefig(path, dpi=130)
