@@ -78,7 +78,9 @@ def run_pretrain(config: PretrainConfig) -> int:
 def parse(command: str, config_class: type[Config], arguments: list[str]) -> Config:
     """Command line -> config. Raises ValueError in one line; --help and --print_config print and exit."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"{PROGRAM} {command}", exit_on_error=False, description=config_class.__doc__)
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} {command}", exit_on_error=False, allow_abbrev=False, description=config_class.__doc__
+    )
     parser.add_argument("--config", action="config", help="YAML file of options; a flag on the line wins")
     parser.add_class_arguments(config_class)
     try:
@@ -92,20 +94,17 @@ def join_lists(arguments: list[str], config_class: type) -> list[str]:
     """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`."""
     lists = {f"--{name}" for name, hint in get_type_hints(config_class).items() if get_origin(hint) is tuple}
     joined: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        while argument in lists:
-            flag, values, argument = argument, [], ""
-            for argument in rest:
-                if argument.startswith("--"):
-                    break
-                values.append(argument)
-                argument = ""
-            joined.append(
-                f"{flag}={values[0] if values[:1] and values[0].startswith('[') else '[' + ', '.join(values) + ']'}"
-            )
-        if argument:
-            joined.append(argument)
+    position = 0
+    while position < len(arguments):
+        flag = arguments[position]
+        position += 1
+        if flag not in lists:
+            joined.append(flag)
+            continue
+        end = next((i for i in range(position, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+        values = " ".join(arguments[position:end])
+        joined.append(f"{flag}={values}" if values.startswith("[") else f"{flag}=[{', '.join(arguments[position:end])}]")
+        position = end
     return joined
 
 

@@ -1,4 +1,4 @@
-"""Image -> views: draws every random number of a sample, cuts and resizes uint8 crops (DINO, section 3.1; multi-crop of SwAV).
+"""Image -> views: draws every random number of a sample, cuts and resizes uint8 crops (DINO, section 3.1).
 
 The numbers are a function of (seed, epoch, index of the image) alone. So workers, processes, order and interruptions change
 nothing, and the crops in `crops.png` are the crops that the network is trained on.
@@ -67,8 +67,9 @@ class MultiCrop:
     def draw_boxes(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         """One box per view, int (V, 4): top, left, height, width; torchvision's RandomResizedCrop."""
         shape = (self.views, ATTEMPTS)
-        area = height * width * rng.uniform(self.scale_low[:, None], self.scale_high[:, None], shape)
-        aspect = np.exp(rng.uniform(*np.log(ASPECT_RATIOS), shape))
+        share = self.scale_low[:, None] + rng.random(shape) * (self.scale_high - self.scale_low)[:, None]
+        area = height * width * share
+        aspect = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), shape))
         w = np.rint(np.sqrt(area * aspect)).astype(int)
         h = np.rint(np.sqrt(area / aspect)).astype(int)
         place = rng.random((self.views, 2))
@@ -114,6 +115,6 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:
     """The largest centred box of an allowed aspect ratio."""
     low, high = ASPECT_RATIOS
-    w = min(width, int(math.floor(height * high + 0.5)))
-    h = min(height, int(math.floor(width / low + 0.5)))
+    w = min(width, math.floor(height * high + 0.5))
+    h = min(height, math.floor(width / low + 0.5))
     return (height - h) // 2, (width - w) // 2, h, w

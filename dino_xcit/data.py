@@ -5,6 +5,7 @@ Every sample is asked for by (epoch, index of the image), so that a loader's wor
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -16,24 +17,29 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.io import ImageReadMode, decode_image
 
 from dino_xcit import shapes
 from dino_xcit.config import PretrainConfig
 from dino_xcit.crops import MultiCrop, Views
 
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # torchvision 0.29 announces their removal; PIL then reads everything, more slowly
+    decode_image = None
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
 REPLACEMENTS_TRIED = 20
-READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+JPEG_OR_PNG = (b"\xff\xd8", b"\x89PNG")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class ImageSet(Protocol):
     """Images by number."""
 
-    labels: np.ndarray | None
-    """class of each image, or None if the set has no classes"""
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class of each image, or None if the set has no classes."""
 
     def __len__(self) -> int: ...
 
@@ -155,7 +161,7 @@ def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet:
 
 
 def _labels(dataset: Any) -> np.ndarray | None:
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     labels: Any = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if hasattr(reader, "samples"):
         labels = [target for _, target in reader.samples]
@@ -168,18 +174,15 @@ def _labels(dataset: Any) -> np.ndarray | None:
 def decode(data: bytes, channels: int) -> Tensor:
     """The bytes of an image file -> uint8 (C, H, W), upright, in the channels asked for.
 
-    torchvision decodes what it can (JPEG, PNG, WebP, GIF); PIL the rest. Raises OSError or ValueError if neither can.
+    torchvision decodes JPEG and PNG, PIL the rest. Raises OSError or ValueError if neither can.
     """
-    mode = READ_MODES.get(channels)
-    try:
-        if mode is None or not data:
-            raise RuntimeError
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
-    except RuntimeError:
-        with Image.open(io.BytesIO(data)) as file:
-            return _from_pil(ImageOps.exif_transpose(file), channels)
-    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
-    return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+    if decode_image is not None and channels in (1, 3) and data.startswith(JPEG_OR_PNG):
+        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        with contextlib.suppress(RuntimeError):
+            image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
+            return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
+    with Image.open(io.BytesIO(data)) as file:
+        return _from_pil(ImageOps.exif_transpose(file), channels)
 
 
 def _from_pil(image: Image.Image, channels: int) -> Tensor:
@@ -205,7 +208,7 @@ class Batch(NamedTuple):
     bad_images: list[BadImage]
 
 
-class CropDataset(Dataset[tuple[Views, list[BadImage]]]):
+class CropDataset(Dataset[Any]):
     """(epoch, index) -> the views of that image in that epoch."""
 
     def __init__(self, images: ImageSet, config: PretrainConfig) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +18,7 @@ SMALL = 96  # below this side nothing is cut off: small images are framed alread
 class EvalDataset(Dataset[Tensor]):
     """Images of a set by number, resized and cropped: uint8 (C, size, size)."""
 
-    def __init__(self, images: ImageSet, indices: Sequence[int], size: int) -> None:
+    def __init__(self, images: ImageSet, indices: np.ndarray, size: int) -> None:
         self.images, self.indices, self.size = images, indices, size
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ def centre_crop(image: Tensor, size: int) -> Tensor:
 def extract(
     backbone: nn.Module,
     images: ImageSet,
-    indices: Sequence[int],
+    indices: np.ndarray,
     *,
     size: int,
     mean: tuple[float, ...],

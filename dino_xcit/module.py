@@ -180,7 +180,8 @@ class DINOModule(L.LightningModule):
         return done == 1 or done % self.config.log_every_n_steps == 0 or done % self.schedules.steps_per_epoch == 0
 
     def _log_row(self, step: int) -> dict[str, float]:
-        assert self._statistics is not None and self._gradient_norm is not None
+        assert self._statistics is not None
+        assert self._gradient_norm is not None
         values = torch.stack([self._mean_loss(), *self._statistics])
         if self.trainer.world_size > 1:
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
@@ -251,15 +252,16 @@ class CollapseWatch:
         self.single = self.single + 1 if row["teacher_entropy"] < self.NEAR_ZERO * limit else 0
         if self.uniform and self.uniform % self.PATIENCE == 0:
             return (
-                f"the loss has been at {row['loss']:.2f} for {self.uniform} rows, and ln({self.config.out_dim}) = {limit:.2f} "
-                "is what a network earns that finds every prototype equally likely: collapse to uniform, or nothing learned "
-                "yet. Try a lower --teacher_temp and --warmup_teacher_temp (0.04), a higher --lr, or --freeze_last_layer 2"
+                f"the loss has been at {row['loss']:.2f} for {self.uniform} rows, and ln({self.config.out_dim}) = "
+                f"{limit:.2f} is what a network earns that finds every prototype equally likely: collapse to uniform, or "
+                "nothing learned yet. Try a lower --teacher_temp and --warmup_teacher_temp (0.04), a higher --lr, or "
+                "--freeze_last_layer 2"
             )
         if self.single and self.single % self.PATIENCE == 0:
             return (
-                f"the teacher's entropy has been at {row['teacher_entropy']:.3f} for {self.single} rows: every image goes to "
-                "the same few prototypes, collapse to one. Try a higher --warmup_teacher_temp, a lower --center_momentum, a "
-                "higher --momentum_teacher, a lower --lr or --norm_last_layer true"
+                f"the teacher's entropy has been at {row['teacher_entropy']:.3f} for {self.single} rows: every image goes "
+                "to the same few prototypes, collapse to one. Try a higher --warmup_teacher_temp, a lower "
+                "--center_momentum, a higher --momentum_teacher, a lower --lr or --norm_last_layer true"
             )
         return None
 
@@ -270,7 +272,8 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
     Official rule: biases and one-dimensional tensors are spared. XCA's temperature (h, 1, 1) and the class token are
     therefore decayed, which timm's `no_weight_decay` would not do.
     """
-    regularised, spared = [], []
+    regularised: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (spared if name.endswith(".bias") or parameter.ndim == 1 else regularised).append(parameter)
@@ -300,6 +303,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         centred = wide - mean.view(shape)
         variance = dist_nn.all_reduce(centred.square().sum(dims)) / count
         if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)

@@ -287,27 +287,25 @@ class RunFolder(L.Callback):
         step = trainer.global_step
         epoch, into_epoch = divmod(step, module.schedules.steps_per_epoch)
         row = dict(module.row)
-        if not into_epoch and self._evaluates(epoch):
-            row["knn_top1"] = self._probe(trainer, module)
+        evaluates = not into_epoch and self._evaluates(epoch)
+        if evaluates and self.probe is not None:
+            row["knn_top1"] = self._knn(self.probe, trainer, module)
         if row:
             self._write_row(trainer, {"step": step, **row})
-        if not into_epoch and trainer.is_global_zero:
+        if evaluates and trainer.is_global_zero:
             run_folder.draw_curves(self.folder)
         self._save_or_stop(trainer, module, epoch if not into_epoch else None)
+        if evaluates:
+            module.restart_clock()
 
     def _evaluates(self, epoch: int) -> bool:
         every = self.config.eval_every_n_epochs
-        due = epoch == self.config.epochs or (every and epoch % every == 0)
-        return bool(self.probe is not None and due)
+        return epoch == self.config.epochs or (every > 0 and epoch % every == 0)
 
-    def _probe(self, trainer: L.Trainer, module: Any) -> float:
+    def _knn(self, probe: KnnProbe, trainer: L.Trainer, module: Any) -> float:
         """The teacher's k-NN accuracy, computed by one process while the others wait."""
-        accuracy = torch.zeros((), device=module.device)
-        if trainer.is_global_zero:
-            assert self.probe is not None
-            accuracy.fill_(self.probe(module.teacher.backbone, module.device))
-        module.restart_clock()
-        return float(trainer.strategy.broadcast(accuracy))
+        accuracy = probe(module.teacher.backbone, module.device) if trainer.is_global_zero else 0.0
+        return trainer.strategy.broadcast(accuracy)
 
     def _write_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         if not trainer.is_global_zero:

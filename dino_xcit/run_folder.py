@@ -59,7 +59,8 @@ def plain(value: Any) -> Any:
 
 def from_plain(options: dict[str, Any]) -> PretrainConfig:
     """The inverse of `plain(asdict(config))`."""
-    return PretrainConfig(**{key: tuple(item) if isinstance(item, list) else item for key, item in options.items()})
+    values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in options.items()}
+    return PretrainConfig(**values)
 
 
 class Metrics:
@@ -123,13 +124,13 @@ def draw_crops(folder: Path, rows: Sequence[tuple[str, Sequence[Any]]], columns:
 
     figure = Figure(figsize=(1.3 * len(columns), 1.4 * len(rows) + 0.4), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column, fontsize=8)
     for axes_row, (name, pictures) in zip(grid, rows, strict=True):
-        for axes, picture, column in zip(axes_row, pictures, columns, strict=True):
+        for axes, picture in zip(axes_row, pictures, strict=True):
             grey = picture.shape[-1] != 3
             axes.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
-            if axes_row is grid[0]:
-                axes.set_title(column, fontsize=8)
         axes_row[0].set_ylabel(name[-22:], fontsize=6, parse_math=False)
     with replacing(folder / CROPS) as path:
         figure.savefig(path, dpi=130)

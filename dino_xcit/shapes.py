@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-TEXTURES = ("stripes", "checks", "rings", "rays", "dots", "coarse noise", "fine noise", "plain")
+TEXTURES = ("rows", "columns", "slants", "checks", "diamonds", "rings", "dots", "bricks", "waves", "speckle")
 SIZE = 32
-PERIOD = 5.0  # pixels, of the regular textures, at 32 x 32
+PERIOD = 5.0  # pixels of a 32 x 32 image, of the regular textures
 COUNT = 10000  # drawn when --num_images does not say otherwise
 VALIDATION_COUNT = 2000
 
@@ -33,18 +33,14 @@ def draw_shape(seed: int, split: str, index: int, channels: int = 3, size: int =
     rng = np.random.default_rng((seed, zlib.crc32(split.encode()), index))
     label = index % len(TEXTURES)
     y, x = (np.mgrid[:size, :size] + 0.5) / size * SIZE - SIZE / 2  # in pixels of a 32 x 32 image, from the centre
-    centre = rng.uniform(-6, 6, 2)
-    angle = rng.uniform(0, 2 * np.pi)
-    u = np.cos(angle) * (x - centre[0]) + np.sin(angle) * (y - centre[1])
-    v = np.cos(angle) * (y - centre[1]) - np.sin(angle) * (x - centre[0])
+    centre = rng.uniform(-7, 7, 2)
     mask = _outline(rng, x - centre[0], y - centre[1])
-    texture = _texture(rng, TEXTURES[label], u, v, size)
-    object_level, background_level = rng.uniform(0.35, 0.65, 2)
-    contrast = rng.uniform(0.15, 0.35) * rng.choice([-1, 1])
-    gradient = rng.normal(0, 0.008, 2)
-    background = background_level + gradient[0] * x + gradient[1] * y
-    image = np.where(mask, object_level + contrast * texture, background)
-    image = image + rng.normal(0, 0.02, image.shape)
+    angle = rng.uniform(-0.2, 0.2)
+    u = np.cos(angle) * x + np.sin(angle) * y
+    v = np.cos(angle) * y - np.sin(angle) * x
+    texture = _texture(rng, TEXTURES[label], u, v, centre)
+    scene = np.where(mask, 0.5 * texture, 0.0) + rng.normal(0, 0.04, mask.shape)
+    image = rng.uniform(0.25, 0.75) + np.exp(rng.uniform(np.log(0.2), np.log(0.8))) * scene
     grey = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
     return Shape(np.repeat(grey[..., None], channels, axis=2), label, mask)
 
@@ -58,25 +54,29 @@ def _outline(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarr
     return np.hypot(x, y) < radius
 
 
-def _texture(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray, size: int) -> np.ndarray:
-    """Values from -1 to 1 over rotated coordinates."""
-    phase = rng.uniform(0, 2 * np.pi, 2)
-    wave = 2 * np.pi / (PERIOD * rng.uniform(0.85, 1.15))
-    if name == "stripes":
-        return np.sign(np.sin(wave * u + phase[0]))
+def _texture(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Values from -1 to 1."""
+    wave = 2 * np.pi / (PERIOD * rng.uniform(0.9, 1.1))
+    a, b = wave * u + rng.uniform(0, 2 * np.pi), wave * v + rng.uniform(0, 2 * np.pi)
+    if name == "rows":
+        return np.sin(b)
+    if name == "columns":
+        return np.sin(a)
+    if name == "slants":
+        return np.sin((a + rng.choice([-1, 1]) * b) * 0.75)
     if name == "checks":
-        return np.sign(np.sin(wave * u + phase[0]) * np.sin(wave * v + phase[1]))
+        return np.sin(a) * np.sin(b)
+    if name == "diamonds":
+        return (np.sin(a) + np.sin(b)) / 2
     if name == "rings":
-        return np.sign(np.sin(wave * np.hypot(u, v) + phase[0]))
-    if name == "rays":
-        return np.sign(np.sin(8 * np.arctan2(v, u) + phase[0]))
+        return np.sin(wave * np.hypot(u - centre[0], v - centre[1]) + rng.uniform(0, 2 * np.pi))
     if name == "dots":
-        return np.where(np.sin(wave * u + phase[0]) + np.sin(wave * v + phase[1]) > 0.8, 1.0, -1.0)
-    if name == "coarse noise":
-        return np.sign(_noise(rng, u, v, 4.0))
-    if name == "fine noise":
-        return np.sign(_noise(rng, u, v, 1.5))
-    return np.full((size, size), rng.uniform(-1, 1))
+        return np.where(np.sin(a) + np.sin(b) > 0.9, 1.0, -0.4)
+    if name == "bricks":
+        return np.maximum(np.sin(b), np.sin(a + np.pi * (np.floor(b / (2 * np.pi)) % 2)) - 0.3).clip(-1, 1)
+    if name == "waves":
+        return np.sin(b + 1.5 * np.sin(0.5 * a))
+    return np.sign(_noise(rng, u, v, 2.0))
 
 
 def _noise(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, grain: float) -> np.ndarray:

@@ -68,7 +68,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("dino_xcit", "{}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(described)
+            names: list[str] = file.keys()
+            return {name: file.get_tensor(name) for name in names}, json.loads(described)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"--weights {path} is not a readable safetensors file: {error}") from None
 

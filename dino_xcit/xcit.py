@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,8 @@ class XCA(nn.Module):
         q, k, v = qkv.unbind(2)
         attention = torch.einsum("bnhi,bnhj->bhij", q, k)  # (B, h, d, d)
         if self.l2_norm:
-            norms = torch.linalg.vector_norm(qkv[:, :, :2], dim=1).clamp_min(1e-12)  # (B, 2, h, d), over tokens
+            squares = qkv[:, :, :2].float().square().sum(1)  # (B, 2, h, d), over tokens
+            norms = squares.clamp_min(1e-24).sqrt()
             attention = attention / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])
         attention = (attention * self.temperature).softmax(-1).to(v.dtype)
         return self.proj(torch.einsum("bnhj,bhij->bnhi", v, attention).flatten(2))  # (B, N, C)
@@ -310,6 +312,7 @@ class XCiT(nn.Module):
         super().__init__()
         self.arch, architecture, self.patch_size = resolve_architecture(arch)
         self.in_chans = in_chans
+        self.metadata: dict[str, Any] = {}  # what a weights file says beside the tensors; `weights.py` fills it
         self.embed_dim = architecture.dim
         self.heads = architecture.heads
         self.grad_checkpointing = grad_checkpointing

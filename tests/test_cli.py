@@ -1,0 +1,103 @@
+"""What a user types and what the terminal answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dino_xcit.cli import join_lists, main, parse
+from dino_xcit.config import PretrainConfig
+
+
+def config(*arguments: str) -> PretrainConfig:
+    return parse("pretrain", PretrainConfig, list(arguments))
+
+
+def test_help_answers_within_a_second_and_without_torch():
+    start = time.perf_counter()
+    for arguments in (["--help"], ["pretrain", "--help"]):
+        code = (
+            "import sys; from dino_xcit.cli import main\n"
+            f"try: main({arguments})\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'lightning', 'timm', 'numpy'} & set(sys.modules), 'a heavy import'"
+        )
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        assert "usage: dino-xcit" in answer.stdout
+    assert time.perf_counter() - start < 2
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(PretrainConfig):
+        assert f"--{field.name} " in text
+    assert text.count("(type:") >= len(dataclasses.fields(PretrainConfig))
+    assert "peak learning rate for a total batch of 256 images" in text
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, dino_xcit as d; dir(d); assert 'torch' not in sys.modules; d.XCiT; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("words", [["0.25", "1"], ["[0.25, 1]"], ["[0.25,", "1]"]])
+def test_lists_are_typed_as_official_dino_takes_them_and_as_yaml(words):
+    assert config("--global_crops_scale", *words, "--lr", "1").global_crops_scale == (0.25, 1.0)
+
+
+def test_a_list_ends_at_the_next_flag():
+    joined = join_lists(["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig)
+    assert joined == ["--mean=[0.1, 0.2, 0.3]", "--seed", "3", "--std=[1, 1, 1]"]
+
+
+def test_a_flag_wins_over_the_config_file_and_print_config_shows_the_result(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 0.25\nseed: 7\nglobal_crops_scale: [0.3, 1.0]\n")
+    merged = config("--config", str(file), "--seed", "8")
+    assert (merged.lr, merged.seed, merged.global_crops_scale) == (0.25, 8, (0.3, 1.0))
+    with pytest.raises(SystemExit):
+        config("--config", str(file), "--seed", "8", "--print_config")
+    printed = capsys.readouterr().out
+    assert "lr: 0.25" in printed
+    assert "seed: 8" in printed
+
+
+def test_other_trainer_options_are_reachable():
+    assert config("--trainer.profiler", "simple").trainer == {"profiler": "simple"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretain"], ["'pretain'", "pretrain"]),
+        (["pretrain", "--learning_rat", "1"], ["--learning_rat"]),
+        (["pretrain", "--warmup_epoch", "1"], ["--warmup_epoch", "did you mean --warmup_epochs"]),
+        (["pretrain", "--lr", "fast"], ["--lr", "float", "fast"]),
+        (["pretrain", "--on_bad_image", "skip"], ["--on_bad_image", "replace", "raise", "skip"]),
+        (["pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
+        (["pretrain", "--arch", "xcit_s12_p9"], ["xcit_s12_p9", "xcit_s12_p8"]),
+        (["pretrain", "--global_crops_scale", "0.5"], ["--global_crops_scale", "2 elements"]),
+        (["pretrain", "--global_crops_scale", "0.5", "0.2"], ["--global_crops_scale", "0 < from <= to <= 1"]),
+        (["pretrain", "--in_chans", "1"], ["--mean", "--in_chans 1"]),
+        (["pretrain", "--teacher_temp", "0"], ["--teacher_temp", "positive"]),
+        (["pretrain", "--data_path", "nowhere"], ["--data_path nowhere", "does not exist"]),
+        (["pretrain", "--dataset", "torch/fashion_mist", "--data_path", "."], ["torch/fashion_mist", "--data_path ."]),
+        (["pretrain", "--num_images", "63", "--devices", "1"], ["63 images", "--batch_size_per_gpu"]),
+        (["pretrain", "--precision", "12-bit"], ["--precision 12-bit"]),
+        (["pretrain", "--global_crops_size", "100", "--dry_run", "true"], ["100", "patch size 16", "96 x 96", "112 x 112"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err

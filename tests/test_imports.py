@@ -1,0 +1,38 @@
+"""Imports run downward only: each room may import the rooms before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import dino_xcit
+
+FLOORS = (
+    ("config", "shapes"),
+    ("schedules", "xcit", "dino", "photometric", "run_folder"),
+    ("crops", "attention"),
+    ("data",),
+    ("module", "weights", "features", "knn"),
+    ("pretrain",),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FOLDER = Path(dino_xcit.__file__).parent
+
+
+def imported_rooms(room: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((FOLDER / f"{room}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dino_xcit"):
+            found |= {node.module.removeprefix("dino_xcit.")} if node.module != "dino_xcit" else {a.name for a in node.names}
+    return found - {"__version__"}
+
+
+def test_every_room_stands_on_a_floor():
+    assert {path.stem for path in FOLDER.glob("*.py")} - {"__init__"} == set(FLOOR_OF)
+
+
+def test_imports_run_downward():
+    for room, floor in FLOOR_OF.items():
+        for imported in imported_rooms(room):
+            assert FLOOR_OF[imported] < floor, f"{room} imports {imported}"

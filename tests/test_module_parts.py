@@ -1,0 +1,123 @@
+"""The parts of a step that are plain functions: what is decayed, how gradients are clipped, when a run has collapsed."""
+
+import re
+from dataclasses import fields, replace
+from math import log
+
+import pytest
+import torch
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.module import CollapseWatch, Network, clip_per_parameter, parameter_groups
+
+CONFIG = PretrainConfig(arch="xcit_pico4_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
+
+
+# -- weight decay ------------------------------------------------------------------------------------------------
+
+
+def decayed_and_spared(**options):
+    network = Network(replace(CONFIG, **options), drop_path=0.0)
+    name_of = {parameter: name for name, parameter in network.named_parameters()}
+    groups = parameter_groups(network)
+    return groups, *({name_of[p] for p in group["params"]} for group in groups), network
+
+
+def test_biases_norms_and_layer_scales_are_spared_from_weight_decay():
+    groups, decayed, spared, _ = decayed_and_spared()
+    assert groups[1]["weight_decay"] == 0
+    assert {name.split(".")[-1] for name in spared} == {"bias", "weight", "gamma1", "gamma2", "gamma3"}
+    assert {"norm.weight", "patch_embed.proj.0.1.weight", "blocks.0.local_mp.bn.weight", "blocks.3.attn.qkv.bias"} <= {
+        name.removeprefix("backbone.") for name in spared
+    }
+    assert {
+        "backbone.cls_token",
+        "backbone.blocks.0.attn.temperature",
+        "backbone.blocks.0.local_mp.conv1.weight",
+        "backbone.patch_embed.proj.0.0.weight",
+        "backbone.pos_embed.token_projection.weight",
+        "head.mlp.0.weight",
+        "head.last_layer.weight_v",
+    } <= decayed
+    assert not [name for name in decayed if "norm" in name or ".bn." in name or name.endswith("bias")]
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_every_parameter_that_learns_is_in_one_group(norm_last_layer):
+    groups, decayed, spared, network = decayed_and_spared(norm_last_layer=norm_last_layer, use_bn_in_head=True)
+    learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert decayed | spared == learning
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(learning)
+    assert ("head.last_layer.weight_g" in decayed) == (not norm_last_layer)
+
+
+# -- clipping ----------------------------------------------------------------------------------------------------
+
+
+def gradients():
+    torch.manual_seed(0)
+    return [scale * torch.randn(shape) for scale, shape in ((0.1, (4, 3)), (1.0, (50,)), (10.0, (2, 1, 5)), (0.0, (3,)))]
+
+
+@pytest.mark.parametrize("limit", [0.3, 3.0, 1e6])
+def test_each_gradient_is_clipped_by_its_own_norm(limit):
+    clipped = gradients()
+    norms = clip_per_parameter(clipped, limit)
+    for gradient, norm, original in zip(clipped, norms, gradients(), strict=True):
+        expected = original.norm().item()
+        assert norm.item() == pytest.approx(expected)
+        if expected > limit:
+            original = original * limit / (expected + 1e-6)
+        torch.testing.assert_close(gradient, original)
+
+
+def test_limit_zero_leaves_gradients_alone():
+    clipped = gradients()
+    norms = clip_per_parameter(clipped, 0.0)
+    torch.testing.assert_close(clipped, gradients(), rtol=0, atol=0)
+    torch.testing.assert_close(norms, torch.stack([g.norm() for g in gradients()]))
+
+
+# -- collapse ----------------------------------------------------------------------------------------------------
+
+HEALTHY = {"epoch": 1, "loss": 0.7 * log(16), "teacher_entropy": 0.3 * log(16)}
+UNIFORM = {"epoch": 1, "loss": log(16), "teacher_entropy": log(16)}
+SINGLE = {"epoch": 1, "loss": 0.001, "teacher_entropy": 0.0}
+
+
+def warnings(rows):
+    watch = CollapseWatch(CONFIG)
+    return [watch(row) for row in rows]
+
+
+@pytest.mark.parametrize(("row", "text"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")])
+def test_collapse_is_told_after_patience_and_names_flags(row, text):
+    said = warnings([row] * CollapseWatch.PATIENCE)
+    assert said[:-1] == [None] * (CollapseWatch.PATIENCE - 1)
+    assert text in said[-1]
+    flags = set(re.findall(r"--(\w+)", said[-1]))
+    assert flags
+    assert flags <= {field.name for field in fields(PretrainConfig)}
+
+
+@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
+def test_collapse_is_told_again_but_not_at_every_row(row):
+    said = warnings([row] * (3 * CollapseWatch.PATIENCE))
+    assert [i + 1 for i, text in enumerate(said) if text] == [n * CollapseWatch.PATIENCE for n in (1, 2, 3)]
+
+
+def test_healthy_run_hears_nothing():
+    assert not any(warnings([HEALTHY] * 50))
+    assert not any(warnings([UNIFORM, HEALTHY, SINGLE, HEALTHY]))
+
+
+@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
+def test_young_run_hears_nothing(row):
+    young = {**row, "epoch": 0}
+    assert not any(warnings([young] * 50))
+    assert not any(warnings([young] * 50 + [row] * (CollapseWatch.PATIENCE - 1)))
+
+
+@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
+def test_one_healthy_row_starts_the_count_anew(row):
+    assert not any(warnings(([row] * (CollapseWatch.PATIENCE - 1) + [HEALTHY]) * 3))

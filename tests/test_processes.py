@@ -1,0 +1,82 @@
+"""Several processes do what one would have done."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, as_flags
+from torch import nn
+
+from dino_xcit.module import CpuSyncBatchNorm, synchronise_batch_norms
+from dino_xcit.pretrain import pretrain
+
+
+def _normalise_a_share(rank: int, folder: str, shape: tuple[int, ...]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape) + 3, torch.randn(shape)
+    norm = nn.Sequential(nn.BatchNorm1d(shape[1]) if len(shape) == 2 else nn.BatchNorm2d(shape[1]))
+    synchronise_batch_norms(norm, "cpu")
+    assert isinstance(norm[0], CpuSyncBatchNorm)
+    half = shape[0] // 2
+    share = x[rank * half : (rank + 1) * half].requires_grad_()
+    out = norm(share)
+    (out * weight[rank * half : (rank + 1) * half]).sum().backward()
+    gradients = [p.grad for p in norm.parameters()]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    torch.save((out, share.grad, gradients, norm.state_dict()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (8, 5)])
+def test_cpu_batch_norm_over_two_processes_equals_one_over_the_whole_batch(tmp_path, shape):
+    mp.start_processes(_normalise_a_share, (str(tmp_path), shape), nprocs=2, start_method="spawn")
+    torch.manual_seed(0)
+    x, weight = (torch.randn(shape) + 3).requires_grad_(), torch.randn(shape)
+    norm = nn.Sequential(nn.BatchNorm1d(5) if len(shape) == 2 else nn.BatchNorm2d(5))
+    out = norm(x)
+    (out * weight).sum().backward()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([s[0] for s in shares]), out)
+    torch.testing.assert_close(torch.cat([s[1] for s in shares]), x.grad, rtol=1e-4, atol=1e-5)
+    for share in shares:
+        for gradient, p in zip(share[2], norm.parameters(), strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5)
+        for name, value in norm.state_dict().items():
+            torch.testing.assert_close(share[3][name], value)
+
+
+def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
+    alone = dataclasses.replace(TINY, drop_path_rate=0.0, output_dir=str(tmp_path / "one"))
+    pretrain(alone)
+    together = dataclasses.replace(alone, output_dir=str(tmp_path / "two"), devices="2", batch_size_per_gpu=4)
+    finished = run_cli("pretrain", *as_flags(together))
+    assert finished.returncode == 0, finished.stderr
+    tables = [
+        list(csv.DictReader((Path(c.output_dir) / "metrics.csv").read_text().splitlines())) for c in (alone, together)
+    ]
+    assert [row["step"] for row in tables[1]] == [str(step) for step in range(1, 13)]
+    for one, two in zip(*tables, strict=True):
+        for column in ("loss", "teacher_entropy", "grad_norm", "center_norm"):
+            assert float(two[column]) == pytest.approx(float(one[column]), rel=2e-3), (one["step"], column)
+    states = [
+        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for c in (alone, together)
+    ]
+    for name, value in states[0].items():
+        if "attn.k.bias" not in name and "attn.qkv.bias" not in name:  # gradients of nothing but rounding
+            torch.testing.assert_close(states[1][name], value, rtol=5e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_two_processes_refuse_what_one_would_refuse(tmp_path, run_cli):
+    finished = run_cli(
+        "pretrain", *as_flags(dataclasses.replace(TINY, devices="2", num_images=15)), "--output_dir", tmp_path / "run"
+    )
+    assert finished.returncode == 2
+    assert "15 images are fewer than one step takes (16" in finished.stderr

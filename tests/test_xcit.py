@@ -1,0 +1,352 @@
+"""The backbone against timm's XCiT, an independent implementation of the same function."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import xcit as timm_xcit
+from torch import nn
+
+import dino_xcit
+from dino_xcit.xcit import ARCHITECTURES, XCA, FourierPositions, XCiT, resolve_architecture, timm_name
+
+PARITY = [("xcit_n12_p16", (64, 48)), ("xcit_t12_p8", (32, 48)), ("xcit_t24_p16", (32, 48))]  # tokens_norm off, on, on
+PUBLISHED = [f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico4" for patch in (16, 8)]
+PICO = {"embed_dim": 64, "depth": 4, "num_heads": 4, "tokens_norm": True}
+
+
+def fill(*networks):
+    """Give the networks the same random weights and statistics, none of them neutral, so that every one matters."""
+    torch.manual_seed(0)
+    state = {}
+    for name, old in networks[0].state_dict().items():
+        if old.ndim > 1:
+            state[name] = torch.randn(old.shape) * old[0].numel() ** -0.5
+        elif name.endswith("running_var"):
+            state[name] = 0.5 + torch.rand(old.shape)
+        elif old.is_floating_point():
+            state[name] = 0.1 * torch.randn(old.shape) + name.endswith("weight")
+        else:
+            state[name] = torch.tensor(7)
+    for network in networks:
+        network.load_state_dict({name: value.clone() for name, value in state.items()}, strict=True, assign=True)
+    return networks
+
+
+def pair(arch, in_chans=3):
+    """Our network and timm's, with the same weights."""
+    with torch.device("meta"):  # skips the initial values, which take longer than the tests
+        networks = XCiT(arch, in_chans=in_chans), timm.create_model(timm_name(arch), num_classes=0, in_chans=in_chans)
+    return fill(*networks)
+
+
+def pico(**options):
+    torch.manual_seed(0)
+    return XCiT("xcit_pico4_p16", **options)
+
+
+def assert_gradients_match(ours, theirs):
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert expected.keys() == {name for name, _ in ours.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, parameter in ours.named_parameters():
+        # The key bias of class attention has gradient zero, so both hold rounding noise: hence the second term.
+        tolerance = 1e-4 * expected[name].abs().max() + 1e-6 * largest
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=0, atol=tolerance.item(), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def naive_class_attention(theirs, images):
+    """timm computes these weights inside a fused kernel; here they are from its modules. (B, layers, h, 1 + N)."""
+    tokens, (H, W) = theirs.patch_embed(images)
+    tokens = tokens + theirs.pos_embed(len(images), H, W).flatten(2).transpose(1, 2)
+    for block in theirs.blocks:
+        tokens = block(tokens, H, W)
+    x = torch.cat([theirs.cls_token.expand(len(images), -1, -1), tokens], dim=1)
+    layers = []
+    for block in theirs.cls_attn_blocks:
+        normed, heads = block.norm1(x), block.attn.num_heads
+        q = block.attn.q(normed[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, 1, d)
+        k = block.attn.k(normed).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, 1 + N, d)
+        layers.append((q @ k.transpose(-2, -1) / k.shape[-1] ** 0.5).softmax(-1)[:, :, 0])
+        x = block(x)
+    return torch.stack(layers, dim=1)
+
+
+# -- parity ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arch", "size"), PARITY)
+def test_eval_outputs_are_timms(arch, size):
+    ours, theirs = (network.eval() for network in pair(arch))
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_features"])
+@pytest.mark.parametrize(("arch", "size"), PARITY)
+def test_train_outputs_gradients_and_running_statistics_are_timms(arch, size, method):
+    ours, theirs = pair(arch)
+    images = torch.randn(2, 3, *size)
+    outputs, inputs = [], []
+    for network in (ours, theirs):
+        inputs.append(images.clone().requires_grad_())
+        outputs.append(getattr(network, method)(inputs[-1]))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * direction).sum().backward()
+    assert_gradients_match(ours, theirs)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-4 * inputs[1].grad.abs().max().item())
+    for (name, buffer), (same_name, expected) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert name == same_name
+        torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_state_dict_has_timms_names_and_shapes(arch):
+    with torch.device("meta"):
+        ours, theirs = XCiT(arch), timm.create_model(timm_name(arch), num_classes=0)
+    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_state_dict_loads_strictly_both_ways():
+    ours, theirs = XCiT("xcit_n12_p16"), timm.create_model("xcit_nano_12_p16_224", num_classes=0)
+    for source, target in ((ours, theirs), (theirs, ours)):
+        with torch.no_grad():
+            source.cls_token.normal_()
+        target.load_state_dict(source.state_dict(), strict=True)
+        torch.testing.assert_close(target.cls_token, source.cls_token, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_other_channel_counts_are_timms(in_chans):
+    ours, theirs = pair("xcit_n12_p16", in_chans)
+    images = torch.randn(2, in_chans, 32, 80)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [16, 8, 4])
+def test_pico_and_patch_4_are_timms_blocks_with_fewer_layers(patch):
+    """timm has no such preset, but its class builds pico; its stem of patch 8 less one halving is that of patch 4."""
+    theirs = timm_xcit.Xcit(patch_size=max(patch, 8), num_classes=0, **PICO)
+    if patch == 4:
+        theirs.patch_embed.proj = nn.Sequential(timm_xcit.conv3x3(3, 32, 2), nn.GELU(), timm_xcit.conv3x3(32, 64, 2))
+    ours, theirs = fill(XCiT(f"xcit_pico4_p{patch}"), theirs)
+    images = torch.randn(2, 3, 32, 48)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    assert ours.forward_features(images).shape == (2, 1 + 32 * 48 // patch**2, 64)
+
+
+def test_published_sizes_build_with_patch_4():
+    with torch.device("meta"):
+        backbone = XCiT("xcit_s12_p4")
+        assert backbone(torch.zeros(2, 3, 16, 24)).shape == (2, 384)
+        assert backbone.forward_features(torch.zeros(2, 3, 16, 24)).shape == (2, 1 + 4 * 6, 384)
+
+
+@torch.no_grad()
+def test_fourier_positions_are_timms_for_any_grid_in_any_order():
+    ours = FourierPositions(40)
+    theirs = timm_xcit.PositionalEncodingFourier(dim=40)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for H, W in [(1, 1), (2, 3), (3, 2), (14, 14), (7, 28), (2, 3)]:
+        expected = theirs(1, H, W)[0].flatten(1).T  # (N, C)
+        torch.testing.assert_close(ours(H, W), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_xca_is_the_papers_formula(l2_norm):
+    """Section 3.2, head by head: softmax(K^T Q / tau) on V, each column of Q and K of unit length over the tokens."""
+    torch.manual_seed(0)
+    B, N, h, d = 2, 7, 3, 4
+    xca = XCA(h * d, h, l2_norm=l2_norm).double()
+    nn.init.uniform_(xca.temperature, 0.5, 2.0)
+    tokens = torch.randn(B, N, h * d, dtype=torch.float64)
+    qkv = tokens @ xca.qkv.weight.T + xca.qkv.bias
+    images = []
+    for b in range(B):
+        heads = []
+        for head in range(h):
+            q, k, v = (qkv[b, :, i * h * d + head * d :][:, :d] for i in range(3))  # (N, d)
+            if l2_norm:
+                q, k = q / q.norm(dim=0), k / k.norm(dim=0)
+            heads.append(v @ (q.T @ k * xca.temperature[head, 0, 0]).softmax(-1).T)
+        images.append(torch.cat(heads, dim=1))
+    expected = torch.stack(images) @ xca.proj.weight.T + xca.proj.bias
+    outputs = [xca(tokens), expected]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    direction = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((output * direction).sum(), list(xca.parameters())) for output in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+# -- class attention ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arch", "size"), PARITY)
+def test_class_attention_is_that_of_timms_weights(arch, size):
+    ours, theirs = (network.eval() for network in pair(arch))
+    images = torch.randn(2, 3, *size)
+    attention = ours.class_attention(images)
+    expected = naive_class_attention(theirs, images)
+    assert expected.std(-1).min() > 1e-3  # uniform weights would prove nothing
+    torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+    patch, grid = ours.patch_size, (size[0] // ours.patch_size, size[1] // ours.patch_size)
+    maps = dino_xcit.class_attention(ours, images)
+    assert maps.shape == (2, ours.heads, *grid)
+    torch.testing.assert_close(maps.sum((-2, -1)), 1 - expected[:, -1, :, 0])
+    torch.testing.assert_close(maps[..., 1, 2], expected[:, -1, :, 1 + grid[1] + 2], rtol=1e-4, atol=1e-6)
+    first = dino_xcit.class_attention(ours, images, layer=0)
+    torch.testing.assert_close(first.flatten(-2), expected[:, 0, :, 1:], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=f"patch size {patch} must divide"):
+        dino_xcit.class_attention(ours, images[..., 1:])
+
+
+# -- switches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("switch", "removed"),
+    [
+        ("xca", {"norm1.weight", "norm1.bias", "gamma1"} | {f"attn.{n}" for n in ("temperature", "qkv", "proj")}),
+        ("lpi", {"norm3.weight", "norm3.bias", "gamma3"} | {f"local_mp.{n}" for n in ("conv1", "bn", "conv2")}),
+        ("l2_norm", set()),
+        ("learned_temperature", {"attn.temperature"}),
+    ],
+)
+def test_ablation_removes_its_parameters_and_the_rest_learn(switch, removed):
+    complete = dict(pico().named_parameters())
+    ablated = pico(**{switch: False})
+    gone = complete.keys() - dict(ablated.named_parameters()).keys()
+    assert gone == {
+        name for name in complete for i in range(4) for part in removed if f"{name}.".startswith(f"blocks.{i}.{part}.")
+    }
+    assert bool(gone) == bool(removed)
+    ablated(torch.randn(2, 3, 32, 32)).square().mul(torch.randn(64)).sum().backward()
+    for name, parameter in ablated.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not name.endswith("attn.k.bias") or name.startswith("blocks"):
+            assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("switch", "neutral"),
+    [("xca", ("gamma1", 0.0)), ("lpi", ("gamma3", 0.0)), ("learned_temperature", ("temperature", 1.0))],
+)
+def test_ablated_network_is_the_complete_one_with_that_part_neutral(switch, neutral):
+    (complete,) = fill(pico())
+    ablated = pico(**{switch: False})
+    images = torch.randn(2, 3, 32, 48)
+    output = complete(images)
+    for name, parameter in complete.named_parameters():
+        if name.startswith("blocks") and name.endswith(neutral[0]):
+            parameter.fill_(neutral[1])
+    kept = ablated.state_dict().keys()
+    ablated.load_state_dict({name: value for name, value in complete.state_dict().items() if name in kept}, strict=True)
+    torch.testing.assert_close(ablated(images), complete(images), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ablated(images), output, atol=1e-2)
+
+
+def test_grad_checkpointing_changes_nothing_but_memory():
+    images = torch.randn(3, 3, 32, 48)
+    results = []
+    for grad_checkpointing in (False, True):
+        (backbone,) = fill(pico(grad_checkpointing=grad_checkpointing, drop_path=0.5))
+        for step in range(2):  # the second shows that the first left batch norm tracking
+            torch.manual_seed(step)
+            output = backbone(images)
+            output[:, :9].sum().backward()
+        results.append([output, [p.grad for p in backbone.parameters()], list(backbone.buffers())])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_depth_acts_in_training_only():
+    images = torch.randn(4, 3, 32, 32)
+    plain, (deep,) = fill(pico())[0], fill(pico(drop_path=0.5))
+    torch.testing.assert_close(deep.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    assert not torch.allclose(deep.train()(images), plain.train()(images), atol=1e-2)
+
+
+# -- errors and names --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((50, 70), "nearest: 48 x 64 or 64 x 80"),
+        ((48, 70), "nearest: 48 x 64 or 48 x 80"),
+        ((15, 32), "nearest: 16 x 32"),
+    ],
+)
+def test_size_that_the_patch_does_not_divide_names_the_nearest(size, nearest):
+    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} pixels.*{nearest}$"):
+        pico()(torch.zeros(1, 3, *size))
+
+
+def test_wrong_channel_count_names_the_flag():
+    with pytest.raises(ValueError, match=r"images have 1 channels.*takes 3.*--in_chans 1"):
+        pico()(torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "patch"),
+    [
+        ("xcit_s12_p8", "xcit_s12", 8),
+        ("xcit_small_12_p8", "xcit_s12", 8),
+        ("xcit_small_12_p8_224", "xcit_s12", 8),
+        ("xcit_small_12_p8_384", "xcit_s12", 8),
+        ("xcit_small_12_p8_224_dist", "xcit_s12", 8),
+        ("xcit_small_12_p8_384_dist", "xcit_s12", 8),
+        ("xcit_small_12_p8_224.fb_in1k", "xcit_s12", 8),
+        ("xcit_small_12_p8_384.fb_dist_in1k", "xcit_s12", 8),
+        ("xcit_nano_12_p16_224", "xcit_n12", 16),
+        ("xcit_tiny_24_p16_384.fb_dist_in1k", "xcit_t24", 16),
+        ("xcit_medium_24_p8", "xcit_m24", 8),
+        ("xcit_large_24_p4", "xcit_l24", 4),
+        ("xcit_pico_4_p8", "xcit_pico4", 8),
+    ],
+)
+def test_every_spelling_of_a_name_is_the_same_architecture(name, row, patch):
+    short = f"{row}_p{patch}"
+    assert resolve_architecture(name) == (short, ARCHITECTURES[row], patch)
+    assert timm_name(name) == timm_name(short)
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("xcit_s13_p8", "xcit_s12_p8"),
+        ("xcit_smal_12_p16", "xcit_small_12_p16"),
+        ("xcit_t12_p32", "xcit_t12_p"),
+        ("resnet50", "xcit_"),
+    ],
+)
+def test_unknown_name_lists_the_closest_and_the_valid(name, closest):
+    with pytest.raises(ValueError, match=rf"'{name}'; did you mean --arch {closest}") as error:
+        XCiT(name)
+    for short in ARCHITECTURES:
+        assert f"{short}_p16" in str(error.value)
+
+
+def test_timm_knows_every_name_that_is_said_to_be_its_own():
+    assert {timm_name(arch) for arch in PUBLISHED} <= set(timm.list_models("xcit*"))
+    assert timm_name("xcit_s12_p4") is None
+    assert timm_name("xcit_pico4_p16") is None
+
+
+def test_class_token_output_is_the_first_of_the_features():
+    (backbone,) = fill(pico().eval())
+    images = F.normalize(torch.randn(2, 3, 48, 32))
+    torch.testing.assert_close(backbone(images), backbone.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5)
