@@ -31,7 +31,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Three-layer MLP, L2 normalisation, weight-normalised last layer (appendix C). (..., in_dim) -> (..., out_dim)."""
+    """Three-layer MLP, L2 normalisation, weight-normalised last layer (appendix C). (N, in_dim) -> (N, out_dim)."""
 
     def __init__(
         self,

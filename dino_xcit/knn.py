@@ -32,7 +32,7 @@ def knn_classify(
     ranked: dict[int, list[Tensor]] = {k: [] for k in nb_knn}
     for part in test.split(chunk):
         similarity, neighbours = (part @ train.T).topk(max(nb_knn), dim=1)  # (chunk, k), most similar first
-        weight = (similarity / temperature).exp()
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, lest exp overflow
         label = train_labels[neighbours]
         votes = torch.zeros(len(part), classes, device=part.device)
         counted = 0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TEXTURES = ("rows", "columns", "slants", "checks", "diamonds", "rings", "dots", "bricks", "waves", "speckle")
+TEXTURES = ("stripes", "waves", "checks", "bricks", "rings", "rays", "dots", "speckle")
 SIZE = 32
 PERIOD = 5.0  # pixels of a 32 x 32 image, of the regular textures
 COUNT = 10000  # drawn when --num_images does not say otherwise
@@ -35,11 +35,13 @@ def draw_shape(seed: int, split: str, index: int, channels: int = 3, size: int =
     y, x = (np.mgrid[:size, :size] + 0.5) / size * SIZE - SIZE / 2  # in pixels of a 32 x 32 image, from the centre
     centre = rng.uniform(-7, 7, 2)
     mask = _outline(rng, x - centre[0], y - centre[1])
-    angle = rng.uniform(-0.2, 0.2)
-    u = np.cos(angle) * x + np.sin(angle) * y
-    v = np.cos(angle) * y - np.sin(angle) * x
-    texture = _texture(rng, TEXTURES[label], u, v, centre)
-    scene = np.where(mask, 0.5 * texture, 0.0) + rng.normal(0, 0.04, mask.shape)
+    angle = rng.uniform(0, 2 * np.pi)
+    origin = centre + rng.uniform(-6, 6, 2)
+    u = np.cos(angle) * (x - origin[0]) + np.sin(angle) * (y - origin[1]) + _warp(rng, x, y)
+    v = np.cos(angle) * (y - origin[1]) - np.sin(angle) * (x - origin[0]) + _warp(rng, x, y)
+    texture = _texture(rng, TEXTURES[label], u, v)
+    texture = (texture - texture[mask].mean()) / texture[mask].std()  # brightness and contrast do not tell the classes
+    scene = np.where(mask, 0.35 * texture, 0.0) + rng.normal(0, 0.04, mask.shape)
     image = rng.uniform(0.25, 0.75) + np.exp(rng.uniform(np.log(0.2), np.log(0.8))) * scene
     grey = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
     return Shape(np.repeat(grey[..., None], channels, axis=2), label, mask)
@@ -54,22 +56,18 @@ def _outline(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarr
     return np.hypot(x, y) < radius
 
 
-def _texture(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray, centre: np.ndarray) -> np.ndarray:
+def _texture(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Values from -1 to 1."""
-    wave = 2 * np.pi / (PERIOD * rng.uniform(0.9, 1.1))
+    wave = 2 * np.pi / (PERIOD * rng.uniform(0.8, 1.2))
     a, b = wave * u + rng.uniform(0, 2 * np.pi), wave * v + rng.uniform(0, 2 * np.pi)
-    if name == "rows":
-        return np.sin(b)
-    if name == "columns":
+    if name == "stripes":
         return np.sin(a)
-    if name == "slants":
-        return np.sin((a + rng.choice([-1, 1]) * b) * 0.75)
     if name == "checks":
         return np.sin(a) * np.sin(b)
-    if name == "diamonds":
-        return (np.sin(a) + np.sin(b)) / 2
     if name == "rings":
-        return np.sin(wave * np.hypot(u - centre[0], v - centre[1]) + rng.uniform(0, 2 * np.pi))
+        return np.sin(wave * np.hypot(u, v) + rng.uniform(0, 2 * np.pi))
+    if name == "rays":
+        return np.sin(7 * np.arctan2(v, u) + rng.uniform(0, 2 * np.pi))
     if name == "dots":
         return np.where(np.sin(a) + np.sin(b) > 0.9, 1.0, -0.4)
     if name == "bricks":
@@ -77,6 +75,12 @@ def _texture(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray, 
     if name == "waves":
         return np.sin(b + 1.5 * np.sin(0.5 * a))
     return np.sign(_noise(rng, u, v, 2.0))
+
+
+def _warp(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A smooth displacement in pixels."""
+    direction, phase = rng.uniform(0, 2 * np.pi, 2)
+    return 1.5 * np.sin(2 * np.pi / rng.uniform(14, 22) * (np.cos(direction) * x + np.sin(direction) * y) + phase)
 
 
 def _noise(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, grain: float) -> np.ndarray:

@@ -106,6 +106,7 @@ class FourierPositions(nn.Module):
         self.temperature = temperature
         self._waves: dict[tuple[int, int, torch.device], Tensor] = {}
 
+    @torch.inference_mode(False)  # what is kept must serve training too
     def waves(self, H: int, W: int, device: torch.device) -> Tensor:
         """(H * W, 2 * hidden_dim) of constants: the vertical code, then the horizontal one."""
         key = (H, W, device)
@@ -188,7 +189,8 @@ class XCA(nn.Module):
         q, k, v = qkv.unbind(2)
         attention = torch.einsum("bnhi,bnhj->bhij", q, k)  # (B, h, d, d)
         if self.l2_norm:
-            squares = qkv[:, :, :2].float().square().sum(1)  # (B, 2, h, d), over tokens
+            qk = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
+            squares = qk.square().sum(1)  # (B, 2, h, d), over tokens
             norms = squares.clamp_min(1e-24).sqrt()
             attention = attention / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])
         attention = (attention * self.temperature).softmax(-1).to(v.dtype)
@@ -366,13 +368,15 @@ class XCiT(nn.Module):
         return x, attentions
 
     def _check(self, images: Tensor) -> None:
+        if images.ndim != 4 or 0 in images.shape:
+            raise ValueError(f"images have the shape {tuple(images.shape)}; expected (B, {self.in_chans}, H, W)")
         _, channels, height, width = images.shape
         if channels != self.in_chans:
             raise ValueError(
                 f"images have {channels} channels, this network takes {self.in_chans}; set --in_chans {channels}"
             )
         p = self.patch_size
-        if height % p or width % p or not height or not width:
+        if height % p or width % p:
             near = " or ".join(
                 f"{height // p * p + p * down} x {width // p * p + p * across}"
                 for down, across in ((0, 0), (1 if height % p else 0, 1 if width % p else 0))
@@ -383,16 +387,17 @@ class XCiT(nn.Module):
 
 @contextlib.contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch norm still normalises by the batch but leaves its running statistics alone: they were updated once, in
-    the forward pass, and recomputing it for the backward pass must not count the batch twice."""
+    """Batch norms update copies of their running statistics: these were updated once, in the forward pass, and
+    recomputing it for the backward pass must not count the batch twice."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -59,9 +59,7 @@ def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
     together = dataclasses.replace(alone, output_dir=str(tmp_path / "two"), devices="2", batch_size_per_gpu=4)
     finished = run_cli("pretrain", *as_flags(together))
     assert finished.returncode == 0, finished.stderr
-    tables = [
-        list(csv.DictReader((Path(c.output_dir) / "metrics.csv").read_text().splitlines())) for c in (alone, together)
-    ]
+    tables = [list(csv.DictReader((Path(c.output_dir) / "metrics.csv").read_text().splitlines())) for c in (alone, together)]
     assert [row["step"] for row in tables[1]] == [str(step) for step in range(1, 13)]
     for one, two in zip(*tables, strict=True):
         for column in ("loss", "teacher_entropy", "grad_norm", "center_norm"):

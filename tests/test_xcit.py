@@ -272,6 +272,14 @@ def test_grad_checkpointing_changes_nothing_but_memory():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+def test_training_works_after_inference_mode_on_the_same_grid():
+    backbone, images = pico(), torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        backbone.eval()(images)
+    backbone.train()(images).sum().backward()
+    assert backbone.pos_embed.token_projection.weight.grad.isfinite().all()
+
+
 def test_stochastic_depth_acts_in_training_only():
     images = torch.randn(4, 3, 32, 32)
     plain, (deep,) = fill(pico())[0], fill(pico(drop_path=0.5))
