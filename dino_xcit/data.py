@@ -55,7 +55,7 @@ class ShapeSet:
 
     def __init__(self, seed: int, split: str, count: int, channels: int) -> None:
         self.seed, self.split, self.count, self.channels = seed, split, count, channels
-        self.labels = np.arange(count) % len(shapes.TEXTURES)
+        self.labels = np.arange(count) % len(shapes.CLASSES)
 
     def __len__(self) -> int:
         return self.count
@@ -65,7 +65,7 @@ class ShapeSet:
         return torch.from_numpy(image).permute(2, 0, 1)
 
     def name(self, index: int) -> str:
-        return f"shape {index} ({shapes.TEXTURES[index % len(shapes.TEXTURES)]})"
+        return f"shape {index} ({shapes.CLASSES[index % len(shapes.CLASSES)]})"
 
 
 class TimmSet:

@@ -1,0 +1,58 @@
+"""The recipes under configs/ are documents that load."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dino_xcit.cli import parse
+from dino_xcit.config import PretrainConfig, validate
+from dino_xcit.schedules import Schedules
+from dino_xcit.xcit import resolve_architecture
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def load(file: Path) -> PretrainConfig:
+    return parse("pretrain", PretrainConfig, ["--config", str(file)])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_loads_and_says_where_it_comes_from(file):
+    config = load(file)
+    validate(config)
+    resolve_architecture(config.arch)
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for word in ("Source", "Expected", "Hardware", "Command"):
+        assert any(line.startswith(f"# {word}:") for line in comments), word
+    assert f"--config configs/{file.name}" in "".join(comments) or "make demo" in "".join(comments)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_holds_only_options_and_is_not_the_default_throughout(file):
+    options = yaml.safe_load(file.read_text())
+    assert set(options) <= {field.name for field in dataclasses.fields(PretrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("name", "total_batch", "peak", "end"),
+    [
+        ("s12_p16", 1024, 1e-3, 4e-5),
+        ("m24_p16", 1024, 1e-3, 1e-5),
+        ("m24_p8", 960, 9.375e-4, 1e-5),
+        ("s12_p8", 960, 9.375e-4, 4e-5),
+    ],
+)
+def test_the_published_recipes_train_with_the_published_batch_and_rates(name, total_batch, peak, end):
+    config = load(FILES[0].parent / f"{name}.yaml")
+    batch = config.batch_size_per_gpu * int(config.devices) * config.num_nodes * config.accumulate_grad_batches
+    assert batch == total_batch
+    schedules = Schedules(config=config, steps_per_epoch=1_281_167 // batch, total_batch=batch)
+    warmup = 10 * schedules.steps_per_epoch
+    assert schedules.lr(0) == pytest.approx(1e-5)
+    assert schedules.lr(warmup) == pytest.approx(peak)
+    assert schedules.lr(schedules.steps - 1) == pytest.approx(end, rel=1e-3)
+    assert (schedules.teacher_temp(0), schedules.teacher_temp(schedules.steps - 1)) == (0.04, 0.07)
