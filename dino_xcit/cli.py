@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             closest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}")
         return run_pretrain(parse(command, PretrainConfig, arguments))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):
             raise
         print(f"{PROGRAM} {command}: {error}", file=sys.stderr)

@@ -172,6 +172,8 @@ FREE_ON_RESUME = frozenset(
         "data_path",
         "devices",
         "dry_run",
+        "eval_every_n_epochs",
+        "eval_num_images",
         "log_every_n_steps",
         "logger",
         "num_nodes",

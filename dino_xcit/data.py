@@ -285,9 +285,12 @@ class CropLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.handed_out = self.order.passes_done
-        for batch in super().__iter__():
-            self.handed_out += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.handed_out += 1
+                yield batch
+        except ValueError as error:  # from a worker it comes with the traceback in its text
+            raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
 
     def state_dict(self) -> dict[str, int]:
         return {"passes": self.handed_out}

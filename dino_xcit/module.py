@@ -216,6 +216,15 @@ class DINOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = plain(dataclasses.asdict(self.config))
+        checkpoint["total_batch"] = self.schedules.total_batch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before, now = checkpoint["total_batch"], self.schedules.total_batch
+        if before != now:
+            raise ValueError(
+                f"the run was made with {before} images per step, now it would be {now}; set --devices, --num_nodes, "
+                "--batch_size_per_gpu and --accumulate_grad_batches as before"
+            )
 
     def stop_if_broken(self) -> None:
         """Raise FloatingPointError if a loss or gradient was not finite. Waits for the device."""

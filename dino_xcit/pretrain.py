@@ -85,7 +85,13 @@ def pretrain(config: PretrainConfig) -> Outcome:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own
-        trainer.fit(module, datamodule=CropData(config, images), ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=CropData(config, images), ckpt_path=checkpoint, weights_only=True)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory at --batch_size_per_gpu {config.batch_size_per_gpu}; lower it and raise "
+                f"--accumulate_grad_batches, or set --grad_checkpointing true ({str(error).split('. ')[0]})"
+            ) from error
     return Outcome(folder=folder, step=trainer.global_step, steps=schedules.steps, interrupted=saver.interrupted)
 
 

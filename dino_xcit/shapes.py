@@ -40,7 +40,7 @@ def draw_shape(seed: int, split: str, index: int, channels: int = 3, size: int =
     v = np.cos(angle) * y - np.sin(angle) * x + _bend(rng, x, y)
     texture = _texture(rng, CLASSES[label], u, v)
     texture = (texture - texture[mask].mean()) / texture[mask].std()  # so that brightness and contrast do not tell the class
-    contrast = np.exp(rng.uniform(np.log(0.05), np.log(0.25)))
+    contrast = np.exp(rng.uniform(np.log(0.06), np.log(0.3)))
     slope = rng.normal(0, 0.005, 2)
     ground = rng.uniform(0.3, 0.7) + slope[0] * x + slope[1] * y
     picture = np.where(mask, rng.uniform(0.3, 0.7) + contrast * texture, ground) + rng.normal(0, 0.02, mask.shape)

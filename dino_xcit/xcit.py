@@ -59,7 +59,7 @@ ARCHITECTURES = {
     "xcit_m24": Architecture(official="xcit_medium_24", dim=512, depth=24, heads=8, eta=1e-5, tokens_norm=True),
     "xcit_l24": Architecture(official="xcit_large_24", dim=768, depth=24, heads=16, eta=1e-5, tokens_norm=True),
     # Not in the paper: small enough to learn something on two CPU cores in minutes.
-    "xcit_pico4": Architecture(official="xcit_pico_4", dim=64, depth=4, heads=4, eta=1.0, tokens_norm=True),
+    "xcit_pico2": Architecture(official="xcit_pico_2", dim=64, depth=2, heads=4, eta=1.0, tokens_norm=True),
 }
 PATCH_SIZES = (16, 8, 4)
 ABLATIONS = ("xca", "lpi", "l2_norm", "learned_temperature")

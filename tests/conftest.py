@@ -17,7 +17,7 @@ from dino_xcit.config import PretrainConfig
 torch.set_num_threads(1)  # tiny tensors, and tests run side by side
 
 TINY = PretrainConfig(
-    arch="xcit_pico4_p4",
+    arch="xcit_pico2_p4",
     dataset="shapes",
     num_images=48,
     global_crops_size=16,

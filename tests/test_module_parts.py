@@ -10,7 +10,7 @@ import torch
 from dino_xcit.config import PretrainConfig
 from dino_xcit.module import CollapseWatch, Network, clip_per_parameter, parameter_groups
 
-CONFIG = PretrainConfig(arch="xcit_pico4_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
+CONFIG = PretrainConfig(arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
 
 
 # -- weight decay ------------------------------------------------------------------------------------------------

@@ -279,13 +279,18 @@ def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
     assert rows(config.output_dir)[-1]["step"] == "30"
 
 
-def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys, workers):
     (tmp_path / "images").mkdir()
-    for i in range(8):
-        (tmp_path / "images" / f"{i}.jpg").write_bytes(b"broken")
-    flags = as_flags(dataclasses.replace(TINY, dataset=None, num_images=None, on_bad_image="raise"))
+    for i in range(64):
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / f"{i:02}.png")
+    order = np.random.default_rng((0, 0)).permutation(64)
+    (tmp_path / "images" / f"{order[20]:02}.png").write_bytes(b"broken")  # met after crops.png was drawn
+    flags = as_flags(dataclasses.replace(TINY, dataset=None, num_images=None, on_bad_image="raise", num_workers=workers))
     assert main(["pretrain", *flags, "--data_path", f"{tmp_path}/images", "--output_dir", f"{tmp_path}/run"]) == 2
-    assert "--on_bad_image replace" in capsys.readouterr().err
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("dino-xcit pretrain: cannot read ")
+    assert "--on_bad_image replace" in last_line
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
@@ -302,6 +307,8 @@ def test_a_folder_with_another_config_is_refused_with_the_differing_options(tiny
     pretrain(tiny)
     with pytest.raises(ValueError, match=r"other options: --lr was 0.0005, now 0.1; name another --output_dir"):
         pretrain(dataclasses.replace(tiny, lr=0.1, num_workers=1))
+    with pytest.raises(ValueError, match="made with 8 images per step, now it would be 16"):
+        pretrain(dataclasses.replace(tiny, devices="2", strategy="ddp_spawn"))
     with pytest.raises(ValueError, match="--resume is false"):
         pretrain(dataclasses.replace(tiny, resume=False))
     assert yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text())["lr"] == tiny.lr

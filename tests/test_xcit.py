@@ -11,7 +11,7 @@ import dino_xcit
 from dino_xcit.xcit import ARCHITECTURES, XCA, FourierPositions, XCiT, resolve_architecture, timm_name
 
 PARITY = [("xcit_n12_p16", (64, 48)), ("xcit_t12_p8", (32, 48)), ("xcit_t24_p16", (32, 48))]  # tokens_norm off, on, on
-PUBLISHED = [f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico4" for patch in (16, 8)]
+PUBLISHED = [f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)]
 PICO = {"embed_dim": 64, "depth": 4, "num_heads": 4, "tokens_norm": True}
 
 
@@ -42,7 +42,7 @@ def pair(arch, in_chans=3):
 
 def pico(**options):
     torch.manual_seed(0)
-    return XCiT("xcit_pico4_p16", **options)
+    return XCiT("xcit_pico2_p16", **options)
 
 
 def assert_gradients_match(ours, theirs):
@@ -138,7 +138,7 @@ def test_pico_and_patch_4_are_timms_blocks_with_fewer_layers(patch):
     theirs = timm_xcit.Xcit(patch_size=max(patch, 8), num_classes=0, **PICO)
     if patch == 4:
         theirs.patch_embed.proj = nn.Sequential(timm_xcit.conv3x3(3, 32, 2), nn.GELU(), timm_xcit.conv3x3(32, 64, 2))
-    ours, theirs = fill(XCiT(f"xcit_pico4_p{patch}"), theirs)
+    ours, theirs = fill(XCiT(f"xcit_pico2_p{patch}"), theirs)
     images = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
     assert ours.forward_features(images).shape == (2, 1 + 32 * 48 // patch**2, 64)
@@ -323,7 +323,7 @@ def test_wrong_channel_count_names_the_flag():
         ("xcit_tiny_24_p16_384.fb_dist_in1k", "xcit_t24", 16),
         ("xcit_medium_24_p8", "xcit_m24", 8),
         ("xcit_large_24_p4", "xcit_l24", 4),
-        ("xcit_pico_4_p8", "xcit_pico4", 8),
+        ("xcit_pico_2_p8", "xcit_pico2", 8),
     ],
 )
 def test_every_spelling_of_a_name_is_the_same_architecture(name, row, patch):
@@ -351,7 +351,7 @@ def test_unknown_name_lists_the_closest_and_the_valid(name, closest):
 def test_timm_knows_every_name_that_is_said_to_be_its_own():
     assert {timm_name(arch) for arch in PUBLISHED} <= set(timm.list_models("xcit*"))
     assert timm_name("xcit_s12_p4") is None
-    assert timm_name("xcit_pico4_p16") is None
+    assert timm_name("xcit_pico2_p16") is None
 
 
 def test_class_token_output_is_the_first_of_the_features():
