@@ -65,16 +65,16 @@ def pretrain(config: PretrainConfig) -> Outcome:
     torch.set_flush_denormal(True)  # denormals slow CPU training several times over
     images = open_images(config, "train")
     assert images is not None
-    folder = Path(config.output_dir)
-    checkpoint = prepare_folder(folder, config)
     trainer = make_trainer(config)
     order = Order(config, len(images), world_size=trainer.world_size)
     schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
+    folder = Path(config.output_dir)
+    checkpoint = prepare_folder(folder, config)
     L.seed_everything(config.seed, verbose=False)
     module = DINOModule(config, schedules)
     draw_crop_sheet(folder, module, images)
     if config.dry_run:
-        print(plan(config, module, len(images), trainer))
+        rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps, interrupted=False)
     if config.compile:
         for network in (module.student, module.teacher):
@@ -264,12 +264,13 @@ class RunFolder(L.Callback):
         self.watch = CollapseWatch(config)
         self.interrupted = False
         self.saved_at = time.monotonic()
-        self.bad_images: set[str] = set()
+        self.bad_images = run_folder.read_bad_images(folder)
         self.images_seen = 0
         self.told_of_bad_images = False
+        self._signal_before = signal.getsignal(signal.SIGINT)
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._signal_before = signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -90,6 +90,12 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
         return [row for row in reader if None not in row.values() and row["step"]]
 
 
+def read_bad_images(folder: Path) -> set[str]:
+    """Names of the unreadable images that bad_images.txt lists, one a line before a tab and the reason."""
+    path = folder / BAD_IMAGES
+    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+
+
 def draw_curves(folder: Path) -> None:
     """curves.png: each column of metrics.csv over the steps."""
     from matplotlib.figure import Figure

@@ -23,10 +23,11 @@ from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import CropDataset, Order, collate, open_images
-from dino_xcit.module import COLUMNS, DINOModule
-from dino_xcit.pretrain import pretrain
+from dino_xcit.module import COLUMNS, DINOModule, Network
+from dino_xcit.pretrain import memory_estimate, pretrain
 from dino_xcit.schedules import Schedules
 from dino_xcit.weights import LAST, TEACHER, load_backbone
+from dino_xcit.xcit import XCABlock
 
 
 def rows(folder: str | Path) -> list[dict[str, str]]:
@@ -107,6 +108,30 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys):
     printed = capsys.readouterr().out
     for word in ("images", "48", "steps", "12", "parameters", "memory", "precision", "crops.png"):
         assert word in printed
+
+
+def test_the_memory_estimate_grows_with_the_batch_and_counts_the_weights(tiny):
+    one = memory_estimate(tiny)
+    two = memory_estimate(dataclasses.replace(tiny, batch_size_per_gpu=2 * tiny.batch_size_per_gpu))
+    weights = sum(p.numel() for p in Network(tiny, 0.0).parameters()) * 4
+    kept = two - one  # by the forward pass of one batch more
+    assert one > 5 * weights
+    assert one - 5 * weights == pytest.approx(kept, rel=0.2)
+
+
+def test_layers_can_be_compiled(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(XCABlock, "compile", lambda block, **options: compiled.append(block))
+    pretrain(dataclasses.replace(tiny, compile=True, epochs=1))
+    assert len(compiled) == 4  # two layers of student and teacher each
+
+
+def test_tensorboard_gets_every_row(tiny):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    folder = pretrain(dataclasses.replace(tiny, logger=("tensorboard",), epochs=1)).folder
+    (written,) = (folder / "tensorboard").glob("events.*")
+    steps = {e.step for e in event_file.EventFileLoader(str(written)).Load() for v in e.summary.value if v.tag == "loss"}
+    assert steps == set(range(1, 7))
 
 
 def test_kept_checkpoints(tiny):
@@ -307,11 +332,15 @@ def test_a_folder_with_another_config_is_refused_with_the_differing_options(tiny
     pretrain(tiny)
     with pytest.raises(ValueError, match=r"other options: --lr was 0.0005, now 0.1; name another --output_dir"):
         pretrain(dataclasses.replace(tiny, lr=0.1, num_workers=1))
-    with pytest.raises(ValueError, match="made with 8 images per step, now it would be 16"):
-        pretrain(dataclasses.replace(tiny, devices="2", strategy="ddp_spawn"))
     with pytest.raises(ValueError, match="--resume is false"):
         pretrain(dataclasses.replace(tiny, resume=False))
     assert yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text())["lr"] == tiny.lr
+
+
+def test_a_run_is_not_continued_with_another_total_batch(tiny):
+    module = DINOModule(tiny, Schedules(config=tiny, steps_per_epoch=3, total_batch=16))  # as on twice the devices
+    with pytest.raises(ValueError, match=r"made with 8 images per step, now it would be 16; set --devices"):
+        module.on_load_checkpoint({"total_batch": 8})
 
 
 def test_metrics_rows_after_the_checkpoint_are_written_anew(tmp_path):
