@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -184,6 +184,8 @@ def decode(data: bytes, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as file:
             return _from_pil(ImageOps.exif_transpose(file), channels)
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
     except Exception as error:  # PIL lets through whatever the reader of a format raises
         raise ValueError(_one_line(error)) from error
 

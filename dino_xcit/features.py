@@ -15,17 +15,20 @@ from dino_xcit.data import ImageSet
 SMALL = 96  # below this side nothing is cut off: small images are framed already
 
 
-class EvalDataset(Dataset[Tensor]):
-    """Images of a set by number, resized and cropped: uint8 (C, size, size)."""
+class EvalDataset(Dataset[tuple[Tensor, bool]]):
+    """Images of a set by number, resized and cropped: uint8 (C, size, size), and whether the image could be read."""
 
-    def __init__(self, images: ImageSet, indices: np.ndarray, size: int) -> None:
-        self.images, self.indices, self.size = images, indices, size
+    def __init__(self, images: ImageSet, indices: np.ndarray, size: int, channels: int) -> None:
+        self.images, self.indices, self.size, self.channels = images, indices, size, channels
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Tensor:
-        return centre_crop(self.images.read(int(self.indices[position])), self.size)
+    def __getitem__(self, position: int) -> tuple[Tensor, bool]:
+        try:
+            return centre_crop(self.images.read(int(self.indices[position])), self.size), True
+        except (OSError, ValueError):
+            return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), False
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
@@ -53,16 +56,23 @@ def extract(
     device: torch.device,
     batch_size: int = 256,
     num_workers: int = 0,
-) -> Tensor:
-    """Features (len(indices), D), float32 on CPU, of the backbone in eval mode; its mode is put back afterwards."""
+) -> tuple[Tensor, Tensor]:
+    """Features of the backbone in eval mode, whose mode is put back afterwards, and which images they are of.
+
+    Float32 (n, D) and bool (len(indices),) on CPU: n of the images could be read, those that are True.
+    """
     training = backbone.training
     backbone.eval()
     offset = torch.tensor(mean, device=device)[:, None, None]
     scale = torch.tensor(std, device=device)[:, None, None]
-    loader = DataLoader(EvalDataset(images, indices, size), batch_size=batch_size, num_workers=num_workers)
-    features = [backbone((batch.to(device).float() / 255 - offset) / scale).float().cpu() for batch in loader]
+    dataset = EvalDataset(images, indices, size, channels=len(mean))
+    features, readable = [], []
+    for batch, read in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers):
+        normalised = (batch[read].to(device).float() / 255 - offset) / scale
+        features.append(backbone(normalised).float().cpu())
+        readable.append(read)
     backbone.train(training)
-    return torch.cat(features)
+    return torch.cat(features), torch.cat(readable)
 
 
 def evaluation_workers(count: int) -> int:

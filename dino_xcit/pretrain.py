@@ -239,7 +239,7 @@ class KnnProbe:
         """Top-1 in percent."""
         features, labels = [], []
         for images, indices in ((self.train, self.neighbours), (self.validation, self.queries)):
-            extracted = extract(
+            extracted, readable = extract(
                 backbone,
                 images,
                 indices,
@@ -251,8 +251,8 @@ class KnnProbe:
             )
             assert images.labels is not None
             features.append(extracted)
-            labels.append(torch.from_numpy(images.labels[indices]))
-        k = min(PROBE_NEIGHBOURS, len(self.neighbours))
+            labels.append(torch.from_numpy(images.labels[indices])[readable])
+        k = min(PROBE_NEIGHBOURS, len(labels[0]))
         return top1(knn_classify(features[0], labels[0], features[1], [k])[k], labels[1])
 
 

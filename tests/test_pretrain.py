@@ -289,19 +289,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tiny, mo
 
 def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
     noise = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
     for i in range(120):
-        Image.fromarray(noise.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i:03}.jpg")
+        image = Image.fromarray(noise.integers(0, 255, (20, 24, 3), dtype=np.uint8))
+        image.save(tmp_path / "images" / ("a" if i < 60 else "b") / f"{i:03}.jpg")
     for i in (7, 50):
-        (tmp_path / "images" / f"{i:03}.jpg").write_bytes(b"\xff\xd8 broken")
-    (tmp_path / "images" / "051.jpg").write_bytes(b"")
-    config = dataclasses.replace(tiny, dataset=None, data_path=str(tmp_path / "images"), num_images=None, num_workers=1)
+        (tmp_path / "images" / "a" / f"{i:03}.jpg").write_bytes(b"\xff\xd8 broken")
+    (tmp_path / "images" / "a" / "051.jpg").write_bytes(b"")
+    config = dataclasses.replace(
+        tiny, dataset=None, data_path=str(tmp_path / "images"), num_images=None, num_workers=1, eval_num_images=200
+    )
     pretrain(config)
     listed = (Path(config.output_dir) / "bad_images.txt").read_text().splitlines()
     assert {Path(line.split("\t")[0]).name for line in listed} == {"007.jpg", "050.jpg", "051.jpg"}
     assert len(listed) == 3
     assert "bad_images.txt" in capsys.readouterr().err  # 2.5% are bad: look at them
     assert rows(config.output_dir)[-1]["step"] == "30"
+    assert rows(config.output_dir)[-1]["knn_top1"]  # counted on the images that can be read
 
 
 @pytest.mark.parametrize("workers", [0, 1])
