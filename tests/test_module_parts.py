@@ -27,7 +27,7 @@ def test_biases_norms_and_layer_scales_are_spared_from_weight_decay():
     groups, decayed, spared, _ = decayed_and_spared()
     assert groups[1]["weight_decay"] == 0
     assert {name.split(".")[-1] for name in spared} == {"bias", "weight", "gamma1", "gamma2", "gamma3"}
-    assert {"norm.weight", "patch_embed.proj.0.1.weight", "blocks.0.local_mp.bn.weight", "blocks.3.attn.qkv.bias"} <= {
+    assert {"norm.weight", "patch_embed.proj.0.1.weight", "blocks.0.local_mp.bn.weight", "blocks.1.attn.qkv.bias"} <= {
         name.removeprefix("backbone.") for name in spared
     }
     assert {

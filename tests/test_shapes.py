@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from dino_xcit.shapes import SIZE, TEXTURES, draw_shape
+from dino_xcit.shapes import CLASSES, SIZE, draw_shape
 
 
 def same(one, other):
@@ -20,7 +20,7 @@ def test_same_arguments_give_the_same_image_whatever_came_before():
     assert same(draw_shape(0, "train", 5), first)
 
 
-@pytest.mark.parametrize("arguments", [(1, "train", 5), (0, "validation", 5), (0, "train", 5 + len(TEXTURES))])
+@pytest.mark.parametrize("arguments", [(1, "train", 5), (0, "validation", 5), (0, "train", 5 + len(CLASSES))])
 def test_another_seed_split_or_index_gives_another_image_and_outline(arguments):
     one, other = draw_shape(0, "train", 5), draw_shape(*arguments)
     assert one.label == other.label
@@ -37,8 +37,8 @@ def test_image_and_mask_have_the_types_that_rooms_above_rely_on():
 
 
 def test_labels_go_round_the_classes():
-    labels = [draw_shape(0, "train", index).label for index in range(3 * len(TEXTURES))]
-    assert labels == list(range(len(TEXTURES))) * 3
+    labels = [draw_shape(0, "train", index).label for index in range(3 * len(CLASSES))]
+    assert labels == list(range(len(CLASSES))) * 3
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

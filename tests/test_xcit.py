@@ -12,7 +12,7 @@ from dino_xcit.xcit import ARCHITECTURES, XCA, FourierPositions, XCiT, resolve_a
 
 PARITY = [("xcit_n12_p16", (64, 48)), ("xcit_t12_p8", (32, 48)), ("xcit_t24_p16", (32, 48))]  # tokens_norm off, on, on
 PUBLISHED = [f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)]
-PICO = {"embed_dim": 64, "depth": 4, "num_heads": 4, "tokens_norm": True}
+PICO = {"embed_dim": 64, "depth": 2, "num_heads": 4, "tokens_norm": True}
 
 
 def fill(*networks):
