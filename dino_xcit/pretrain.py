@@ -142,7 +142,7 @@ def make_trainer(config: PretrainConfig) -> L.Trainer:
         "accumulate_grad_batches": config.accumulate_grad_batches,
         "max_epochs": 1,
         "logger": make_loggers(config),
-        "callbacks": [Progress(config)],
+        "callbacks": [Progress(config)] if config.trainer.get("enable_progress_bar", True) else [],
         "use_distributed_sampler": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -437,7 +437,8 @@ def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Tra
             f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
             f"{schedules.total_batch} images each, {trainer.world_size} processes)",
             f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
-            f"memory      about {memory / 2**30:.1f} GiB per process for weights, optimizer and one step in float32",
+            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step in float32 keeps for its "
+            "backward pass; buffers come on top",
             f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
             f"crops       {Path(config.output_dir) / run_folder.CROPS}",
         ]

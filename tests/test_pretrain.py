@@ -51,7 +51,7 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
-    config = dataclasses.replace(tiny, eval_every_n_epochs=1)
+    config = dataclasses.replace(tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False})
     outcome = pretrain(config)
     folder = outcome.folder
     assert (outcome.step, outcome.steps, outcome.interrupted) == (12, 12, False)
