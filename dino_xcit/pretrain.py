@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import os
 import shutil
@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from tqdm import tqdm
 
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
-from dino_xcit.crops import GLOBAL_CROPS
-from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, collate, default_workers, open_images
-from dino_xcit.features import centre_crop, evaluation_workers, extract
+from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
+from dino_xcit.features import evaluation_workers, extract
 from dino_xcit.knn import knn_classify, top1
-from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule, Network
+from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
+from dino_xcit.plan import draw_crop_sheet, plan
 from dino_xcit.schedules import Schedules
 from dino_xcit.weights import LAST, TEACHER, save_backbone
 from dino_xcit.xcit import resolve_architecture
@@ -38,8 +39,6 @@ from dino_xcit.xcit import resolve_architecture
 SECONDS_BETWEEN_CHECKPOINTS = 600
 BAD_SHARE_TO_LOOK_AT = 0.01
 PROBE_NEIGHBOURS = 20
-SHEET_IMAGES = 6
-SHEET_LOCAL_CROPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
     checkpoint = prepare_folder(folder, config)
     L.seed_everything(config.seed, verbose=False)
     module = DINOModule(config, schedules)
-    draw_crop_sheet(folder, module, images)
+    rank_zero_only(draw_crop_sheet)(folder, module, images)
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps, interrupted=False)
@@ -82,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
                 block.compile(dynamic=False)
     saver = RunFolder(config, folder, KnnProbe.of(config, images))
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), saver.listening():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own
         try:
@@ -267,19 +266,21 @@ class RunFolder(L.Callback):
         self.bad_images = run_folder.read_bad_images(folder)
         self.images_seen = 0
         self.told_of_bad_images = False
-        self._signal_before = signal.getsignal(signal.SIGINT)
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGINT, self._on_interrupt)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ctrl-C asks for a stop after the step instead of breaking into it."""
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.metrics = run_folder.Metrics(self.folder, COLUMNS, trainer.global_step)
         if trainer.global_step:
             say(f"continuing {self.folder} from step {trainer.global_step}")
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        signal.signal(signal.SIGINT, self._signal_before)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if self.interrupted:  # asked twice: at once
@@ -399,71 +400,3 @@ class Progress(TQDMProgressBar):
                 "images/s": f"{row['images_per_second']:.0f}",
             }
         return dict(self.shown)
-
-
-# -- before the first step -------------------------------------------------------------------------------------------
-
-
-@rank_zero_only
-def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
-    """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
-    config = module.config
-    dataset = CropDataset(images, config)
-    permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
-    batch = collate([dataset[0, int(index)] for index in permutation])
-    groups = [views[:, :SHEET_LOCAL_CROPS] for views in module.views(batch)]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
-    rows = []
-    for i, index in enumerate(permutation):
-        try:
-            whole = [centre_crop(images.read(int(index)), config.global_crops_size) / 255]
-        except (OSError, ValueError):
-            whole = [torch.zeros(config.in_chans, 8, 8)]
-        pictures = whole + [view * std + mean for views in groups for view in views[i]]
-        rows.append((Path(images.name(int(index))).name, [p.permute(1, 2, 0).clamp(0, 1).numpy() for p in pictures]))
-    locals_shown = min(config.local_crops_number, SHEET_LOCAL_CROPS)
-    titles = ["image"] + [f"global {i + 1}" for i in range(GLOBAL_CROPS)] + [f"local {i + 1}" for i in range(locals_shown)]
-    run_folder.draw_crops(folder, rows, titles)
-
-
-def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Trainer) -> str:
-    """What the run would do, in a few lines."""
-    schedules = module.schedules
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (module.student.backbone, module.student.head)]
-    memory = memory_estimate(config)
-    return "\n".join(
-        [
-            f"images      {images:,}",
-            f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
-            f"{schedules.total_batch} images each, {trainer.world_size} processes)",
-            f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
-            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step in float32 keeps for its "
-            "backward pass; buffers come on top",
-            f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
-            f"crops       {Path(config.output_dir) / run_folder.CROPS}",
-        ]
-    )
-
-
-def memory_estimate(config: PretrainConfig) -> int:
-    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass keeps for the
-    backward pass, all float32. Counted on the meta device: nothing is computed."""
-    with torch.device("meta"):
-        student = Network(dataclasses.replace(config, grad_checkpointing=False), config.drop_path_rate)
-        B, C = config.batch_size_per_gpu, config.in_chans
-        groups = [torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)]
-        if config.local_crops_number:
-            side = config.local_crops_size
-            groups.append(torch.empty(B, config.local_crops_number, C, side, side))
-        kept: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            logits = student(groups)
-            torch.logsumexp(logits / config.student_temp, dim=-1).sum()
-    parameters = 4 * sum(p.numel() for p in student.parameters())
-    return 5 * parameters + sum(kept.values())

@@ -13,6 +13,7 @@ FLOORS = (
     ("crops", "attention"),
     ("data",),
     ("module", "weights", "features", "knn"),
+    ("plan",),
     ("pretrain",),
     ("cli",),
 )

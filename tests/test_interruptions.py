@@ -16,6 +16,7 @@ import torch
 from conftest import TINY, as_flags
 
 from dino_xcit.config import PretrainConfig
+from dino_xcit.module import DINOModule
 from dino_xcit.pretrain import pretrain
 
 LONG = dataclasses.replace(TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3)  # 24 steps, 12 an epoch
@@ -68,6 +69,14 @@ def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(tmp_pa
     assert rows(killed) == rows(config)
     for name, value in state(config).items():
         assert torch.equal(state(killed)[name], value), name
+
+
+def test_ctrl_c_is_the_callers_again_after_a_run_even_one_that_failed(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(DINOModule, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(dataclasses.replace(TINY, output_dir=str(tmp_path)))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

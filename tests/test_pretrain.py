@@ -24,7 +24,8 @@ from dino_xcit.cli import main, parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import CropDataset, Order, collate, open_images
 from dino_xcit.module import COLUMNS, DINOModule, Network
-from dino_xcit.pretrain import memory_estimate, pretrain
+from dino_xcit.plan import memory_estimate
+from dino_xcit.pretrain import pretrain
 from dino_xcit.schedules import Schedules
 from dino_xcit.weights import LAST, TEACHER, load_backbone
 from dino_xcit.xcit import XCABlock

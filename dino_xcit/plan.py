@@ -1,0 +1,84 @@
+"""What a run is going to do, before its first step: the sheet of crops and the plan in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+
+from dino_xcit import run_folder
+from dino_xcit.config import PretrainConfig
+from dino_xcit.crops import GLOBAL_CROPS
+from dino_xcit.data import CropDataset, ImageSet, collate
+from dino_xcit.features import centre_crop
+from dino_xcit.module import DINOModule, Network
+
+SHEET_IMAGES = 6
+SHEET_LOCAL_CROPS = 8
+
+
+def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
+    """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
+    config = module.config
+    dataset = CropDataset(images, config)
+    permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
+    batch = collate([dataset[0, int(index)] for index in permutation])
+    groups = [views[:, :SHEET_LOCAL_CROPS] for views in module.views(batch)]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    rows = []
+    for i, index in enumerate(permutation):
+        try:
+            whole = [centre_crop(images.read(int(index)), config.global_crops_size) / 255]
+        except (OSError, ValueError):
+            whole = [torch.zeros(config.in_chans, 8, 8)]
+        pictures = whole + [view * std + mean for views in groups for view in views[i]]
+        rows.append((Path(images.name(int(index))).name, [p.permute(1, 2, 0).clamp(0, 1).numpy() for p in pictures]))
+    locals_shown = min(config.local_crops_number, SHEET_LOCAL_CROPS)
+    titles = ["image"] + [f"global {i + 1}" for i in range(GLOBAL_CROPS)] + [f"local {i + 1}" for i in range(locals_shown)]
+    run_folder.draw_crops(folder, rows, titles)
+
+
+def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Trainer) -> str:
+    """What the run would do, in a few lines."""
+    schedules = module.schedules
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (module.student.backbone, module.student.head)]
+    memory = memory_estimate(config)
+    return "\n".join(
+        [
+            f"images      {images:,}",
+            f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
+            f"{schedules.total_batch} images each, {trainer.world_size} processes)",
+            f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
+            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step in float32 keeps "
+            "for its backward pass; buffers come on top",
+            f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
+            f"crops       {Path(config.output_dir) / run_folder.CROPS}",
+        ]
+    )
+
+
+def memory_estimate(config: PretrainConfig) -> int:
+    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass keeps for the
+    backward pass, all float32. Counted on the meta device: nothing is computed."""
+    with torch.device("meta"):
+        student = Network(dataclasses.replace(config, grad_checkpointing=False), config.drop_path_rate)
+        B, C = config.batch_size_per_gpu, config.in_chans
+        groups = [torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)]
+        if config.local_crops_number:
+            side = config.local_crops_size
+            groups.append(torch.empty(B, config.local_crops_number, C, side, side))
+        kept: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logits = student(groups)
+            torch.logsumexp(logits / config.student_temp, dim=-1).sum()
+    parameters = 4 * sum(p.numel() for p in student.parameters())
+    return 5 * parameters + sum(kept.values())
