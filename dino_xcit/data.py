@@ -146,17 +146,22 @@ def _open_folder(data_path: str | None, split: str, channels: int) -> ImageSet |
         ) from None
 
 
-def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet:
+def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet | None:
     from timm.data import create_dataset
 
+    if not name.startswith(("torch/", "hfds/")):
+        raise ValueError(
+            f"--dataset {name} is unknown; expected shapes, torch/NAME (torchvision) or hfds/NAME (Hugging Face)"
+        )
     try:
         return TimmSet(create_dataset(name, root=config.data_path, split=split), config.in_chans)
     except ImportError as error:
         raise ValueError(f"--dataset {name} needs a package that is not installed: {error}") from error
     except (AssertionError, RuntimeError, OSError, ValueError) as error:
+        if split == "validation":  # a set whose training images opened has no such split
+            return None
         raise ValueError(
-            f"--dataset {name} could not be opened at --data_path {config.data_path}: {_one_line(error)}; "
-            "expected shapes, torch/NAME (torchvision) or hfds/NAME (Hugging Face)"
+            f"--dataset {name} could not be opened at --data_path {config.data_path}: {_one_line(error)}"
         ) from error
 
 

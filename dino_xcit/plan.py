@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import lightning as L
@@ -58,6 +59,19 @@ def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Tra
             f"crops       {Path(config.output_dir) / run_folder.CROPS}",
         ]
     )
+
+
+def refuse_what_does_not_fit(config: PretrainConfig, precision: str) -> None:
+    """Raise ValueError for a step that needs more memory than a CPU's machine has, instead of being killed for it."""
+    if precision != "32-true" or config.grad_checkpointing:
+        return  # the estimate is of neither
+    needed, there = memory_estimate(config), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} needs more than "
+            f"{needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}; lower --batch_size_per_gpu and raise "
+            "--accumulate_grad_batches, or start with --config configs/demo.yaml"
+        )
 
 
 def memory_estimate(config: PretrainConfig) -> int:

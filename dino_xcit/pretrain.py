@@ -31,7 +31,7 @@ from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, O
 from dino_xcit.features import evaluation_workers, extract
 from dino_xcit.knn import knn_classify, top1
 from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
-from dino_xcit.plan import draw_crop_sheet, plan
+from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.schedules import Schedules
 from dino_xcit.weights import LAST, TEACHER, save_backbone
 from dino_xcit.xcit import resolve_architecture
@@ -75,6 +75,8 @@ def pretrain(config: PretrainConfig) -> Outcome:
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps, interrupted=False)
+    if trainer.strategy.root_device.type == "cpu":
+        refuse_what_does_not_fit(config, trainer.precision)
     if config.compile:
         for network in (module.student, module.teacher):
             for block in network.backbone.blocks:

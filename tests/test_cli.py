@@ -87,7 +87,10 @@ def test_other_trainer_options_are_reachable():
         (["pretrain", "--in_chans", "1"], ["--mean", "--in_chans 1"]),
         (["pretrain", "--teacher_temp", "0"], ["--teacher_temp", "positive"]),
         (["pretrain", "--data_path", "nowhere"], ["--data_path nowhere", "does not exist"]),
-        (["pretrain", "--dataset", "torch/fashion_mist", "--data_path", "."], ["torch/fashion_mist", "--data_path ."]),
+        (
+            ["pretrain", "--dataset", "torch/fashion_mist", "--data_path", "."],
+            ["torch/fashion_mist", "--data_path .", "Unknown"],
+        ),
         (["pretrain", "--num_images", "63", "--devices", "1"], ["63 images", "--batch_size_per_gpu"]),
         (["pretrain", "--precision", "12-bit"], ["--precision 12-bit"]),
         (["pretrain", "--global_crops_size", "100", "--dry_run", "true"], ["100", "patch size 16", "96 x 96", "112 x 112"]),

@@ -150,6 +150,12 @@ def test_empty_and_wrong_folders_say_what_was_found(tmp_path):
         open_images(folder_config(tmp_path / "nowhere"), "train")
 
 
+def test_only_known_kinds_of_named_sets_are_opened(tmp_path):
+    make_folder(tmp_path, ["a.png"])
+    with pytest.raises(ValueError, match="--dataset photos is unknown; expected shapes, torch/NAME"):
+        open_images(dataclasses.replace(TINY, dataset="photos", data_path=str(tmp_path)), "train")
+
+
 def test_more_images_than_there_are_is_an_error(tmp_path):
     root = make_folder(tmp_path, ["a.png"])
     with pytest.raises(ValueError, match="--num_images 2 is more than the 1 images"):

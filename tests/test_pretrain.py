@@ -120,6 +120,11 @@ def test_the_memory_estimate_grows_with_the_batch_and_counts_the_weights(tiny):
     assert one - 5 * weights == pytest.approx(kept, rel=0.2)
 
 
+def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"--batch_size_per_gpu 100000 .* needs more than \d+ GiB and this machine has"):
+        pretrain(dataclasses.replace(tiny, num_images=100_000, batch_size_per_gpu=100_000, epochs=1))
+
+
 def test_layers_can_be_compiled(tiny, monkeypatch):
     compiled = []
     monkeypatch.setattr(XCABlock, "compile", lambda block, **options: compiled.append(block))
