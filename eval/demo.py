@@ -1,6 +1,7 @@
-"""`make demo`: pretrain on the embedded shapes, then compare k-NN accuracies on held-out shapes.
+"""`make demo`: pretrain on the embedded shapes, then compare k-NN accuracies on held-out images.
 
-A run that was interrupted goes on where it stopped; a finished one is only evaluated.
+A run that was interrupted goes on where it stopped; a finished one is only evaluated. Takes the options of
+`dino-xcit pretrain`; without any, `--config configs/demo.yaml`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 def main() -> None:
     start = time.perf_counter()
-    config = parse("pretrain", PretrainConfig, ["--config", str(CONFIG), *sys.argv[1:]])
+    config = parse("pretrain", PretrainConfig, sys.argv[1:] or ["--config", str(CONFIG)])
     outcome = pretrain(config)
     if outcome.interrupted:
         sys.exit(130)
@@ -37,10 +38,10 @@ def main() -> None:
         (f"{config.arch}, untrained", XCiT(config.arch, in_chans=config.in_chans)),
         (f"{config.arch}, DINO teacher", load_backbone(outcome.folder)),
     ]
-    print(f"\nk-NN top-1 (k = 20) on {len(probe.queries)} held-out shapes, {len(probe.neighbours)} neighbours")
+    print(f"\nk-NN top-1 (k = 20) on {len(probe.queries)} held-out images, {len(probe.neighbours)} neighbours")
     for name, features in rows:
         print(f"  {name:32} {probe(features, torch.device('cpu')):5.1f} %")
-    print(f"{outcome.steps} steps; all of it took {time.perf_counter() - start:.0f} s; look at {outcome.folder}/crops.png")
+    print(f"{outcome.steps} steps; all of this took {time.perf_counter() - start:.0f} s; look at {outcome.folder}/crops.png")
 
 
 if __name__ == "__main__":
