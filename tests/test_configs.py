@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from dino_xcit.cli import parse
 from dino_xcit.config import PretrainConfig, validate
+from dino_xcit.run_folder import write_config
 from dino_xcit.schedules import Schedules
 from dino_xcit.xcit import resolve_architecture
 
@@ -56,3 +58,23 @@ def test_the_published_recipes_train_with_the_published_batch_and_rates(name, to
     assert schedules.lr(warmup) == pytest.approx(peak)
     assert schedules.lr(schedules.steps - 1) == pytest.approx(end, rel=1e-3)
     assert (schedules.teacher_temp(0), schedules.teacher_temp(schedules.steps - 1)) == (0.04, 0.07)
+
+
+def readme_commands() -> list[str]:
+    lines = (FILES[0].parent.parent / "README.md").read_text().splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith("dino-xcit pretrain ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_are_understood(command, monkeypatch, tmp_path):
+    """Each is parsed as typed, in a folder with the recipes and the run that it speaks of."""
+    (tmp_path / "configs").symlink_to(FILES[0].parent)
+    (tmp_path / "runs/s12_p16").mkdir(parents=True)
+    write_config(load(FILES[0].parent / "s12_p16.yaml"), tmp_path / "runs/s12_p16")
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command)[2:]
+    if arguments == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            parse("pretrain", PretrainConfig, arguments)
+    else:
+        validate(parse("pretrain", PretrainConfig, arguments))
