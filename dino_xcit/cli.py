@@ -91,15 +91,19 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
 
 
 def join_lists(arguments: list[str], config_class: type) -> list[str]:
-    """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`."""
-    lists = {f"--{name}" for name, hint in get_type_hints(config_class).items() if get_origin(hint) is tuple}
+    """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`; a switch without a value,
+    `--dry_run`, is switched on."""
+    hints = get_type_hints(config_class)
+    lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) is tuple}
+    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
     joined: list[str] = []
     position = 0
     while position < len(arguments):
         flag = arguments[position]
         position += 1
         if flag not in lists:
-            joined.append(flag)
+            alone = arguments[position : position + 1] == [] or arguments[position].startswith("--")
+            joined.append(f"{flag}=true" if flag in switches and alone else flag)
             continue
         end = next((i for i in range(position, len(arguments)) if arguments[i].startswith("--")), len(arguments))
         values = " ".join(arguments[position:end])

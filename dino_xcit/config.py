@@ -134,9 +134,9 @@ class PretrainConfig:
     num_nodes: int = 1
     """machines"""
     strategy: str = "auto"
-    """how processes work together, as Lightning names it"""
+    """how processes work together: ddp or a variant of it, as Lightning names it"""
     precision: str = "auto"
-    """32-true, bf16-mixed, 16-mixed, ...; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
     compile: bool = False
     """torch.compile each layer: takes a minute or more at the start"""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -162,6 +162,8 @@ class PretrainConfig:
     dry_run: bool = False
     """write crops.png, print the plan and stop"""
 
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 # Options that a resumed run may change: they say where it runs and what it tells, not what it computes.
 FREE_ON_RESUME = frozenset(
@@ -232,6 +234,11 @@ def validate(config: PretrainConfig) -> None:
     require(
         config.warmup_teacher_temp_epochs <= config.epochs, "warmup_teacher_temp_epochs", f"at most --epochs {config.epochs}"
     )
+    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+    require(
+        config.strategy == "auto" or config.strategy.startswith("ddp"), "strategy", "auto or ddp (every process is whole)"
+    )
+    require(config.eval_num_images >= 1, "eval_num_images", "at least 1")
     for flag in ("num_images", "checkpoint_every_n_steps"):
         value = getattr(config, flag)
         require(value is None or value >= 1, flag, "at least 1")

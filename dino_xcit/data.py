@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +42,10 @@ class ImageSet(Protocol):
     def labels(self) -> np.ndarray | None:
         """Class of each image, or None if the set has no classes."""
 
+    @property
+    def classes(self) -> dict[str, int] | None:
+        """Label of each class by its folder's name, or None if the set has no such names."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
@@ -56,6 +61,7 @@ class ShapeSet:
     def __init__(self, seed: int, split: str, count: int, channels: int) -> None:
         self.seed, self.split, self.count, self.channels = seed, split, count, channels
         self.labels = np.arange(count) % len(shapes.CLASSES)
+        self.classes = None
 
     def __len__(self) -> int:
         return self.count
@@ -75,6 +81,7 @@ class TimmSet:
         self.dataset, self.channels = dataset, channels
         self.reader = getattr(dataset, "reader", None)
         self.labels = _labels(dataset)
+        self.classes = getattr(self.reader, "class_to_idx", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -96,6 +103,7 @@ class Subset:
         self.images = images
         self.indices = np.sort(np.random.default_rng((seed, len(images))).permutation(len(images))[:count])
         self.labels = None if images.labels is None else images.labels[self.indices]
+        self.classes = images.classes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -107,16 +115,17 @@ class Subset:
         return self.images.name(int(self.indices[index]))
 
 
-def open_images(config: PretrainConfig, split: str) -> ImageSet | None:
+def open_images(config: PretrainConfig, split: str, classes: dict[str, int] | None = None) -> ImageSet | None:
     """The images of a split, `train` or `validation`; None if the set has no validation images.
 
+    classes: labels by folder name, so that the two splits of a folder agree; images of other classes are left out.
     Raises ValueError, naming the flag, if there is nothing to open.
     """
     name = config.dataset or ("" if config.data_path else "shapes")
     if name == "shapes":
         counts = {"train": config.num_images or shapes.COUNT, "validation": shapes.VALIDATION_COUNT}
         return ShapeSet(config.seed, split, counts[split], config.in_chans)
-    images = _open_folder(config.data_path, split, config.in_chans) if not name else _open_named(name, config, split)
+    images = _open_folder(config, split, classes) if not name else _open_named(name, config, split)
     if images is not None and split == "train" and config.num_images:
         if config.num_images > len(images):
             raise ValueError(f"--num_images {config.num_images} is more than the {len(images)} images found")
@@ -124,10 +133,11 @@ def open_images(config: PretrainConfig, split: str) -> ImageSet | None:
     return images
 
 
-def _open_folder(data_path: str | None, split: str, channels: int) -> ImageSet | None:
+def _open_folder(config: PretrainConfig, split: str, classes: dict[str, int] | None) -> ImageSet | None:
     from timm.data import ImageDataset
     from timm.data.readers import set_img_extensions
 
+    data_path = config.data_path
     root = Path(data_path or "")
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
@@ -138,8 +148,10 @@ def _open_folder(data_path: str | None, split: str, channels: int) -> ImageSet |
     folder = found or root
     set_img_extensions(EXTENSIONS)
     try:
-        return TimmSet(ImageDataset(str(folder)), channels)
+        return TimmSet(ImageDataset(str(folder), class_map=classes), config.in_chans)
     except RuntimeError:  # timm's "Found 0 images"
+        if split == "validation":
+            return None
         files = sum(len(names) for _, _, names in os.walk(folder))
         raise ValueError(
             f"no images in --data_path {folder} ({files} other files); expected files ending in {' '.join(EXTENSIONS)}"
@@ -291,6 +303,7 @@ class CropLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=collate,
+            worker_init_fn=_leave_ctrl_c_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -313,6 +326,10 @@ def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
     return Batch(
         views=default_collate([vars(views) for views, _ in samples]), bad_images=[bad for _, bads in samples for bad in bads]
     )
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def default_workers() -> int:

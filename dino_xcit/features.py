@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -68,13 +66,13 @@ def extract(
     dataset = EvalDataset(images, indices, size, channels=len(mean))
     features, readable = [], []
     for batch, read in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers):
-        normalised = (batch[read].to(device).float() / 255 - offset) / scale
-        features.append(backbone(normalised).float().cpu())
         readable.append(read)
+        if read.any():
+            normalised = (batch[read].to(device).float() / 255 - offset) / scale
+            features.append(backbone(normalised).float().cpu())
     backbone.train(training)
+    if not features:
+        raise ValueError(
+            f"none of the {len(indices)} images to evaluate on can be read, {images.name(int(indices[0]))} for one"
+        )
     return torch.cat(features), torch.cat(readable)
-
-
-def evaluation_workers(count: int) -> int:
-    """Loader processes for a pass over `count` images: none where starting them costs more than they save."""
-    return 0 if count < 5000 else max(0, min(8, (os.cpu_count() or 1) - 1))

@@ -112,7 +112,8 @@ class DINOModule(L.LightningModule):
 
     def _augment(self, crops: Tensor, draws: Tensor) -> Tensor:
         c = self.config
-        views = photometric(crops.flatten(0, 1), draws.flatten(0, 1), c.mean, c.std, c.blur_sigma[1])
+        with torch.autocast(crops.device.type, enabled=False):  # eight bits of a picture need more than bfloat16 has
+            views = photometric(crops.flatten(0, 1), draws.flatten(0, 1), c.mean, c.std, c.blur_sigma[1])
         return views.unflatten(0, crops.shape[:2])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -228,7 +229,10 @@ class DINOModule(L.LightningModule):
 
     def stop_if_broken(self) -> None:
         """Raise FloatingPointError if a loss or gradient was not finite. Waits for the device."""
-        if self._broken.item():
+        broken = self._broken
+        if self.trainer.world_size > 1:
+            broken = self.trainer.strategy.reduce(broken.clone(), reduce_op="max")  # all stop, or none
+        if broken.item():
             assert self._gradient_norm is not None
             raise FloatingPointError(
                 f"by step {self.global_step + 1}: loss {self._mean_loss().item():.4g}, gradient norm "

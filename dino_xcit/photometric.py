@@ -11,6 +11,7 @@ views are touched. Axes: N views, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from enum import IntEnum
@@ -53,7 +54,7 @@ def photometric(views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tupl
         x = _on_rows(x, draws[:, Draw.GRAYSCALE] > 0, lambda x, rows: gray(x).expand_as(x))
     x = _on_rows(x, draws[:, Draw.SIGMA] > 0, lambda x, rows: gaussian_blur(x, draws[rows, Draw.SIGMA], max_sigma))
     x = _on_rows(x, draws[:, Draw.SOLARIZE] > 0, lambda x, rows: torch.where(x >= 128 / 255, 1 - x, x))
-    return (x - x.new_tensor(mean)[:, None, None]).div_(x.new_tensor(std)[:, None, None])
+    return (x - _constant(mean, x.device)).div_(_constant(std, x.device))
 
 
 def color_jitter(x: Tensor, draws: Tensor) -> Tensor:
@@ -112,8 +113,7 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
         torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )  # (N, H, W), in sixths of the circle
     hue = hue + 6 * turns[:, None, None]
-    channel = x.new_tensor([5.0, 3.0, 1.0])[:, None, None]
-    k = torch.remainder(hue[:, None] + channel, 6)  # (N, 3, H, W)
+    k = torch.remainder(hue[:, None] + _constant((5.0, 3.0, 1.0), x.device), 6)  # (N, 3, H, W)
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -128,6 +128,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     x = F.pad(x, (reach, reach, reach, reach), mode="reflect").reshape(1, N * C, H + 2 * reach, W + 2 * reach)
     x = F.conv2d(x, kernel[:, None, :, None], groups=N * C)
     return F.conv2d(x, kernel[:, None, None, :], groups=N * C).reshape(N, C, H, W)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One value per channel (C, 1, 1); made once, since copying it to a device waits for the device."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _on_rows(x: Tensor, active: Tensor, operation: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:

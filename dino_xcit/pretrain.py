@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
-from dino_xcit.features import evaluation_workers, extract
+from dino_xcit.features import extract
 from dino_xcit.knn import knn_classify, top1
 from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
@@ -37,8 +37,16 @@ from dino_xcit.weights import LAST, TEACHER, save_backbone
 from dino_xcit.xcit import resolve_architecture
 
 SECONDS_BETWEEN_CHECKPOINTS = 600
+NOT_FOR_THE_TRAINER = {
+    "fast_dev_run",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "sync_batchnorm",
+}
 BAD_SHARE_TO_LOOK_AT = 0.01
 PROBE_NEIGHBOURS = 20
+WORTH_WORKERS = 5000  # images to evaluate on; starting workers for fewer costs more than it saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +164,9 @@ def make_trainer(config: PretrainConfig) -> L.Trainer:
         if processes > 1:
             # Every process computes the same buffers from the same numbers, so broadcasting them would be wasted.
             options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    taken = sorted(set(config.trainer) & {*options, *NOT_FOR_THE_TRAINER})
+    if taken:
+        raise ValueError(f"--trainer.{taken[0]} is not free: this command has an option for it or depends on it as it is")
     try:
         return L.Trainer(**{**options, **config.trainer})
     except (TypeError, ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
@@ -233,7 +244,7 @@ class KnnProbe:
         """The probe of a run; None if its images have no labels."""
         if images.labels is None:
             return None
-        validation = open_images(config, "validation")
+        validation = open_images(config, "validation", images.classes)
         return cls(config, images, validation if validation is not None and validation.labels is not None else None)
 
     def __call__(self, backbone: nn.Module, device: torch.device) -> float:
@@ -248,7 +259,7 @@ class KnnProbe:
                 mean=self.config.mean,
                 std=self.config.std,
                 device=device,
-                num_workers=evaluation_workers(len(indices)),
+                num_workers=default_workers() if len(indices) >= WORTH_WORKERS else 0,
             )
             assert images.labels is not None
             features.append(extracted)
@@ -266,7 +277,8 @@ class RunFolder(L.Callback):
         self.interrupted = False
         self.saved_at = time.monotonic()
         self.bad_images = run_folder.read_bad_images(folder)
-        self.images_seen = 0
+        self.images_seen = self.bad_images_seen = 0
+        self.saved_step = -1
         self.told_of_bad_images = False
 
     @contextlib.contextmanager
@@ -288,7 +300,7 @@ class RunFolder(L.Callback):
         if self.interrupted:  # asked twice: at once
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nstopping after this step; Ctrl-C again stops at once, without saving", file=sys.stderr, flush=True)
+        print("\nstopping at the next chance; Ctrl-C again stops at once, without saving", file=sys.stderr, flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self._note_bad_images(batch)
@@ -359,18 +371,24 @@ class RunFolder(L.Callback):
                 with run_folder.replacing(last.with_name(f"epoch{ended_epoch:04}.ckpt")) as path:
                     shutil.copyfile(last, path)
         self.saved_at = time.monotonic()
+        self.saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        if self.saved_step != trainer.global_step:  # a limit given to the trainer ended it early
+            self.save(trainer, module, None)
 
     def _note_bad_images(self, batch: Batch) -> None:
         self.images_seen += len(batch.views["global_crops"])
+        self.bad_images_seen += len(batch.bad_images)
         for bad in batch.bad_images:
             if bad.name not in self.bad_images:
                 self.bad_images.add(bad.name)
                 self._list_bad_image(bad)
-        share = len(self.bad_images) / self.images_seen
+        share = self.bad_images_seen / self.images_seen
         if share > BAD_SHARE_TO_LOOK_AT and self.images_seen >= 100 and not self.told_of_bad_images:
             self.told_of_bad_images = True
             say(
-                f"{len(self.bad_images)} of the first {self.images_seen} images could not be read ({share:.1%}); "
+                f"{self.bad_images_seen} of the first {self.images_seen} images could not be read ({share:.1%}); "
                 f"look at {self.folder / run_folder.BAD_IMAGES}"
             )
 

@@ -36,9 +36,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_config(config: PretrainConfig, folder: Path) -> None:
-    """Every resolved option: `dino-xcit pretrain --config FILE` repeats the run."""
+    """Every resolved option but those of this one start: `dino-xcit pretrain --config FILE` repeats the run, or goes on."""
+    options = {name: value for name, value in plain(dataclasses.asdict(config)).items() if name not in ("resume", "dry_run")}
     with replacing(folder / CONFIG) as path:
-        path.write_text(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
+        path.write_text(yaml.safe_dump(options, sort_keys=False))
 
 
 def read_config(folder: Path) -> PretrainConfig:

@@ -1,4 +1,4 @@
-"""Any checkpoint -> backbone; backbone -> file.
+"""Files of this toolkit -> backbone; backbone -> file.
 
 Files are safetensors with timm's parameter names; what the tensors do not say (architecture, channels, ablations, how images
 were normalised) is in their metadata as JSON, under `dino_xcit`.

@@ -187,11 +187,15 @@ class XCA(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
         q, k, v = qkv.unbind(2)
-        attention = torch.einsum("bnhi,bnhj->bhij", q, k)  # (B, h, d, d)
         if self.l2_norm:
             qk = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
             squares = qk.square().sum(1)  # (B, 2, h, d), over tokens
             norms = squares.clamp_min(1e-24).sqrt()
+            if v.dtype == torch.float16:  # whose range the products of unnormalised tokens may leave
+                q, k = q / norms[:, None, 0], k / norms[:, None, 1]
+                norms = torch.ones_like(norms)
+        attention = torch.einsum("bnhi,bnhj->bhij", q, k)  # (B, h, d, d)
+        if self.l2_norm:
             attention = attention / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])
         attention = (attention * self.temperature).softmax(-1).to(v.dtype)
         return self.proj(torch.einsum("bnhj,bhij->bnhi", v, attention).flatten(2))  # (B, N, C)

@@ -51,6 +51,13 @@ def test_lists_are_typed_as_official_dino_takes_them_and_as_yaml(words):
     assert config("--global_crops_scale", *words, "--lr", "1").global_crops_scale == (0.25, 1.0)
 
 
+def test_a_switch_needs_no_value():
+    assert config("--dry_run", "--compile", "--seed", "3").dry_run is True
+    assert config("--seed", "3", "--dry_run").dry_run is True
+    assert config("--dry_run", "false", "--compile").compile is True
+    assert config("--dry_run", "false").dry_run is False
+
+
 def test_a_list_ends_at_the_next_flag():
     joined = join_lists(["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig)
     assert joined == ["--mean=[0.1, 0.2, 0.3]", "--seed", "3", "--std=[1, 1, 1]"]
@@ -92,7 +99,10 @@ def test_other_trainer_options_are_reachable():
             ["torch/fashion_mist", "--data_path .", "Unknown"],
         ),
         (["pretrain", "--num_images", "63", "--devices", "1"], ["63 images", "--batch_size_per_gpu"]),
-        (["pretrain", "--precision", "12-bit"], ["--precision 12-bit"]),
+        (["pretrain", "--precision", "bf16-true"], ["--precision is 'bf16-true'", "32-true, bf16-mixed"]),
+        (["pretrain", "--strategy", "fsdp"], ["--strategy is 'fsdp'", "ddp"]),
+        (["pretrain", "--trainer.max_epochs", "3"], ["--trainer.max_epochs"]),
+        (["pretrain", "--accelerator", "abacus"], ["--accelerator abacus"]),
         (["pretrain", "--global_crops_size", "100", "--dry_run", "true"], ["100", "patch size 16", "96 x 96", "112 x 112"]),
     ],
 )

@@ -119,6 +119,14 @@ def test_folders_flat_labelled_split_and_nested(tmp_path, names, classes):
     assert (len(validation) == 2) if "val/cat/d.jpg" in names else validation is None
 
 
+def test_a_class_has_the_same_label_in_both_splits(tmp_path):
+    names = ["train/a/1.png", "train/b/2.png", "train/c/3.png", "val/b/4.png", "val/c/5.png"]
+    config = folder_config(make_folder(tmp_path, names))
+    train = open_images(config, "train")
+    validation = open_images(config, "validation", train.classes)
+    assert validation.labels.tolist() == [train.classes["b"], train.classes["c"]] == [1, 2]
+
+
 def test_a_subset_is_picked_by_the_seed(tmp_path):
     root = make_folder(tmp_path, [f"{i % 2}/{i}.png" for i in range(20)])
     pick = lambda seed: names_of(dataclasses.replace(folder_config(root), seed=seed, num_images=5))  # noqa: E731

@@ -23,6 +23,7 @@ from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import CropDataset, Order, collate, open_images
+from dino_xcit.features import extract
 from dino_xcit.module import COLUMNS, DINOModule, Network
 from dino_xcit.plan import memory_estimate
 from dino_xcit.pretrain import pretrain
@@ -95,6 +96,35 @@ def test_checkpoints_are_tensors_and_plain_values(tiny):
     saved = checkpoint(pretrain(tiny).folder)  # weights_only refuses anything else
     assert "loss.center" in saved["state_dict"]
     assert saved["config"]["arch"] == tiny.arch
+
+
+def test_a_limit_given_to_the_trainer_ends_with_everything_saved(tiny):
+    outcome = pretrain(dataclasses.replace(tiny, trainer={"max_steps": 4}))
+    assert outcome.step == checkpoint(outcome.folder)["global_step"] == 4
+    load_backbone(outcome.folder / TEACHER)
+
+
+def test_the_augmentation_is_float32_under_mixed_precision(tiny):
+    module = DINOModule(tiny, Schedules(config=tiny, steps_per_epoch=6, total_batch=8))
+    dataset = CropDataset(open_images(tiny, "train"), tiny)
+    batch = collate([dataset[0, i] for i in range(4)])
+    plain = module.views(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(module.views(batch), plain, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_features_of_a_set_in_which_nothing_can_be_read_are_an_error(tmp_path, tiny):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    images = open_images(dataclasses.replace(tiny, dataset=None, data_path=str(tmp_path), num_images=None), "train")
+    options = {"size": 8, "mean": (0.5,) * 3, "std": (1.0,) * 3, "device": torch.device("cpu"), "batch_size": 1}
+    with pytest.raises(ValueError, match="none of the 3 images"):
+        extract(nn.Flatten(), images, np.arange(3), **options)
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    features, readable = extract(nn.Flatten(), images, np.arange(3), **options)
+    assert readable.tolist() == [False, True, False]
+    assert features.shape == (1, 8 * 8 * 3)
 
 
 def test_grey_images_and_no_local_crops(tiny):
@@ -345,6 +375,7 @@ def test_a_folder_with_another_config_is_refused_with_the_differing_options(tiny
         pretrain(dataclasses.replace(tiny, lr=0.1, num_workers=1))
     with pytest.raises(ValueError, match="--resume is false"):
         pretrain(dataclasses.replace(tiny, resume=False))
+    assert not {"resume", "dry_run"} & set(yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text()))
     assert yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text())["lr"] == tiny.lr
 
 

@@ -358,3 +358,15 @@ def test_class_token_output_is_the_first_of_the_features():
     (backbone,) = fill(pico().eval())
     images = F.normalize(torch.randn(2, 3, 48, 32))
     torch.testing.assert_close(backbone(images), backbone.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_float16_products_over_many_tokens_stay_finite():
+    """Unnormalised, the sum over 784 tokens of squares of a hundred leaves float16."""
+    attention = XCA(32, 4)
+    with torch.no_grad():
+        attention.qkv.weight.copy_(10 * torch.eye(32).repeat(3, 1))
+    tokens = torch.randn(1, 784, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.float16):
+        half = attention(tokens)
+    assert half.isfinite().all()
+    torch.testing.assert_close(half.float(), attention(tokens), rtol=0.05, atol=0.05)
