@@ -1,6 +1,7 @@
 """DINO pretraining of XCiT backbones, their evaluation and their attention maps.
 
-Importing the package imports no torch: each public name is loaded when it is first used.
+Importing the package imports no torch: each public name is loaded when it is first used. The function behind a command is in
+the room of its name: `from dino_xcit.pretrain import pretrain`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ _ROOMS = {
     "DINOHead": "dino",
     "DINOLoss": "dino",
     "PretrainConfig": "config",
-    "pretrain": "pretrain",
     "load_backbone": "weights",
     "class_attention": "attention",
     "knn_classify": "knn",

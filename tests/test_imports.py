@@ -33,6 +33,12 @@ def test_every_room_stands_on_a_floor():
     assert {path.stem for path in FOLDER.glob("*.py")} - {"__init__"} == set(FLOOR_OF)
 
 
+def test_every_public_name_loads_and_is_no_rooms_name():
+    for name in dino_xcit.__all__:
+        assert getattr(dino_xcit, name) is not None
+        assert name not in FLOOR_OF, "importing the room would hide the name"
+
+
 def test_imports_run_downward():
     for room, floor in FLOOR_OF.items():
         for imported in imported_rooms(room):
