@@ -235,8 +235,8 @@ class DINOModule(L.LightningModule):
         if broken.item():
             assert self._gradient_norm is not None
             raise FloatingPointError(
-                f"by step {self.global_step + 1}: loss {self._mean_loss().item():.4g}, gradient norm "
-                f"{self._gradient_norm.item():.4g}. The weights were not touched by it and checkpoints/last.ckpt is from "
+                f"by step {self.global_step + 1}: the loss or a gradient is not finite (gradient norm "
+                f"{self._gradient_norm.item():.4g}). The weights were not touched by it and checkpoints/last.ckpt is from "
                 "before it. Try --precision 32-true, a lower --lr, a longer --warmup_epochs, --clip_grad 0.3 or "
                 "--norm_last_layer true"
             )
