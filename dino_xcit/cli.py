@@ -10,17 +10,16 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import TypeVar, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dino_xcit import __version__
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import KnnConfig, LinearConfig, PretrainConfig
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
-COMMANDS = {"pretrain": "pretrain an XCiT backbone with DINO, without labels"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             closest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}")
-        return run_pretrain(parse(command, PretrainConfig, arguments))
+        _, config_class, run = COMMANDS[command]
+        return run(parse(command, config_class, arguments))
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM} {command}: stopped; the same command goes on from there", file=sys.stderr)
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):
             raise
@@ -53,7 +56,7 @@ def entry() -> None:
 def overview() -> str:
     """What `dino-xcit --help` prints."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{description}" for name, description in COMMANDS.items()]
+    lines = [f"  {name:{width}}{description}" for name, (description, *_) in COMMANDS.items()]
     return "\n".join(
         [f"usage: {PROGRAM} COMMAND [options]", "", *lines, "", f"{PROGRAM} COMMAND --help lists the options of a command."]
     )
@@ -73,6 +76,27 @@ def run_pretrain(config: PretrainConfig) -> int:
     if not config.dry_run:
         print(f"step {outcome.step} of {outcome.steps}: {outcome.folder}/teacher.safetensors")
     return 0
+
+
+def run_knn_eval(config: KnnConfig) -> int:
+    from dino_xcit.knn import knn_eval
+
+    knn_eval(config)
+    return 0
+
+
+def run_linear_eval(config: LinearConfig) -> int:
+    from dino_xcit.linear import linear_eval
+
+    linear_eval(config)
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
+    "pretrain": ("pretrain an XCiT backbone with DINO, without labels", PretrainConfig, run_pretrain),
+    "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
+    "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
+}
 
 
 def parse(command: str, config_class: type[Config], arguments: list[str]) -> Config:
@@ -95,7 +119,7 @@ def join_lists(arguments: list[str], config_class: type) -> list[str]:
     `--dry_run`, is switched on."""
     hints = get_type_hints(config_class)
     lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) is tuple}
-    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    switches = {f"--{name}" for name, hint in hints.items() if bool in (hint, *get_args(hint))}
     joined: list[str] = []
     position = 0
     while position < len(arguments):

@@ -54,33 +54,15 @@ class MultiCrop:
     def __call__(self, image: Tensor, key: tuple[int, ...]) -> Views:
         """Image uint8 (C, H, W), key (seed, epoch, index) -> its views."""
         rng = np.random.default_rng(key)
-        boxes = self.draw_boxes(rng, *image.shape[-2:])
+        boxes = draw_boxes(rng, image.shape[1], image.shape[2], self.scale_low, self.scale_high)
         draws = torch.from_numpy(self.draw_photometric(rng))
         c, g = self.config, GLOBAL_CROPS
         return Views(
-            global_crops=_cut(image, boxes[:g], c.global_crops_size),
+            global_crops=cut(image, boxes[:g], c.global_crops_size),
             global_draws=draws[:g],
-            local_crops=_cut(image, boxes[g:], c.local_crops_size),
+            local_crops=cut(image, boxes[g:], c.local_crops_size),
             local_draws=draws[g:],
         )
-
-    def draw_boxes(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-        """One box per view, int (V, 4): top, left, height, width; torchvision's RandomResizedCrop."""
-        shape = (self.views, ATTEMPTS)
-        share = self.scale_low[:, None] + rng.random(shape) * (self.scale_high - self.scale_low)[:, None]
-        area = height * width * share
-        aspect = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), shape))
-        w = np.rint(np.sqrt(area * aspect)).astype(int)
-        h = np.rint(np.sqrt(area / aspect)).astype(int)
-        place = rng.random((self.views, 2))
-        fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-        first, view = fits.argmax(1), np.arange(self.views)
-        w, h = w[view, first], h[view, first]
-        top = np.floor(place[:, 0] * (height - h + 1)).astype(int)
-        left = np.floor(place[:, 1] * (width - w + 1)).astype(int)
-        boxes = np.stack([top, left, h, w], axis=1)
-        boxes[~fits.any(1)] = _centre_box(height, width)
-        return boxes
 
     def draw_photometric(self, rng: np.random.Generator) -> np.ndarray:
         """float32 (V, len(Draw))."""
@@ -98,18 +80,42 @@ class MultiCrop:
         return draws.astype(np.float32)
 
 
-def _cut(image: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+def draw_boxes(
+    rng: np.random.Generator, height: int, width: int, scale_low: np.ndarray, scale_high: np.ndarray
+) -> np.ndarray:
+    """Shares of the area from and to (V,) -> a box per view, int (V, 4): top, left, height, width.
+
+    The distribution is that of torchvision's RandomResizedCrop.
+    """
+    V = len(scale_low)
+    share = scale_low[:, None] + rng.random((V, ATTEMPTS)) * (scale_high - scale_low)[:, None]
+    area = height * width * share
+    aspect = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), (V, ATTEMPTS)))
+    w = np.rint(np.sqrt(area * aspect)).astype(int)
+    h = np.rint(np.sqrt(area / aspect)).astype(int)
+    place = rng.random((V, 2))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first, view = fits.argmax(1), np.arange(V)
+    w, h = w[view, first], h[view, first]
+    top = np.floor(place[:, 0] * (height - h + 1)).astype(int)
+    left = np.floor(place[:, 1] * (width - w + 1)).astype(int)
+    boxes = np.stack([top, left, h, w], axis=1)
+    boxes[~fits.any(1)] = _centre_box(height, width)
+    return boxes
+
+
+def cut(image: Tensor, boxes: np.ndarray, size: int, mode: str = "bicubic") -> Tensor:
     """uint8 (C, H, W), boxes (V, 4) -> uint8 (V, C, size, size)."""
     views = torch.empty(len(boxes), image.shape[0], size, size, dtype=torch.uint8)
     for view, (top, left, height, width) in zip(views, boxes, strict=True):
         crop = image[None, :, top : top + height, left : left + width]
-        view.copy_(resize(crop, size, size)[0])
+        view.copy_(resize(crop, size, size, mode)[0])
     return views
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (B, C, H, W) -> uint8 (B, C, height, width), antialiased bicubic."""
-    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """uint8 (B, C, H, W) -> uint8 (B, C, height, width), antialiased bicubic or bilinear."""
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)
 
 
 def _centre_box(height: int, width: int) -> tuple[int, int, int, int]:

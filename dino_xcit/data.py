@@ -6,7 +6,9 @@ Every sample is asked for by (epoch, index of the image), so that a loader's wor
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -32,7 +34,23 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
 REPLACEMENTS_TRIED = 20
 JPEG_OR_PNG = (b"\xff\xd8", b"\x89PNG")
+IMAGES_LOOKED_AT = 16  # for a set's fingerprint
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class ImageOptions(Protocol):
+    """The options that say which images a command works on."""
+
+    @property
+    def data_path(self) -> str | None: ...
+    @property
+    def dataset(self) -> str | None: ...
+    @property
+    def num_images(self) -> int | None: ...
+    @property
+    def in_chans(self) -> int | None: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class ImageSet(Protocol):
@@ -44,7 +62,7 @@ class ImageSet(Protocol):
 
     @property
     def classes(self) -> dict[str, int] | None:
-        """Label of each class by its folder's name, or None if the set has no such names."""
+        """Label of each class by its name, or None if the set has no names for them."""
 
     def __len__(self) -> int: ...
 
@@ -54,6 +72,9 @@ class ImageSet(Protocol):
     def name(self, index: int) -> str:
         """What tells a person which image this is."""
 
+    def identity(self) -> list[Any]:
+        """Plain values that differ from those of any other set of images."""
+
 
 class ShapeSet:
     """The embedded set (`shapes.py`)."""
@@ -61,7 +82,7 @@ class ShapeSet:
     def __init__(self, seed: int, split: str, count: int, channels: int) -> None:
         self.seed, self.split, self.count, self.channels = seed, split, count, channels
         self.labels = np.arange(count) % len(shapes.CLASSES)
-        self.classes = None
+        self.classes = {name: label for label, name in enumerate(shapes.CLASSES)}
 
     def __len__(self) -> int:
         return self.count
@@ -73,15 +94,20 @@ class ShapeSet:
     def name(self, index: int) -> str:
         return f"shape {index} ({shapes.CLASSES[index % len(shapes.CLASSES)]})"
 
+    def identity(self) -> list[Any]:
+        return ["shapes", self.seed, self.split, self.count, self.channels]
+
 
 class TimmSet:
     """Any set that timm's dataset factory makes: a folder, torch/..., hfds/... ."""
 
-    def __init__(self, dataset: Any, channels: int) -> None:
+    def __init__(self, dataset: Any, channels: int, labelled: bool = False) -> None:
+        """labelled: one class is a class too; else all images in one folder have no labels."""
         self.dataset, self.channels = dataset, channels
         self.reader = getattr(dataset, "reader", None)
-        self.labels = _labels(dataset)
-        self.classes = getattr(self.reader, "class_to_idx", None)
+        labels = _labels(dataset)
+        self.labels = labels if labels is not None and (labelled or len(np.unique(labels)) > 1) else None
+        self.classes = getattr(dataset, "class_to_idx", getattr(self.reader, "class_to_idx", None))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -94,6 +120,11 @@ class TimmSet:
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True)) if self.reader else f"image {index}"
+
+    def identity(self) -> list[Any]:
+        files = [path for path, _ in getattr(self.reader, "samples", [])]
+        stats = [os.stat(path) for path in files if os.path.exists(path)]
+        return [type(self.dataset).__name__, len(self), self.channels, files, [(s.st_size, s.st_mtime_ns) for s in stats]]
 
 
 class Subset:
@@ -114,8 +145,22 @@ class Subset:
     def name(self, index: int) -> str:
         return self.images.name(int(self.indices[index]))
 
+    def identity(self) -> list[Any]:
+        return [self.images.identity(), self.indices.tolist()]
 
-def open_images(config: PretrainConfig, split: str, classes: dict[str, int] | None = None) -> ImageSet | None:
+
+def fingerprint(images: ImageSet) -> str:
+    """Changes when the images do: their names, sizes, times and labels, and the pixels of a few."""
+    digest = hashlib.sha256(json.dumps(images.identity()).encode())
+    if images.labels is not None:
+        digest.update(images.labels.astype(np.int64).tobytes())
+    for index in np.unique(np.linspace(0, len(images) - 1, IMAGES_LOOKED_AT).astype(int)):
+        with contextlib.suppress(OSError, ValueError):
+            digest.update(images.read(int(index)).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_images(config: ImageOptions, split: str, classes: dict[str, int] | None = None) -> ImageSet | None:
     """The images of a split, `train` or `validation`; None if the set has no validation images.
 
     classes: labels by folder name, so that the two splits of a folder agree; images of other classes are left out.
@@ -124,7 +169,7 @@ def open_images(config: PretrainConfig, split: str, classes: dict[str, int] | No
     name = config.dataset or ("" if config.data_path else "shapes")
     if name == "shapes":
         counts = {"train": config.num_images or shapes.COUNT, "validation": shapes.VALIDATION_COUNT}
-        return ShapeSet(config.seed, split, counts[split], config.in_chans)
+        return ShapeSet(config.seed, split, counts[split], config.in_chans or 3)
     images = _open_folder(config, split, classes) if not name else _open_named(name, config, split)
     if images is not None and split == "train" and config.num_images:
         if config.num_images > len(images):
@@ -133,7 +178,7 @@ def open_images(config: PretrainConfig, split: str, classes: dict[str, int] | No
     return images
 
 
-def _open_folder(config: PretrainConfig, split: str, classes: dict[str, int] | None) -> ImageSet | None:
+def _open_folder(config: ImageOptions, split: str, classes: dict[str, int] | None) -> ImageSet | None:
     from timm.data import ImageDataset
     from timm.data.readers import set_img_extensions
 
@@ -148,7 +193,7 @@ def _open_folder(config: PretrainConfig, split: str, classes: dict[str, int] | N
     folder = found or root
     set_img_extensions(EXTENSIONS)
     try:
-        return TimmSet(ImageDataset(str(folder), class_map=classes), config.in_chans)
+        return TimmSet(ImageDataset(str(folder), class_map=classes), config.in_chans or 3, labelled=classes is not None)
     except RuntimeError:  # timm's "Found 0 images"
         if split == "validation":
             return None
@@ -158,7 +203,7 @@ def _open_folder(config: PretrainConfig, split: str, classes: dict[str, int] | N
         ) from None
 
 
-def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet | None:
+def _open_named(name: str, config: ImageOptions, split: str) -> ImageSet | None:
     from timm.data import create_dataset
 
     if not name.startswith(("torch/", "hfds/")):
@@ -166,7 +211,7 @@ def _open_named(name: str, config: PretrainConfig, split: str) -> ImageSet | Non
             f"--dataset {name} is unknown; expected shapes, torch/NAME (torchvision) or hfds/NAME (Hugging Face)"
         )
     try:
-        return TimmSet(create_dataset(name, root=config.data_path, split=split), config.in_chans)
+        return TimmSet(create_dataset(name, root=config.data_path, split=split), config.in_chans or 3)
     except ImportError as error:
         raise ValueError(f"--dataset {name} needs a package that is not installed: {error}") from error
     except (AssertionError, RuntimeError, OSError, ValueError) as error:
@@ -184,8 +229,7 @@ def _labels(dataset: Any) -> np.ndarray | None:
         labels = [target for _, target in reader.samples]
     elif hasattr(reader, "label_key"):
         labels = reader.dataset[reader.label_key]
-    labels = None if labels is None else np.asarray(labels)
-    return labels if labels is not None and len(np.unique(labels)) > 1 else None
+    return None if labels is None else np.asarray(labels)
 
 
 def decode(data: bytes, channels: int) -> Tensor:
@@ -303,7 +347,7 @@ class CropLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=collate,
-            worker_init_fn=_leave_ctrl_c_to_the_parent,
+            worker_init_fn=leave_ctrl_c_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -328,7 +372,7 @@ def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
     )
 
 
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+def leave_ctrl_c_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,78 +1,493 @@
-"""Frozen backbone + images -> features. The evaluation transform is official DINO's: resize the short side, centre crop."""
+"""Frozen backbone + images -> features. The evaluation transform is official DINO's: resize the short side, centre crop.
+
+Features go batch by batch into a store, in memory or on disk, which knows the rows that are done. So a pass that was
+interrupted goes on, several processes share one, and no set of images is too large for the memory.
+Axes: n images, P parts (what `XCiT.layer_features` gives; 1 for other networks), C channels.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import dino_xcit
+from dino_xcit.config import EvalConfig, PretrainConfig
 from dino_xcit.crops import resize
-from dino_xcit.data import ImageSet
+from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_ctrl_c_to_the_parent, open_images
+from dino_xcit.machine import progress, resolve_precision, say, summed
+from dino_xcit.run_folder import replacing
+from dino_xcit.weights import build, load_backbone, read_run
+from dino_xcit.xcit import XCiT
 
+Config = TypeVar("Config", bound=EvalConfig)
 SMALL = 96  # below this side nothing is cut off: small images are framed already
+WORTH_WORKERS = 5000  # images; starting workers for fewer costs more than it saves
+PIXELS = 32  # side of the images whose raw pixels are a baseline
+NOT_DONE, DONE, UNREADABLE = 0, 1, 2
+OFFICIAL_FILES = {"train": ("trainfeat.pth", "trainlabels.pth"), "validation": ("testfeat.pth", "testlabels.pth")}
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class EvalDataset(Dataset[tuple[Tensor, bool]]):
-    """Images of a set by number, resized and cropped: uint8 (C, size, size), and whether the image could be read."""
-
-    def __init__(self, images: ImageSet, indices: np.ndarray, size: int, channels: int) -> None:
-        self.images, self.indices, self.size, self.channels = images, indices, size, channels
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, bool]:
-        try:
-            return centre_crop(self.images.read(int(self.indices[position])), self.size), True
-        except (OSError, ValueError):
-            return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), False
+# -- images ----------------------------------------------------------------------------------------------------------
 
 
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, size, size): short side to 8 / 7 of the size (256 for 224), then the centre.
+class Transform(NamedTuple):
+    """How an image is framed and normalised."""
 
-    Sizes below 96 are reached without cropping the short side.
-    """
-    short = size * 8 // 7 if size >= SMALL else size
+    image_size: int
+    resize_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def default_resize(image_size: int) -> int:
+    """8 / 7 of the crop (256 for 224); small images are not cut."""
+    return image_size * 8 // 7 if image_size >= SMALL else image_size
+
+
+def centre_crop(image: Tensor, size: int, short_side: int) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, size, size): the short side resized, then the centre."""
     _, H, W = image.shape
-    scale = short / min(H, W)
-    image = resize(image[None], max(short, int(H * scale)), max(short, int(W * scale)))[0]
+    scale = short_side / min(H, W)
+    image = resize(image[None], max(short_side, int(H * scale)), max(short_side, int(W * scale)))[0]
     top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
     return image[:, top : top + size, left : left + size]
 
 
-@torch.no_grad()
-def extract(
-    backbone: nn.Module,
-    images: ImageSet,
-    indices: np.ndarray,
-    *,
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-    batch_size: int = 256,
-    num_workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Features of the backbone in eval mode, whose mode is put back afterwards, and which images they are of.
+class EvalDataset(Dataset[tuple[Tensor, bool]]):
+    """Images of a set by number, framed: uint8 (C, size, size), and whether the image could be read."""
 
-    Float32 (n, D) and bool (len(indices),) on CPU: n of the images could be read, those that are True.
+    def __init__(self, images: ImageSet, transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+        size = self.transform.image_size
+        try:
+            return centre_crop(self.images.read(index), size, self.transform.resize_size), True
+        except (OSError, ValueError):
+            return torch.zeros(len(self.transform.mean), size, size, dtype=torch.uint8), False
+
+
+# -- backbone --------------------------------------------------------------------------------------------------------
+
+
+class Frozen:
+    """A backbone as a function: framed uint8 images (B, C, S, S), on any device -> float32 features (B, P, C) on its own."""
+
+    def __init__(self, backbone: nn.Module, transform: Transform, device: torch.device, precision: str = "32-true") -> None:
+        self.backbone = backbone.to(device).eval()
+        self.transform, self.device, self.precision = transform, device, precision
+        self.offset = torch.tensor(transform.mean, device=device)[:, None, None]
+        self.scale = torch.tensor(transform.std, device=device)[:, None, None]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        x = (images.to(self.device, non_blocking=True).float() / 255 - self.offset) / self.scale
+        half = HALF.get(self.precision)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
+            features = self.backbone.layer_features(x) if isinstance(self.backbone, XCiT) else self.backbone(x)[:, None]
+        return features.float()
+
+    def shape(self) -> tuple[int, int]:
+        """P and C. Raises ValueError if the network does not take such images."""
+        size, channels = self.transform.image_size, len(self.transform.mean)
+        try:
+            parts, dim = self(torch.zeros(1, channels, size, size, dtype=torch.uint8)).shape[1:]
+        except ValueError as error:
+            raise ValueError(f"--image_size {size}: {error}") from None
+        return parts, dim
+
+
+class Pixels(nn.Module):
+    """Baseline: the image itself, averaged down to at most 32 x 32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = min(PIXELS, x.shape[-1])
+        return F.adaptive_avg_pool2d(x, side).flatten(1)
+
+
+def part_slice(n_last_blocks: int, avgpool: bool, parts: int) -> slice:
+    """Which of the P parts of a feature make up the choice. Raises ValueError if the network has no such parts."""
+    layers = max(1, parts - 1)
+    if n_last_blocks > layers:
+        raise ValueError(f"--n_last_blocks {n_last_blocks}: this network has class tokens in {layers} layers")
+    if avgpool and parts == 1:
+        raise ValueError("--avgpool_patchtokens true: these features have no patch tokens")
+    if avgpool and n_last_blocks < layers:
+        return slice(0, parts, layers)
+    return slice(0, n_last_blocks + avgpool)
+
+
+# -- store -----------------------------------------------------------------------------------------------------------
+
+
+class Store(NamedTuple):
+    """Features (n, P, C) and the state of each row: NOT_DONE, DONE or UNREADABLE, uint8 (n,)."""
+
+    features: np.ndarray
+    state: np.ndarray
+
+    @classmethod
+    def in_memory(cls, shape: tuple[int, ...], dtype: str = "float32") -> Store:
+        return cls(np.zeros(shape, dtype), np.zeros(shape[0], np.uint8))
+
+    @classmethod
+    def on_disk(cls, folder: Path, shape: tuple[int, ...], dtype: str) -> Store:
+        """Memory-mapped files in the folder: those that are there, else new ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        features, state = folder / "features.npy", folder / "state.npy"
+        if not (_holds(features, shape, dtype) and _holds(state, shape[:1], "uint8")):
+            for path in (state, features):  # in this order: no old state beside new features
+                path.unlink(missing_ok=True)
+            for path, dims, kind in ((features, shape, dtype), (state, shape[:1], "uint8")):
+                with replacing(path) as beside:
+                    np.lib.format.open_memmap(beside, "w+", kind, dims).flush()  # zeros, which take no space yet
+        return cls(*(np.lib.format.open_memmap(path, "r+") for path in (features, state)))
+
+    def mark(self, rows: np.ndarray, readable: np.ndarray) -> None:
+        """The rows are written. On disk they are flushed first: no row is marked that a dying machine could lose."""
+        for array in self:
+            if array is self.state:
+                array[rows] = np.where(readable, DONE, UNREADABLE)
+            if isinstance(array, np.memmap):
+                array.flush()
+
+
+def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether the file is whole and holds such an array."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return found.shape == shape and found.dtype == dtype
+
+
+def extract(
+    frozen: Callable[[Tensor], Tensor],
+    dataset: Dataset[Any],
+    rows: np.ndarray,
+    store: Store,
+    *,
+    batch_size: int,
+    num_workers: int,
+    share: tuple[int, int] = (0, 1),
+    description: str | None = None,
+) -> int:
+    """Fill the rows of the store that are not done with the features of these images of the dataset -> how many were made.
+
+    Row i of the store belongs to image rows[i]. share: the number of this process and of all; batches are cut the same
+    whatever their number. description: of the progress bar; none without. Raises FloatingPointError if features are not
+    finite.
     """
-    training = backbone.training
-    backbone.eval()
-    offset = torch.tensor(mean, device=device)[:, None, None]
-    scale = torch.tensor(std, device=device)[:, None, None]
-    dataset = EvalDataset(images, indices, size, channels=len(mean))
-    features, readable = [], []
-    for batch, read in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers):
-        readable.append(read)
-        if read.any():
-            normalised = (batch[read].to(device).float() / 255 - offset) / scale
-            features.append(backbone(normalised).float().cpu())
-    backbone.train(training)
-    if not features:
-        raise ValueError(
-            f"none of the {len(indices)} images to evaluate on can be read, {images.name(int(indices[0]))} for one"
+    batches = [np.arange(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    batches = [batch for batch in batches if (store.state[batch] == NOT_DONE).any()][share[0] :: share[1]]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[rows[batch].tolist() for batch in batches],  # type: ignore[arg-type]
+        num_workers=min(num_workers, len(batches)),
+        worker_init_fn=leave_ctrl_c_to_the_parent,
+    )
+    made = sum(map(len, batches))
+    with progress(made, description or "", "images", shown=description is not None and made > 0) as bar:
+        for batch, (images, readable) in zip(batches, loader, strict=True):
+            features = frozen(images).cpu()
+            if not torch.isfinite(features).all():
+                raise FloatingPointError(f"features of {int((~torch.isfinite(features)).sum())} numbers are not finite")
+            store.features[batch] = features.numpy()
+            store.mark(batch, readable.numpy())
+            bar.update(len(batch))
+    return made
+
+
+# -- one evaluation --------------------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """Features and labels of the readable images of one split."""
+
+    features: Tensor
+    """(n, P, C), may be memory-mapped"""
+    labels: Tensor
+    """int64 (n,)"""
+
+
+@dataclasses.dataclass
+class Subject:
+    """A frozen backbone on the images of an evaluation: features of either split, made when first asked for."""
+
+    name: str
+    config: EvalConfig
+    fabric: Fabric
+    images: dict[str, ImageSet]
+    frozen: Frozen
+    cache: Path
+    made: int = 0
+    """images that went through the backbone"""
+    seconds: float = 0.0
+    """and how long that took"""
+    unreadable: int = 0
+    splits: dict[str, Split] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int]:
+        """P and C."""
+        return self.frozen.shape()
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Differs between subjects whose training features do."""
+        return _digest(self._described("train"))
+
+    def labels(self, split: str) -> Tensor:
+        """Of the images whose features have been made, else of all images of the split."""
+        if split in self.splits:
+            return self.splits[split].labels
+        labels = self.images[split].labels
+        assert labels is not None
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            self.splits[name] = self._extract(name)
+        return self.splits[name]
+
+    def _extract(self, split: str) -> Split:
+        images, fabric = self.images[split], self.fabric
+        described = self._described(split)
+        dtype = described["dtype"]
+        folder = self.cache / _digest(described)
+        shape = (len(images), *self.shape)
+        if fabric.is_global_zero:
+            Store.on_disk(folder, shape, dtype)
+            with replacing(folder / "about.json") as path:
+                path.write_text(json.dumps(described, indent=1))
+        fabric.barrier()
+        store = Store.on_disk(folder, shape, dtype)
+        workers = default_workers() if self.config.num_workers is None else self.config.num_workers
+        start = time.perf_counter()
+        try:
+            made = extract(
+                self.frozen,
+                EvalDataset(images, self.frozen.transform),
+                np.arange(len(images)),
+                store,
+                batch_size=self.config.batch_size_per_gpu,
+                num_workers=workers if len(images) >= WORTH_WORKERS else 0,
+                share=(fabric.global_rank, fabric.world_size),
+                description=f"{self.name}, {split}" if fabric.is_global_zero else None,
+            )
+        except FloatingPointError as error:
+            raise ValueError(f"--weights {self.config.weights}: {error}; the weights are of a run that diverged") from None
+        fabric.barrier()
+        total = int(summed(fabric, torch.tensor(made)))
+        if total:
+            self.made += total
+            self.seconds += time.perf_counter() - start
+        else:
+            say(f"features of {self.name}, {split}: from {folder}")
+        readable = store.state == DONE
+        self.unreadable += int((~readable).sum())
+        if not readable.any():
+            raise ValueError(f"none of the {len(images)} images can be read, {images.name(0)} for one")
+        features, labels = torch.from_numpy(store.features), self.labels(split)
+        if not readable.all():
+            features, labels = features[torch.from_numpy(readable)], labels[torch.from_numpy(readable)]
+        return Split(features, labels)
+
+    def _described(self, split: str) -> dict[str, Any]:
+        """What features depend on: another value of any of these means other features."""
+        dtype = self.config.feature_dtype
+        if dtype == "auto":
+            dtype = "float16" if self.frozen.precision in HALF else "float32"
+        backbone = self.frozen.backbone
+        digest = hashlib.sha256(f"{backbone} {getattr(backbone, 'metadata', '')}".encode())
+        for tensor in backbone.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return {
+            "backbone": digest.hexdigest(),
+            "images": fingerprint(self.images[split]),
+            "transform": list(self.frozen.transform),
+            "precision": self.frozen.precision,
+            "dtype": dtype,
+            "device": self.frozen.device.type,
+            "versions": [dino_xcit.__version__, torch.__version__, torchvision.__version__],
+        }
+
+
+def _digest(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
+
+
+class FromFiles:
+    """In a subject's place: features that official `eval_knn.py --dump_features` wrote."""
+
+    made, seconds, unreadable = 0, 0.0, 0
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.folder = Path(config.load_features or "")
+        self.name = str(self.folder)
+        self.splits = {name: self._load(*files) for name, files in OFFICIAL_FILES.items()}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.splits["train"].features.shape[1:])
+
+    @property
+    def key(self) -> str:
+        stats = [(self.folder / name).stat() for files in OFFICIAL_FILES.values() for name in files]
+        return _digest([str(self.folder.resolve()), [(s.st_size, s.st_mtime_ns) for s in stats]])
+
+    def labels(self, split: str) -> Tensor:
+        return self.splits[split].labels
+
+    def split(self, name: str) -> Split:
+        return self.splits[name]
+
+    def _load(self, features_file: str, labels_file: str) -> Split:
+        tensors = []
+        for name, dimensions in ((features_file, 2), (labels_file, 1)):
+            try:
+                tensor = torch.load(self.folder / name, map_location="cpu", weights_only=True, mmap=True)
+            except FileNotFoundError:
+                expected = ", ".join(file for files in OFFICIAL_FILES.values() for file in files)
+                raise ValueError(f"--load_features {self.folder} has no {name}; expected {expected}") from None
+            except Exception as error:
+                raise ValueError(
+                    f"--load_features: {self.folder / name} is not a tensor file: {type(error).__name__}"
+                ) from None
+            if not isinstance(tensor, Tensor) or tensor.ndim != dimensions:
+                raise ValueError(f"--load_features: {self.folder / name} does not hold a tensor of {dimensions} dimensions")
+            tensors.append(tensor)
+        if len(tensors[0]) != len(tensors[1]):
+            raise ValueError(
+                f"{features_file} has {len(tensors[0])} rows and {labels_file} {len(tensors[1])} in {self.folder}"
+            )
+        return Split(tensors[0][:, None], tensors[1].long())
+
+
+def dump_features(subject: Subject, parts: slice, folder: Path) -> None:
+    """Write the four files of official `eval_knn.py --dump_features`: normalised features and labels of both splits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, files in OFFICIAL_FILES.items():
+        features, labels = subject.split(name)
+        features = F.normalize(features[:, parts].flatten(1).float(), dim=1)
+        for file, tensor in zip(files, (features, labels), strict=True):
+            with replacing(folder / file) as path:
+                torch.save(tensor.clone(), path)
+
+
+@contextlib.contextmanager
+def subjects(config: Config, fabric: Fabric) -> Iterator[tuple[Config, list[Any], dict[int, str]]]:
+    """The resolved config, what is to be evaluated (the weights, then the baselines), and the classes' names by label.
+
+    Raises ValueError, naming the flag, for weights that do not load and images that are not there or have no labels.
+    """
+    if config.load_features is not None:
+        yield config, [FromFiles(config)], {}
+        return
+    assert config.weights is not None
+    backbone = load_backbone(config.weights, config.arch)
+    config = resolve(config, backbone.metadata)
+    images, classes = open_splits(config)
+    transform = Transform(config.image_size, config.resize_size, config.mean, config.std)  # type: ignore[arg-type]
+    named = [(str(config.weights), backbone), *(baselines(config, backbone) if config.baselines else [])]
+    with contextlib.ExitStack() as stack:
+        if not config.no_cache:
+            cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
+        else:
+            made = stack.enter_context(tempfile.TemporaryDirectory(prefix="dino_xcit_")) if fabric.is_global_zero else ""
+            cache = Path(fabric.broadcast(made))
+        precision = resolve_precision(config)
+        yield (
+            config,
+            [
+                Subject(name, config, fabric, images, Frozen(network, transform, fabric.device, precision), cache)
+                for name, network in named
+            ],
+            {label: name for name, label in classes.items()},
         )
-    return torch.cat(features), torch.cat(readable)
+        fabric.barrier()
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_xcit"
+
+
+def baselines(config: EvalConfig, backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What a pretrained network must beat."""
+    rows: list[tuple[str, nn.Module]] = [("raw pixels", Pixels())]
+    if isinstance(backbone, XCiT):
+        torch.manual_seed(config.seed)
+        rows.append((f"{backbone.arch}, untrained", build(backbone.metadata)))
+    return rows
+
+
+def resolve(config: Config, metadata: dict[str, Any]) -> Config:
+    """Fill in what the weights say: channels, sizes, mean and std; and the run's own data if no other are named."""
+    defaults = PretrainConfig()
+    in_chans = config.in_chans or metadata.get("in_chans", defaults.in_chans)
+    image_size = config.image_size or metadata.get("global_crops_size", defaults.global_crops_size)
+    resize_size = config.resize_size or default_resize(image_size)
+    if resize_size < image_size:
+        raise ValueError(f"--resize_size {resize_size} is smaller than --image_size {image_size}")
+    resolved: dict[str, Any] = {"in_chans": in_chans, "image_size": image_size, "resize_size": resize_size}
+    for name in ("mean", "std"):
+        resolved[name] = getattr(config, name) or tuple(metadata.get(name, getattr(defaults, name)))
+        if len(resolved[name]) != in_chans:
+            raise ValueError(f"--{name} {resolved[name]} does not have one value per channel (--in_chans {in_chans})")
+    if config.data_path is None and config.dataset is None:
+        run = read_run(config.weights or "")
+        if run is None:
+            raise ValueError(
+                "expected --data_path or --dataset: the weights are not in a run folder that would name its own"
+            )
+        resolved |= {"data_path": run.data_path, "dataset": run.dataset or (None if run.data_path else "shapes")}
+        if resolved["dataset"] == "shapes":
+            resolved |= {"seed": run.seed, "num_images": config.num_images or run.num_images}
+    return dataclasses.replace(config, **resolved)
+
+
+def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
+    """Training and validation images under common labels, and these labels by the classes' names."""
+    where = f"--data_path {config.data_path}" if config.dataset is None else f"--dataset {config.dataset}"
+    train, validation = open_images(config, "train"), open_images(config, "validation")
+    if validation is None:
+        raise ValueError(f"{where} has no validation images; expected val/ beside train/")
+    assert train is not None
+    for name, opened in (("training", train), ("validation", validation)):
+        in_one_folder = config.dataset is None and "" in (opened.classes or {})
+        if in_one_folder or (opened.labels is None and (name == "training" or config.dataset is not None)):
+            raise ValueError(f"the {name} images of {where} have no labels; expected a folder for each class")
+    classes = train.classes or {}
+    if config.dataset is None and validation.classes != train.classes:
+        # Labels count the classes of a split, so both are read again with those of either.
+        names = sorted({*classes, *(validation.classes or {})})
+        classes = {name: label for label, name in enumerate(names)}
+        train, validation = open_images(config, "train", classes), open_images(config, "validation", classes)
+        assert train is not None
+        assert validation is not None
+    images = {"train": train, "validation": validation}
+    unseen = np.setdiff1d(validation.labels, train.labels)  # type: ignore[arg-type]
+    if len(unseen):
+        say(f"{len(unseen)} classes of the validation images have no training images: they count as wrong")
+    return images, classes

@@ -1,14 +1,33 @@
-"""Weighted k-nearest-neighbour classification, as in official `eval_knn.py` (DINO, section 4.1; Wu et al. 2018)."""
+"""Weighted k-nearest-neighbour classification, as in official `eval_knn.py` (DINO, section 4.1; Wu et al. 2018).
+
+Neighbours are found in blocks of fixed rows, so that memory has a bound whatever the number of images and classes, and
+votes are whole numbers, whose sum does not depend on the order. Equally similar neighbours come in the order of the
+training images, classes of equal votes in the order of the classes. Axes: m test rows, n training rows, k neighbours.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from torch import Tensor
 
-CHUNK_BYTES = 256 * 2**20  # of similarities held at a time
+from dino_xcit.config import KnnConfig, validate_evaluation
+from dino_xcit.features import dump_features, part_slice, subjects
+from dino_xcit.machine import launch, progress, resolve_precision, summed
+from dino_xcit.report import cell, describe, draw_classes, hits, output_folder, scores, table, write_json
+
+ROWS, TRAIN_ROWS = 512, 65536  # of test and training images whose similarities are held at a time: 128 MiB
+TEST_ROWS = 32 * ROWS  # for which neighbours are sought in one pass over the training images
+RANKS = 5  # classes told per image
+NOBODY = -1  # a rank for which no class has a vote
+LOW_BITS = 2**32 - 1
+PICTURED = 20  # neighbours, if asked for, whose confusions are drawn: the number that papers report
 
 
 def knn_classify(
@@ -17,32 +36,170 @@ def knn_classify(
     test_features: Tensor,
     nb_knn: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
-    """Features (n, D) and (m, D), labels (n,) -> for each k, the classes of each test image by falling vote, at most five.
+    """For each k, the classes of each test image by falling vote: int64 (m, 5), -1 where fewer classes have a vote.
 
-    Neighbours are the k most similar by cosine; each votes for its class with exp(similarity / temperature). One pass over
-    the neighbours serves every k. Raises ValueError if some k exceeds the number of training images.
+    Features (n, ...) and (m, ...) of any float type, flattened and L2-normalised here; labels (n,). Neighbours are the k
+    most similar by cosine; each votes for its class with exp(similarity / temperature). One pass serves every k. Works on
+    `device` block by block, by default where test_features are; the features may be memory-mapped.
+    Raises ValueError if some k exceeds the number of training images.
     """
     if max(nb_knn) > len(train_features):
         raise ValueError(f"--nb_knn {max(nb_knn)} asks for more neighbours than the {len(train_features)} training images")
-    train = F.normalize(train_features.float(), dim=1)
-    test = F.normalize(test_features.float(), dim=1)
-    classes = int(train_labels.max()) + 1
-    chunk = max(1, CHUNK_BYTES // (4 * (len(train) + 2 * classes)))
+    device = device or test_features.device
+    train_labels = train_labels.to(device)
     ranked: dict[int, list[Tensor]] = {k: [] for k in nb_knn}
-    for part in test.split(chunk):
-        similarity, neighbours = (part @ train.T).topk(max(nb_knn), dim=1)  # (chunk, k), most similar first
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor, lest exp overflow
-        label = train_labels[neighbours]
-        votes = torch.zeros(len(part), classes, device=part.device)
-        counted = 0
-        for k in sorted(ranked):
-            votes.scatter_add_(1, label[:, counted:k], weight[:, counted:k])
-            ranked[k].append(votes.topk(min(5, classes), dim=1).indices)
-            counted = k
+    for test in test_features.split(TEST_ROWS):
+        similarity, index = nearest(train_features, test, max(nb_knn), device)
+        label = train_labels[index]
+        for k in ranked:
+            ranked[k].append(vote(similarity[:, :k], label[:, :k], temperature).cpu())
     return {k: torch.cat(parts) for k, parts in ranked.items()}
+
+
+def nearest(train_features: Tensor, test_features: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine similarity (m, k) of the k training rows most similar to each test row, falling, and their numbers (m, k)."""
+    blocks = [_normalised(rows, device) for rows in test_features.split(ROWS)]
+    best = [torch.empty(len(block), 0, dtype=torch.int64, device=device) for block in blocks]
+    held = torch.empty(min(ROWS, len(test_features)) * min(TRAIN_ROWS, len(train_features)), device=device)
+    for start in range(0, len(train_features), TRAIN_ROWS):
+        train = _normalised(train_features[start : start + TRAIN_ROWS], device).T
+        for number, test in enumerate(blocks):
+            similarity = torch.mm(test, train, out=held[: len(test) * train.shape[1]].view(len(test), -1))
+            keys = torch.cat([best[number], _largest(similarity, k) - start], dim=1)  # the key's row counts down
+            best[number] = keys.topk(min(k, keys.shape[1]), dim=1).values if start else keys
+    return _decode(torch.cat(best))
+
+
+def vote(similarity: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """Neighbours of falling similarity (m, k) and their labels (m, k) -> classes by falling vote (m, 5)."""
+    k = similarity.shape[1]
+    # The nearest neighbour has the largest power of two with which no sum of k votes overflows.
+    weight = ((similarity.double() - similarity[:, :1].double()) / temperature).exp() * 2.0 ** (62 - k.bit_length())
+    label, order = label.sort(dim=1, stable=True)
+    total = weight.long().gather(1, order).cumsum(1)
+    last = torch.ones_like(label, dtype=torch.bool)  # of the neighbours of its class
+    last[:, :-1] = label[:, 1:] != label[:, :-1]
+    before = F.pad(torch.where(last, total, 0).cummax(1).values, (1, -1))  # total of the smaller classes
+    votes, order = torch.where(last, total - before, NOBODY).sort(dim=1, descending=True, stable=True)
+    classes = torch.where(votes == NOBODY, NOBODY, label.gather(1, order))[:, :RANKS]
+    return F.pad(classes, (0, RANKS - classes.shape[1]), value=NOBODY)
+
+
+def _normalised(features: Tensor, device: torch.device) -> Tensor:
+    return F.normalize(features.to(device).flatten(1).float(), dim=1)
+
+
+# A neighbour as one whole number that orders by similarity, then by row, earlier first: the float's bits, then the row's
+# complement.
+
+
+def _encode(similarity: Tensor, row: Tensor) -> Tensor:
+    bits = similarity.view(torch.int32)
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # negative floats order the other way round
+    return ordered.long().bitwise_left_shift_(32).add_(LOW_BITS - row)
+
+
+def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), LOW_BITS - (keys & LOW_BITS)
+
+
+def _largest(similarity: Tensor, k: int) -> Tensor:
+    """Similarities (m, n) -> keys of the k largest of each row, or of all.
+
+    Looks at the largest of each group of neighbouring columns first: the k groups with the largest hold the k largest. That
+    leaves about 2 sqrt(n k) numbers to choose from instead of n.
+    """
+    n = similarity.shape[1]
+    size = max(1, int((n / k) ** 0.5))
+    largest = F.max_pool1d(similarity[None], size)[0]  # of each whole group
+    whole = largest.shape[1] * size
+    number = torch.arange(largest.shape[1], device=similarity.device)
+    group = _decode(_encode(largest, number).topk(min(k, len(number)), dim=1, sorted=False).values)[1]  # (m, k)
+    column = group[:, :, None] * size + torch.arange(size, device=similarity.device)  # (m, k, size)
+    column = column.flatten(1)
+    keys = _encode(similarity.gather(1, column), column)
+    if whole < n:
+        rest = torch.arange(whole, n, device=similarity.device)
+        keys = torch.cat([keys, _encode(similarity[:, whole:].contiguous(), rest)], dim=1)
+    return keys.topk(min(k, n), dim=1).values
 
 
 def top1(predictions: Tensor, labels: Tensor) -> float:
     """Share of images whose first class is right, in percent."""
     return 100 * (predictions[:, 0] == labels).float().mean().item()
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def knn_eval(config: KnnConfig) -> dict[str, Any]:
+    """What `dino-xcit knn-eval` does -> the content of knn.json.
+
+    Raises ValueError, naming the flag, for what the user can put right.
+    """
+    validate_evaluation(config)
+    fabric = launch(config)
+    folder = output_folder(config)
+    start = time.perf_counter()
+    with subjects(config, fabric) as (config, evaluated, classes):
+        rows = {}
+        for subject in evaluated:
+            parts = part_slice(
+                config.n_last_blocks or 1, bool(config.avgpool_patchtokens), subject.split("train").features.shape[1]
+            )
+            if config.dump_features is not None and subject is evaluated[0] and fabric.is_global_zero:
+                dump_features(subject, parts, Path(config.dump_features))
+            ranked = _ranked(config, subject, parts, fabric)
+            labels = subject.split("validation").labels
+            rows[subject.name] = [_result(k, ranked[k], labels, config.seed) for k in ranked]
+            if subject is evaluated[0] and fabric.is_global_zero:
+                k = PICTURED if PICTURED in ranked else max(ranked)
+                first = rows[subject.name][list(ranked).index(k)]
+                title = f"{subject.name}: k-NN, k = {k}, top-1 {first['top1']:.1f} %"
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_classes(folder / "knn_classes.png", title, ranked[k][:, 0].numpy(), labels.numpy(), classes)
+        report = {
+            "protocol": "weighted k-NN, as official eval_knn.py",
+            "results": rows.pop(evaluated[0].name),
+            "baselines": rows,
+            "seconds": round(time.perf_counter() - start, 2),
+            **describe(config, evaluated, resolve_precision(config)),
+        }
+    if fabric.is_global_zero:
+        write_json(folder / "knn.json", report)
+        listed = [
+            [name, str(row["k"]), cell(row, "top1"), cell(row, "top5")]
+            for name, results in {evaluated[0].name: report["results"], **rows}.items()
+            for row in results
+        ]
+        print(table(["k-NN", "k", "top-1 % [95 %]", "top-5 % [95 %]"], listed))
+        print(f"{folder}/knn.json, knn_classes.png")
+    return report
+
+
+def _ranked(config: KnnConfig, subject: Any, parts: slice, fabric: Fabric) -> dict[int, Tensor]:
+    """`knn_classify` with the test images shared among the processes, in blocks cut the same whatever their number."""
+    train, validation = subject.split("train"), subject.split("validation")
+    m = len(validation.labels)
+    share = ROWS * -(-m // (ROWS * fabric.world_size))
+    mine = range(min(m, fabric.global_rank * share), min(m, (fabric.global_rank + 1) * share))
+    ranked = torch.zeros(len(config.nb_knn), m, RANKS, dtype=torch.int64)
+    with progress(len(mine), f"{subject.name}: k-NN", "images", fabric.is_global_zero) as bar:
+        for start in mine[::TEST_ROWS]:
+            rows = slice(start, min(start + TEST_ROWS, mine.stop))
+            features = train.features[:, parts], train.labels, validation.features[rows, parts]
+            of_rows = knn_classify(*features, config.nb_knn, config.temperature, fabric.device)
+            ranked[:, rows] = torch.stack([of_rows[k] for k in config.nb_knn])
+            bar.update(rows.stop - rows.start)
+    return dict(zip(config.nb_knn, summed(fabric, ranked), strict=True))  # rows of other processes are zero
+
+
+def _result(k: int, ranked: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """top-5 where five classes can have votes."""
+    hit = {"top1": hits(ranked, labels, 1)}
+    if k >= RANKS:
+        hit["top5"] = hits(ranked, labels, RANKS)
+    return {"k": k, "top1": None, "top5": None, **scores(hit, seed)}

@@ -14,7 +14,7 @@ from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig
 from dino_xcit.crops import GLOBAL_CROPS
 from dino_xcit.data import CropDataset, ImageSet, collate
-from dino_xcit.features import centre_crop
+from dino_xcit.features import centre_crop, default_resize
 from dino_xcit.module import DINOModule, Network
 
 SHEET_IMAGES = 6
@@ -23,7 +23,7 @@ SHEET_LOCAL_CROPS = 8
 
 def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
     """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
-    config = module.config
+    config, size = module.config, module.config.global_crops_size
     dataset = CropDataset(images, config)
     permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
     batch = collate([dataset[0, int(index)] for index in permutation])
@@ -32,7 +32,7 @@ def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
     rows = []
     for i, index in enumerate(permutation):
         try:
-            whole = [centre_crop(images.read(int(index)), config.global_crops_size) / 255]
+            whole = [centre_crop(images.read(int(index)), size, default_resize(size)) / 255]
         except (OSError, ValueError):
             whole = [torch.zeros(config.in_chans, 8, 8)]
         pictures = whole + [view * std + mean for views in groups for view in views[i]]

@@ -23,13 +23,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
-from tqdm import tqdm
 
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
-from dino_xcit.features import extract
+from dino_xcit.features import DONE, WORTH_WORKERS, EvalDataset, Frozen, Store, Transform, default_resize, extract
 from dino_xcit.knn import knn_classify, top1
+from dino_xcit.machine import parse_devices, refusal, resolve_precision, say
 from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.schedules import Schedules
@@ -46,7 +46,7 @@ NOT_FOR_THE_TRAINER = {
 }
 BAD_SHARE_TO_LOOK_AT = 0.01
 PROBE_NEIGHBOURS = 20
-WORTH_WORKERS = 5000  # images to evaluate on; starting workers for fewer costs more than it saves
+PROBE_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +105,6 @@ def pretrain(config: PretrainConfig) -> Outcome:
 
 
 @rank_zero_only
-def say(message: str) -> None:
-    """A line on the terminal that leaves the progress bar whole."""
-    tqdm.write(message, file=sys.stderr)
-
-
-@rank_zero_only
 def _write_config(folder: Path, config: PretrainConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config, folder)
@@ -141,7 +135,7 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
 
 def make_trainer(config: PretrainConfig) -> L.Trainer:
     """Lightning's trainer for one long epoch: the loader hands out every batch of the run."""
-    devices: Any = int(config.devices) if config.devices.lstrip("-").isdigit() else config.devices
+    devices = parse_devices(config.devices)
     options: dict[str, Any] = {
         "accelerator": config.accelerator,
         "devices": devices,
@@ -170,21 +164,7 @@ def make_trainer(config: PretrainConfig) -> L.Trainer:
     try:
         return L.Trainer(**{**options, **config.trainer})
     except (TypeError, ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
-        raise ValueError(
-            f"Lightning refuses --accelerator {config.accelerator} --devices {config.devices} --precision "
-            f"{config.precision} --strategy {config.strategy}: {' '.join(str(error).split())}"
-        ) from error
-
-
-def resolve_precision(config: PretrainConfig) -> Any:
-    """`auto` becomes bf16-mixed where matrix products in bfloat16 are faster than in float32."""
-    if config.precision != "auto":
-        return config.precision
-    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    on_cpu = config.accelerator in ("auto", "cpu")
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # AVX-512 alone emulates it, slower than float32
-    return "bf16-mixed" if on_cpu and has_amx() else "32-true"
+        raise ValueError(refusal(config, error)) from error
 
 
 def make_loggers(config: PretrainConfig) -> list[Logger]:
@@ -248,22 +228,22 @@ class KnnProbe:
         return cls(config, images, validation if validation is not None and validation.labels is not None else None)
 
     def __call__(self, backbone: nn.Module, device: torch.device) -> float:
-        """Top-1 in percent."""
+        """Top-1 in percent. The backbone's mode is put back afterwards."""
+        training, size = backbone.training, self.config.global_crops_size
+        transform = Transform(size, default_resize(size), self.config.mean, self.config.std)
+        frozen = Frozen(backbone, transform, device)
         features, labels = [], []
         for images, indices in ((self.train, self.neighbours), (self.validation, self.queries)):
-            extracted, readable = extract(
-                backbone,
-                images,
-                indices,
-                size=self.config.global_crops_size,
-                mean=self.config.mean,
-                std=self.config.std,
-                device=device,
-                num_workers=default_workers() if len(indices) >= WORTH_WORKERS else 0,
-            )
+            store = Store.in_memory((len(indices), *frozen.shape()))
+            workers = default_workers() if len(indices) >= WORTH_WORKERS else 0
+            extract(frozen, EvalDataset(images, transform), indices, store, batch_size=PROBE_BATCH, num_workers=workers)
+            readable = store.state == DONE
+            if not readable.any():
+                raise ValueError(f"none of {len(indices)} images to evaluate on can be read, {images.name(0)} for one")
             assert images.labels is not None
-            features.append(extracted)
-            labels.append(torch.from_numpy(images.labels[indices])[readable])
+            features.append(torch.from_numpy(store.features[readable, 0]))
+            labels.append(torch.from_numpy(images.labels[indices][readable]))
+        backbone.train(training)
         k = min(PROBE_NEIGHBOURS, len(labels[0]))
         return top1(knn_classify(features[0], labels[0], features[1], [k])[k], labels[1])
 

@@ -1,4 +1,4 @@
-"""Files of this toolkit -> backbone; backbone -> file.
+"""Files of this toolkit, or timm's weights -> backbone; backbone -> file.
 
 Files are safetensors with timm's parameter names; what the tensors do not say (architecture, channels, ablations, how images
 were normalised) is in their metadata as JSON, under `dino_xcit`.
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.run_folder import from_plain
+from dino_xcit.run_folder import CONFIG, from_plain, read_config
 from dino_xcit.xcit import ABLATIONS, XCiT, resolve_architecture
 
 TEACHER = "teacher.safetensors"
 LAST = "checkpoints/last.ckpt"
+TIMM = "timm:"
 KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
 
 
@@ -36,12 +37,15 @@ def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(backbone_metadata(config))})
 
 
-def load_backbone(weights: str | Path, arch: str | None = None) -> XCiT:
-    """A run folder, its .ckpt or a .safetensors file -> the teacher's backbone in eval mode, on CPU.
+def load_backbone(weights: str | Path, arch: str | None = None) -> Any:
+    """A run folder, its .ckpt, a .safetensors file or timm:NAME -> the (teacher's) backbone in eval mode, on CPU.
 
+    An `XCiT`, or with timm:NAME whatever network timm has under that name: images (B, C, H, W) -> features (B, D).
     arch is needed where the file does not say it. The backbone's `metadata` has what the file says about it.
     Raises ValueError if there is nothing to load, the file is none of these, or tensors are missing or left over.
     """
+    if str(weights).startswith(TIMM):
+        return _from_timm(str(weights).removeprefix(TIMM))
     path = Path(weights)
     if path.is_dir():
         found = next((path / name for name in (TEACHER, LAST) if (path / name).exists()), None)
@@ -49,18 +53,56 @@ def load_backbone(weights: str | Path, arch: str | None = None) -> XCiT:
             raise ValueError(f"--weights {weights} is a folder without {TEACHER} or {LAST}; expected a run folder")
         path = found
     if not path.exists():
-        raise ValueError(f"--weights {weights} does not exist; expected a run folder, a .ckpt or a .safetensors file")
+        raise ValueError(
+            f"--weights {weights} does not exist; expected a run folder, a .ckpt, a .safetensors file or timm:NAME"
+        )
     tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if arch is None and "arch" not in metadata:
         raise ValueError(f"--weights {weights} does not say its architecture; name it with --arch")
     metadata = {**metadata, "arch": arch or metadata["arch"]}
-    switches = {name: metadata[name] for name in ("in_chans", *ABLATIONS) if name in metadata}
-    backbone = XCiT(metadata["arch"], **switches)
+    backbone = build(metadata)
     try:
         backbone.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"--weights {weights} does not fit {metadata['arch']}: {' '.join(str(error).split())}") from None
+    return backbone.eval()
+
+
+def build(metadata: dict[str, Any]) -> XCiT:
+    """The network that the metadata describe, with new weights."""
+    backbone = XCiT(metadata["arch"], **{name: metadata[name] for name in ("in_chans", *ABLATIONS) if name in metadata})
     backbone.metadata = metadata
+    return backbone
+
+
+def run_folder_of(weights: str) -> Path | None:
+    """The run folder in which these weights are, or which they name; None if there is none."""
+    path = Path(weights)
+    return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / CONFIG).is_file()), None)
+
+
+def read_run(weights: str) -> PretrainConfig | None:
+    """The options of the run that the weights are of, if they are in a run folder."""
+    folder = run_folder_of(weights)
+    return None if folder is None else read_config(folder)
+
+
+def _from_timm(name: str) -> Any:
+    import timm
+
+    network: Any
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # timm, Hugging Face and the network each have their own
+        raise ValueError(f"--weights timm:{name} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    data = timm.data.resolve_data_config({}, model=network)
+    channels, size, _ = data["input_size"]
+    metadata = {"in_chans": channels, "global_crops_size": size, "mean": list(data["mean"]), "std": list(data["std"])}
+    if not name.startswith("xcit_"):
+        network.metadata = metadata
+        return network.eval()
+    backbone = build({**metadata, "arch": resolve_architecture(name)[0]})
+    backbone.load_state_dict(network.state_dict(), strict=True)
     return backbone.eval()
 
 

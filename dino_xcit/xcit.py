@@ -356,6 +356,20 @@ class XCiT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.norm(self._attend(self.patch_tokens(images)[0], class_token_only=True)[0][:, 0])
 
+    def layer_features(self, images: Tensor) -> Tensor:
+        """Images -> what linear probes choose from, each normed: (B, class-attention layers + 1, C).
+
+        The class token of each class-attention layer, the last layer's first (so [:, 0] is what `forward` gives), and the
+        mean of the last layer's patch tokens.
+        """
+        tokens = self.patch_tokens(images)[0]
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1 + N, C)
+        class_tokens = []
+        for block in self.cls_attn_blocks:
+            x, _ = block(x, class_token_only=False)
+            class_tokens.append(self.norm(x[:, 0]))
+        return torch.stack([*reversed(class_tokens), self.norm(x[:, 1:]).mean(1)], dim=1)
+
     def class_attention(self, images: Tensor) -> Tensor:
         """Softmax weights of the class token: (B, class-attention layers, h, 1 + N), the class token itself first.
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.crops import MultiCrop, resize
+from dino_xcit.crops import MultiCrop, draw_boxes, resize
 from dino_xcit.photometric import Draw
 
 RATIOS = (3 / 4, 4 / 3)
@@ -25,7 +25,7 @@ def image(height=50, width=70, channels=3):
 def many_boxes(height, width, config=CONFIG, images=IMAGES):
     """(images, V, 4): top, left, height, width."""
     crop, rng = MultiCrop(config), np.random.default_rng(0)
-    return np.stack([crop.draw_boxes(rng, height, width) for _ in range(images)])
+    return np.stack([draw_boxes(rng, height, width, crop.scale_low, crop.scale_high) for _ in range(images)])
 
 
 def many_draws(config=CONFIG, images=IMAGES):
@@ -147,7 +147,7 @@ def test_views_are_the_boxes_cut_out_and_resized(channels):
     picture, key = image(channels=channels), (3, 1, 4)
     crop = MultiCrop(CONFIG)
     views = crop(picture, key)
-    boxes = crop.draw_boxes(np.random.default_rng(key), 50, 70)
+    boxes = draw_boxes(np.random.default_rng(key), 50, 70, crop.scale_low, crop.scale_high)
     assert views.global_crops.shape == (2, channels, 24, 24)
     assert views.local_crops.shape == (3, channels, 12, 12)
     for view, (top, left, h, w) in zip([*views.global_crops, *views.local_crops], boxes, strict=True):

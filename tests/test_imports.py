@@ -11,9 +11,10 @@ FLOORS = (
     ("config", "shapes"),
     ("schedules", "xcit", "dino", "photometric", "run_folder"),
     ("crops", "attention"),
-    ("data",),
-    ("module", "weights", "features", "knn"),
-    ("plan",),
+    ("data", "machine"),
+    ("module", "weights"),
+    ("features", "report"),
+    ("knn", "linear", "plan"),
     ("pretrain",),
     ("cli",),
 )

@@ -23,7 +23,6 @@ from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import CropDataset, Order, collate, open_images
-from dino_xcit.features import extract
 from dino_xcit.module import COLUMNS, DINOModule, Network
 from dino_xcit.plan import memory_estimate
 from dino_xcit.pretrain import pretrain
@@ -112,19 +111,6 @@ def test_the_augmentation_is_float32_under_mixed_precision(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         for one, other in zip(module.views(batch), plain, strict=True):
             assert torch.equal(one, other)
-
-
-def test_features_of_a_set_in_which_nothing_can_be_read_are_an_error(tmp_path, tiny):
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(b"broken")
-    images = open_images(dataclasses.replace(tiny, dataset=None, data_path=str(tmp_path), num_images=None), "train")
-    options = {"size": 8, "mean": (0.5,) * 3, "std": (1.0,) * 3, "device": torch.device("cpu"), "batch_size": 1}
-    with pytest.raises(ValueError, match="none of the 3 images"):
-        extract(nn.Flatten(), images, np.arange(3), **options)
-    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    features, readable = extract(nn.Flatten(), images, np.arange(3), **options)
-    assert readable.tolist() == [False, True, False]
-    assert features.shape == (1, 8 * 8 * 3)
 
 
 def test_grey_images_and_no_local_crops(tiny):

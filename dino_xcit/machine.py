@@ -1,0 +1,68 @@
+"""What a command runs on: its processes, its precision, its line to the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from tqdm import tqdm
+
+from dino_xcit.config import EvalConfig, PretrainConfig
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """A line on the terminal that leaves the progress bar whole."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress(total: int, description: str, unit: str, shown: bool, initial: int = 0) -> Any:
+    """A bar with rate and time left, which clears itself away. In a file every refresh is a line, so there it is rare."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    options: dict[str, Any] = {"mininterval": seconds, "delay": 0 if sys.stderr.isatty() else seconds, "leave": False}
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=not shown, **options)
+
+
+def resolve_precision(config: PretrainConfig | EvalConfig) -> Any:
+    """`auto` becomes bf16-mixed where matrix products in bfloat16 are faster than in float32."""
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    on_cpu = config.accelerator in ("auto", "cpu")
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # AVX-512 alone emulates it, slower than float32
+    return "bf16-mixed" if on_cpu and has_amx() else "32-true"
+
+
+def parse_devices(devices: str) -> Any:
+    """`--devices` as Lightning takes it: a number, or what was typed."""
+    return int(devices) if devices.lstrip("-").isdigit() else devices
+
+
+def launch(config: EvalConfig) -> Fabric:
+    """Start the processes of an evaluation. Raises ValueError if Lightning refuses the options."""
+    try:
+        fabric = Fabric(accelerator=config.accelerator, devices=parse_devices(config.devices))
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(refusal(config, error)) from error
+    fabric.launch()
+    return fabric
+
+
+def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """Sum over all processes, where the tensor is."""
+    total: Any = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
+    return total.to(tensor.device)
+
+
+def refusal(config: PretrainConfig | EvalConfig, error: Exception) -> str:
+    """What to say when Lightning cannot run on what was asked for."""
+    return (
+        f"Lightning refuses --accelerator {config.accelerator} --devices {config.devices} --precision "
+        f"{config.precision}: {' '.join(str(error).split())}"
+    )
