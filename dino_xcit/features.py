@@ -34,7 +34,7 @@ from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_ctrl_c_
 from dino_xcit.machine import progress, resolve_precision, say, summed
 from dino_xcit.run_folder import replacing
 from dino_xcit.weights import build, load_backbone, read_run
-from dino_xcit.xcit import XCiT
+from dino_xcit.xcit import ABLATIONS, XCiT
 
 Config = TypeVar("Config", bound=EvalConfig)
 SMALL = 96  # below this side nothing is cut off: small images are framed already
@@ -320,7 +320,9 @@ class Subject:
         if dtype == "auto":
             dtype = "float16" if self.frozen.precision in HALF else "float32"
         backbone = self.frozen.backbone
-        digest = hashlib.sha256(f"{backbone} {getattr(backbone, 'metadata', '')}".encode())
+        about = getattr(backbone, "metadata", {})
+        switches = [about.get(name) for name in ABLATIONS]  # which neither tensors nor modules always show
+        digest = hashlib.sha256(f"{backbone} {switches}".encode())
         for tensor in backbone.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return {

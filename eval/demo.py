@@ -10,14 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from dino_xcit.cli import parse
-from dino_xcit.config import PretrainConfig
-from dino_xcit.pretrain import KnnProbe, open_images, pretrain
-from dino_xcit.weights import load_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config import KnnConfig, PretrainConfig
+from dino_xcit.knn import knn_eval
+from dino_xcit.pretrain import pretrain
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -28,20 +24,9 @@ def main() -> None:
     outcome = pretrain(config)
     if outcome.interrupted:
         sys.exit(130)
-    images = open_images(config, "train")
-    assert images is not None
-    probe = KnnProbe.of(config, images)
-    assert probe is not None
-    torch.manual_seed(config.seed)
-    rows: list[tuple[str, nn.Module]] = [
-        ("raw pixels", nn.Flatten()),
-        (f"{config.arch}, untrained", XCiT(config.arch, in_chans=config.in_chans)),
-        (f"{config.arch}, DINO teacher", load_backbone(outcome.folder)),
-    ]
-    print(f"\nk-NN top-1 (k = 20) on {len(probe.queries)} held-out images, {len(probe.neighbours)} neighbours")
-    for name, features in rows:
-        print(f"  {name:32} {probe(features, torch.device('cpu')):5.1f} %")
-    print(f"{outcome.steps} steps; all of this took {time.perf_counter() - start:.0f} s; look at {outcome.folder}/crops.png")
+    print(f"\n{outcome.steps} steps; the same as `dino-xcit knn-eval --weights {outcome.folder} --nb_knn 20 --baselines`:")
+    knn_eval(KnnConfig(weights=str(outcome.folder), nb_knn=(20,), baselines=True))
+    print(f"all of this took {time.perf_counter() - start:.0f} s; look at {outcome.folder}/crops.png")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino_xcit.cli import parse
-from dino_xcit.config import PretrainConfig, validate
+from dino_xcit.cli import COMMANDS, parse
+from dino_xcit.config import PretrainConfig, validate, validate_evaluation
 from dino_xcit.run_folder import write_config
 from dino_xcit.schedules import Schedules
 from dino_xcit.xcit import resolve_architecture
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PROTOCOLS = sorted((Path(__file__).parent.parent / "eval/protocols").glob("*.yaml"))
 
 
 def load(file: Path) -> PretrainConfig:
@@ -60,21 +61,38 @@ def test_the_published_recipes_train_with_the_published_batch_and_rates(name, to
     assert (schedules.teacher_temp(0), schedules.teacher_temp(schedules.steps - 1)) == (0.04, 0.07)
 
 
+@pytest.mark.parametrize("file", PROTOCOLS, ids=lambda file: file.stem)
+def test_every_protocol_loads_and_says_where_it_comes_from(file):
+    comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for word in ("Source", "Expected", "Command"):
+        assert any(line.startswith(f"# {word}:") for line in comments), word
+    command = next(line for line in comments if "Command" in line).split(": ", 1)[1]
+    assert f"--config eval/protocols/{file.name}" in command
+    check(command.replace("eval/protocols", str(file.parent)))
+
+
+def check(command: str) -> None:
+    """The command line is one that `dino-xcit` understands."""
+    _, name, *arguments = shlex.split(command)
+    config_class = COMMANDS[name][1]
+    if arguments == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            parse(name, config_class, arguments)
+    else:
+        {"pretrain": validate}.get(name, validate_evaluation)(parse(name, config_class, arguments))
+
+
 def readme_commands() -> list[str]:
     lines = (FILES[0].parent.parent / "README.md").read_text().splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("dino-xcit pretrain ")]
+    return [line.split("#")[0].strip() for line in lines if line.startswith("dino-xcit ")]
 
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_the_commands_of_the_readme_are_understood(command, monkeypatch, tmp_path):
     """Each is parsed as typed, in a folder with the recipes and the run that it speaks of."""
     (tmp_path / "configs").symlink_to(FILES[0].parent)
+    (tmp_path / "eval").symlink_to(PROTOCOLS[0].parent.parent)
     (tmp_path / "runs/s12_p16").mkdir(parents=True)
     write_config(load(FILES[0].parent / "s12_p16.yaml"), tmp_path / "runs/s12_p16")
     monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(command)[2:]
-    if arguments == ["--help"]:
-        with pytest.raises(SystemExit, match="0"):
-            parse("pretrain", PretrainConfig, arguments)
-    else:
-        validate(parse("pretrain", PretrainConfig, arguments))
+    check(command)
