@@ -16,6 +16,8 @@ _ROOMS = {
     "DINOHead": "dino",
     "DINOLoss": "dino",
     "PretrainConfig": "config",
+    "KnnConfig": "config",
+    "LinearConfig": "config",
     "load_backbone": "weights",
     "class_attention": "attention",
     "knn_classify": "knn",

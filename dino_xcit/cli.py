@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):
             raise
-        print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
+        # What the user can put right is the same in every process, so the first one tells it.
+        if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
 

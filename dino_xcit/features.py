@@ -65,9 +65,8 @@ def default_resize(image_size: int) -> int:
 def centre_crop(image: Tensor, size: int, short_side: int) -> Tensor:
     """uint8 (C, H, W) -> uint8 (C, size, size): the short side resized, then the centre."""
     _, H, W = image.shape
-    scale = short_side / min(H, W)
-    image = resize(image[None], max(short_side, int(H * scale)), max(short_side, int(W * scale)))[0]
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    image = resize(image[None], H * short_side // min(H, W), W * short_side // min(H, W))[0]
+    top, left = (round((side - size) / 2) for side in image.shape[1:])  # halves to the even number, as in torchvision
     return image[:, top : top + size, left : left + size]
 
 
@@ -113,8 +112,8 @@ class Frozen:
         size, channels = self.transform.image_size, len(self.transform.mean)
         try:
             parts, dim = self(torch.zeros(1, channels, size, size, dtype=torch.uint8)).shape[1:]
-        except ValueError as error:
-            raise ValueError(f"--image_size {size}: {error}") from None
+        except (ValueError, AssertionError, RuntimeError) as error:  # each network has its own
+            raise ValueError(f"--image_size {size}: {' '.join(str(error).split())}") from error
         return parts, dim
 
 
@@ -176,7 +175,7 @@ class Store(NamedTuple):
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
     """Whether the file is whole and holds such an array."""
     try:
-        found = np.load(path, mmap_mode="r")
+        found = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError):
         return False
     return found.shape == shape and found.dtype == dtype
@@ -200,7 +199,8 @@ def extract(
     finite.
     """
     batches = [np.arange(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    batches = [batch for batch in batches if (store.state[batch] == NOT_DONE).any()][share[0] :: share[1]]
+    # Shared first: what is not done changes while other processes work.
+    batches = [batch for batch in batches[share[0] :: share[1]] if (store.state[batch] == NOT_DONE).any()]
     loader = DataLoader(
         dataset,
         batch_sampler=[rows[batch].tolist() for batch in batches],  # type: ignore[arg-type]
@@ -210,10 +210,11 @@ def extract(
     made = sum(map(len, batches))
     with progress(made, description or "", "images", shown=description is not None and made > 0) as bar:
         for batch, (images, readable) in zip(batches, loader, strict=True):
-            features = frozen(images).cpu()
-            if not torch.isfinite(features).all():
-                raise FloatingPointError(f"features of {int((~torch.isfinite(features)).sum())} numbers are not finite")
-            store.features[batch] = features.numpy()
+            with np.errstate(over="ignore"):
+                features = frozen(images).cpu().numpy().astype(store.features.dtype)
+            if not np.isfinite(features).all():
+                raise FloatingPointError(f"features are not finite in {features.dtype}")
+            store.features[batch] = features
             store.mark(batch, readable.numpy())
             bar.update(len(batch))
     return made
@@ -297,7 +298,7 @@ class Subject:
                 description=f"{self.name}, {split}" if fabric.is_global_zero else None,
             )
         except FloatingPointError as error:
-            raise ValueError(f"--weights {self.config.weights}: {error}; the weights are of a run that diverged") from None
+            raise FloatingPointError(f"--weights {self.name}: {error}; a run that diverged?") from None
         fabric.barrier()
         total = int(summed(fabric, torch.tensor(made)))
         if total:
@@ -305,6 +306,7 @@ class Subject:
             self.seconds += time.perf_counter() - start
         else:
             say(f"features of {self.name}, {split}: from {folder}")
+        assert NOT_DONE not in store.state
         readable = store.state == DONE
         self.unreadable += int((~readable).sum())
         if not readable.any():
@@ -349,6 +351,9 @@ class FromFiles:
         self.folder = Path(config.load_features or "")
         self.name = str(self.folder)
         self.splits = {name: self._load(*files) for name, files in OFFICIAL_FILES.items()}
+        widths = [split.features.shape[2] for split in self.splits.values()]
+        if widths[0] != widths[1]:
+            raise ValueError(f"trainfeat.pth has {widths[0]} columns and testfeat.pth {widths[1]} in {self.folder}")
 
     @property
     def shape(self) -> tuple[int, ...]:

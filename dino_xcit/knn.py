@@ -26,7 +26,7 @@ ROWS, TRAIN_ROWS = 512, 65536  # of test and training images whose similarities 
 TEST_ROWS = 32 * ROWS  # for which neighbours are sought in one pass over the training images
 RANKS = 5  # classes told per image
 NOBODY = -1  # a rank for which no class has a vote
-LOW_BITS = 2**32 - 1
+LOW_BITS, MAGNITUDE = 2**32 - 1, 2**31 - 1
 PICTURED = 20  # neighbours, if asked for, whose confusions are drawn: the number that papers report
 
 
@@ -77,13 +77,18 @@ def vote(similarity: Tensor, label: Tensor, temperature: float) -> Tensor:
     k = similarity.shape[1]
     # The nearest neighbour has the largest power of two with which no sum of k votes overflows.
     weight = ((similarity.double() - similarity[:, :1].double()) / temperature).exp() * 2.0 ** (62 - k.bit_length())
-    label, order = label.sort(dim=1, stable=True)
-    total = weight.long().gather(1, order).cumsum(1)
-    last = torch.ones_like(label, dtype=torch.bool)  # of the neighbours of its class
+    label, order = label.flip(1).sort(dim=1, stable=True)  # the nearest of a class comes last
+    total = weight.long().flip(1).gather(1, order).cumsum(1)
+    last = torch.ones_like(label, dtype=torch.bool)
     last[:, :-1] = label[:, 1:] != label[:, :-1]
     before = F.pad(torch.where(last, total, 0).cummax(1).values, (1, -1))  # total of the smaller classes
-    votes, order = torch.where(last, total - before, NOBODY).sort(dim=1, descending=True, stable=True)
-    classes = torch.where(votes == NOBODY, NOBODY, label.gather(1, order))[:, :RANKS]
+    votes = torch.where(last, total - before, NOBODY)
+    # Votes too small to differ rank by the nearest neighbour; votes of equal neighbours by the class.
+    nearest = (
+        torch.where(last, similarity.flip(1).gather(1, order), -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    )
+    votes, order = votes.gather(1, nearest).sort(dim=1, descending=True, stable=True)
+    classes = torch.where(votes == NOBODY, NOBODY, label.gather(1, nearest).gather(1, order))[:, :RANKS]
     return F.pad(classes, (0, RANKS - classes.shape[1]), value=NOBODY)
 
 
@@ -97,13 +102,16 @@ def _normalised(features: Tensor, device: torch.device) -> Tensor:
 
 def _encode(similarity: Tensor, row: Tensor) -> Tensor:
     bits = similarity.view(torch.int32)
-    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # negative floats order the other way round
+    sign = bits >> 31  # 0 or -1; a float is sign and magnitude, and -0 is 0
+    ordered = (bits & MAGNITUDE).bitwise_xor_(sign).sub_(sign)
     return ordered.long().bitwise_left_shift_(32).add_(LOW_BITS - row)
 
 
 def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
     ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), LOW_BITS - (keys & LOW_BITS)
+    sign = ordered >> 31
+    bits = ((ordered ^ sign) - sign) | (sign & ~MAGNITUDE)
+    return bits.view(torch.float32), LOW_BITS - (keys & LOW_BITS)
 
 
 def _largest(similarity: Tensor, k: int) -> Tensor:

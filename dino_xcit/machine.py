@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -46,6 +47,7 @@ def parse_devices(devices: str) -> Any:
 
 def launch(config: EvalConfig) -> Fabric:
     """Start the processes of an evaluation. Raises ValueError if Lightning refuses the options."""
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no announcements
     try:
         fabric = Fabric(accelerator=config.accelerator, devices=parse_devices(config.devices))
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:

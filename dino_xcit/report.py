@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def output_folder(config: EvalConfig) -> Path:
         folder = Path(config.load_features)
     else:
         weights = config.weights or ""
-        folder = run_folder_of(weights) or Path("runs") / Path(weights.replace(":", "_")).stem
+        name = re.sub(r"\.(safetensors|ckpt|pth?)$", "", Path(weights.replace(":", "_")).name)
+        folder = run_folder_of(weights) or Path("runs") / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file; expected a folder")
     return folder
@@ -149,12 +151,15 @@ def draw_classes(path: Path, title: str, predicted: np.ndarray, labels: np.ndarr
                     left.text(j, i, f"{confusion[i, j]:.0f}", ha="center", va="center", fontsize=6, color=shade)
     present = np.flatnonzero(images)
     ordered = present[np.argsort(accuracy[present], kind="stable")]
-    right.barh(range(len(ordered)), accuracy[ordered], height=0.8 if readable else 1.0, color="#0072B2")
+    right.barh(range(len(ordered)), accuracy[ordered], height=0.8 if len(ordered) <= NAMED_CLASSES else 1.0, color="#0072B2")
     right.axvline(accuracy[present].mean(), color="#D55E00", label=f"mean {accuracy[present].mean():.1f} %")
     right.set(xlim=(0, 100), xlabel="accuracy of the class, %", ylim=(-0.6, len(ordered) - 0.4))
-    shown = range(len(ordered)) if readable else [*range(5), *range(len(ordered) - 5, len(ordered))]
-    step = 1.0 if readable else len(ordered) / 60  # names at both ends, spread so that they do not overlap
-    places = [i if readable else (i * step if i < 5 else len(ordered) - 1 - (len(ordered) - 1 - i) * step) for i in shown]
+    if len(ordered) <= NAMED_CLASSES:
+        shown, places = list(range(len(ordered))), [float(i) for i in range(len(ordered))]
+    else:  # names at both ends, spread so that they do not overlap
+        last, step = len(ordered) - 1, len(ordered) / 60
+        shown = [*range(5), *range(last - 4, last + 1)]
+        places = [i * step if i < 5 else last - (last - i) * step for i in shown]
     right.set_yticks(places, [written[ordered[i]] for i in shown], fontsize=7, parse_math=False)
     right.legend(loc="lower right", frameon=False, fontsize=8)
     figure.suptitle(title, parse_math=False, fontsize=10)

@@ -77,6 +77,8 @@ def build(metadata: dict[str, Any]) -> XCiT:
 
 def run_folder_of(weights: str) -> Path | None:
     """The run folder in which these weights are, or which they name; None if there is none."""
+    if weights.startswith(TIMM):
+        return None
     path = Path(weights)
     return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / CONFIG).is_file()), None)
 

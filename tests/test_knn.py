@@ -237,10 +237,9 @@ def test_blocks_of_rows_rank_as_the_whole():
 @pytest.mark.parametrize("seed", range(10))
 def test_votes_do_not_depend_on_their_order(seed):
     rng = np.random.default_rng(seed)
-    similarity = torch.from_numpy(rng.uniform(0.2, 0.8, 10).astype(np.float32)).repeat_interleave(3)
-    label = torch.arange(30) % 3 + 4  # the three classes have the same votes
-    order = torch.from_numpy(rng.permutation(30))
-    similarity, label = torch.cat([torch.tensor([0.9]), similarity[order]]), torch.cat([torch.tensor([2]), label[order]])
+    falling = -np.sort(-rng.uniform(0.2, 0.8, 10)).astype(np.float32)
+    similarity = torch.from_numpy(np.r_[np.float32(0.9), falling.repeat(3)])
+    label = torch.from_numpy(np.r_[2, rng.permuted(np.tile([4, 5, 6], (10, 1)), axis=1).ravel()])  # the same votes for three
     assert vote(similarity[None], label[None], 1.0).tolist() == [[4, 5, 6, 2, -1]]
 
 

@@ -1,0 +1,132 @@
+"""Weights of timm's networks, and the run folder that weights are in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from conftest import TINY
+
+from dino_xcit.features import Frozen, Transform
+from dino_xcit.run_folder import write_config
+from dino_xcit.weights import LAST, TEACHER, load_backbone, read_run, run_folder_of
+from dino_xcit.xcit import XCiT
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+# -- timm:NAME -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """Networks that timm was asked for. Their weights are random instead of downloaded."""
+    networks, create_model = [], timm.create_model
+
+    def create(name, *, pretrained, **options):
+        assert pretrained
+        torch.manual_seed(0)
+        networks.append(create_model(name, pretrained=False, **options))
+        return networks[-1]
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return networks
+
+
+def timms_features(network, x):
+    with torch.no_grad():
+        return network.eval().forward_head(network.forward_features(x), pre_logits=True)
+
+
+@pytest.mark.parametrize("tag", ["", ".fb_in1k"])
+def test_an_xcit_of_timm_becomes_ours_with_the_same_features(created, tag):
+    backbone = load_backbone(f"timm:xcit_nano_12_p16_224{tag}")
+    assert isinstance(backbone, XCiT)
+    assert not backbone.training
+    assert backbone.metadata == {"arch": "xcit_n12_p16", "in_chans": 3, "global_crops_size": 224, **IMAGENET}
+    x = torch.randn(2, 3, 48, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(x), timms_features(created[0], x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "metadata"),
+    [
+        ("resnet10t", 512, {"in_chans": 3, "global_crops_size": 176, **IMAGENET}),
+        ("test_vit", 64, {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3}),
+        ("test_convnext", 64, {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3}),
+    ],
+)
+def test_other_networks_of_timm_give_features_without_a_classifier(created, name, dim, metadata):
+    network = load_backbone(f"timm:{name}")
+    assert network is created[0]
+    assert not network.training
+    assert network.metadata == metadata
+    size = metadata["global_crops_size"]
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = network(x)
+    assert features.shape == (2, dim)
+    torch.testing.assert_close(features, timms_features(network, x))
+    transform = Transform(size, size, tuple(metadata["mean"]), tuple(metadata["std"]))
+    assert Frozen(network, transform, torch.device("cpu")).shape() == (1, dim)
+
+
+def test_networks_that_timm_cannot_load_are_an_error_in_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no connection\n  to the hub" + 1000 * "!")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(
+        ValueError, match="--weights timm:resnet10t could not be loaded: no connection to the hub!"
+    ) as raised:
+        load_backbone("timm:resnet10t")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_unknown_networks_of_timm_are_an_error():
+    with pytest.raises(ValueError, match="--weights timm:resnet9000 could not be loaded: Unknown model"):
+        load_backbone("timm:resnet9000")
+
+
+# -- the run that weights are of -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    (folder / "checkpoints").mkdir(parents=True)
+    write_config(dataclasses.replace(TINY, output_dir=str(folder), seed=7), folder)
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["", LAST, TEACHER, "other.safetensors"])
+def test_the_run_folder_is_found_from_what_is_in_it(run, weights):
+    assert run_folder_of(str(run / weights)) == run
+    assert read_run(str(run / weights)) == dataclasses.replace(TINY, output_dir=str(run), seed=7)
+
+
+@pytest.mark.parametrize("weights", ["runs", "runs/other.safetensors", "runs/two/last.ckpt", "runs/one/a/b/deep.ckpt"])
+def test_weights_outside_a_run_folder_have_none(run, tmp_path, weights):
+    assert run_folder_of(str(tmp_path / weights)) is None
+    assert read_run(str(tmp_path / weights)) is None
+
+
+def test_the_run_folder_may_be_the_one_worked_in(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert run_folder_of(TEACHER).resolve() == run_folder_of(".").resolve() == run
+
+
+def test_weights_of_timm_are_of_no_run_wherever_they_are_used(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert run_folder_of("timm:resnet10t") is None
+    assert read_run("timm:resnet10t") is None
+
+
+def test_a_run_of_another_version_is_an_error_that_names_its_config(run):
+    (run / "config.yaml").write_text("unknown_option: 3\n")
+    with pytest.raises(ValueError, match=r"one/config\.yaml is not a config of this version"):
+        read_run(str(run))
