@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _, config_class, run = COMMANDS[command]
         return run(parse(command, config_class, arguments))
     except KeyboardInterrupt:
-        print(f"\n{PROGRAM} {command}: stopped; the same command goes on from there", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"\n{PROGRAM} {command}: stopped; the same command goes on from there (not with --no_cache)", file=sys.stderr
+            )
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):

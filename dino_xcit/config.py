@@ -258,7 +258,7 @@ class LinearConfig(EvalConfig):
     num_seeds: int = 1
     """repetitions with other seeds: subset, held-out images, initial weights, order"""
     evaluate: str | None = None
-    """linear_head.safetensors of an earlier run to evaluate instead of training one"""
+    """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
 
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -362,6 +362,8 @@ def validate_evaluation(config: EvalConfig) -> None:
                 raise ValueError(f"--{flag} has no meaning with --load_features, which brings features instead of images")
     for flag in ("num_images", "in_chans", "image_size", "resize_size", "n_last_blocks", "batch_size_per_gpu"):
         require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    require(config.seed >= 0, "seed", "0 or more")
+    require(config.num_workers is None or config.num_workers >= 0, "num_workers", "0 or more")
     require(all(s > 0 for s in config.std), "std", "positive values")
     require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
     if isinstance(config, KnnConfig):
@@ -372,6 +374,7 @@ def validate_evaluation(config: EvalConfig) -> None:
         require(config.protocol != "dino" or len(config.lr) <= 1, "lr", "one number with --protocol dino")
         require(config.protocol != "dino" or config.load_features is None, "load_features", "images, for --protocol dino")
         require(all(c > 0 for c in config.c), "c", "positive numbers")
+        require(not (config.evaluate and config.baselines), "baselines", "false with --evaluate, which is one head's")
         require(0 < config.held_out < 1, "held_out", "a share between 0 and 1")
         shares = config.train_fraction
         require(bool(shares) and all(0 < share <= 1 for share in shares), "train_fraction", "shares over 0, up to 1")

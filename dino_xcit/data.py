@@ -73,7 +73,7 @@ class ImageSet(Protocol):
         """What tells a person which image this is."""
 
     def identity(self) -> list[Any]:
-        """Plain values that differ from those of any other set of images."""
+        """Plain values that differ from those of other sets: every file with its size and time, where there are files."""
 
 
 class ShapeSet:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -31,7 +32,7 @@ import dino_xcit
 from dino_xcit.config import EvalConfig, PretrainConfig
 from dino_xcit.crops import resize
 from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_ctrl_c_to_the_parent, open_images
-from dino_xcit.machine import progress, resolve_precision, say, summed
+from dino_xcit.machine import progress, require_folder, resolve_precision, say, summed
 from dino_xcit.run_folder import replacing
 from dino_xcit.weights import build, load_backbone, read_run
 from dino_xcit.xcit import ABLATIONS, XCiT
@@ -39,6 +40,7 @@ from dino_xcit.xcit import ABLATIONS, XCiT
 Config = TypeVar("Config", bound=EvalConfig)
 SMALL = 96  # below this side nothing is cut off: small images are framed already
 WORTH_WORKERS = 5000  # images; starting workers for fewer costs more than it saves
+ROWS = 65536  # features looked at in one go
 PIXELS = 32  # side of the images whose raw pixels are a baseline
 NOT_DONE, DONE, UNREADABLE = 0, 1, 2
 OFFICIAL_FILES = {"train": ("trainfeat.pth", "trainlabels.pth"), "validation": ("testfeat.pth", "testlabels.pth")}
@@ -160,7 +162,8 @@ class Store(NamedTuple):
                 path.unlink(missing_ok=True)
             for path, dims, kind in ((features, shape, dtype), (state, shape[:1], "uint8")):
                 with replacing(path) as beside:
-                    np.lib.format.open_memmap(beside, "w+", kind, dims).flush()  # zeros, which take no space yet
+                    np.lib.format.open_memmap(beside, "w+", kind, dims).flush()
+                    _reserve(beside)
         return cls(*(np.lib.format.open_memmap(path, "r+") for path in (features, state)))
 
     def mark(self, rows: np.ndarray, readable: np.ndarray) -> None:
@@ -170,6 +173,13 @@ class Store(NamedTuple):
                 array[rows] = np.where(readable, DONE, UNREADABLE)
             if isinstance(array, np.memmap):
                 array.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Take the space now, while a full disk is an error and not yet the end of the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _holds(path: Path, shape: tuple[int, ...], dtype: str) -> bool:
@@ -194,13 +204,15 @@ def extract(
 ) -> int:
     """Fill the rows of the store that are not done with the features of these images of the dataset -> how many were made.
 
+    Images that could not be read are tried again: what failed may have been the network.
+
     Row i of the store belongs to image rows[i]. share: the number of this process and of all; batches are cut the same
     whatever their number. description: of the progress bar; none without. Raises FloatingPointError if features are not
     finite.
     """
     batches = [np.arange(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
     # Shared first: what is not done changes while other processes work.
-    batches = [batch for batch in batches[share[0] :: share[1]] if (store.state[batch] == NOT_DONE).any()]
+    batches = [batch for batch in batches[share[0] :: share[1]] if (store.state[batch] != DONE).any()]
     loader = DataLoader(
         dataset,
         batch_sampler=[rows[batch].tolist() for batch in batches],  # type: ignore[arg-type]
@@ -279,7 +291,11 @@ class Subject:
         folder = self.cache / _digest(described)
         shape = (len(images), *self.shape)
         if fabric.is_global_zero:
-            Store.on_disk(folder, shape, dtype)
+            try:
+                Store.on_disk(folder, shape, dtype)
+            except OSError as error:
+                size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
+                raise ValueError(f"--cache_dir {self.cache} cannot take {size:.2g} GiB of features: {error}") from None
             with replacing(folder / "about.json") as path:
                 path.write_text(json.dumps(described, indent=1))
         fabric.barrier()
@@ -308,9 +324,12 @@ class Subject:
             say(f"features of {self.name}, {split}: from {folder}")
         assert NOT_DONE not in store.state
         readable = store.state == DONE
-        self.unreadable += int((~readable).sum())
-        if not readable.any():
+        lost = np.flatnonzero(~readable)
+        self.unreadable += len(lost)
+        if len(lost) == len(images):
             raise ValueError(f"none of the {len(images)} images can be read, {images.name(0)} for one")
+        if len(lost):
+            say(f"{len(lost)} of {len(images)} images cannot be read and are left out, {images.name(int(lost[0]))} for one")
         features, labels = torch.from_numpy(store.features), self.labels(split)
         if not readable.all():
             features, labels = features[torch.from_numpy(readable)], labels[torch.from_numpy(readable)]
@@ -354,6 +373,12 @@ class FromFiles:
         widths = [split.features.shape[2] for split in self.splits.values()]
         if widths[0] != widths[1]:
             raise ValueError(f"trainfeat.pth has {widths[0]} columns and testfeat.pth {widths[1]} in {self.folder}")
+        # Labels may be any numbers; here they count the classes.
+        classes = torch.unique(torch.cat([split.labels for split in self.splits.values()]))
+        self.classes = {i: str(label) for i, label in enumerate(classes.tolist())}
+        self.splits = {
+            name: split._replace(labels=torch.searchsorted(classes, split.labels)) for name, split in self.splits.items()
+        }
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -389,7 +414,14 @@ class FromFiles:
             raise ValueError(
                 f"{features_file} has {len(tensors[0])} rows and {labels_file} {len(tensors[1])} in {self.folder}"
             )
-        return Split(tensors[0][:, None], tensors[1].long())
+        features, labels = tensors
+        if not len(labels):
+            raise ValueError(f"--load_features: {self.folder / features_file} is empty")
+        if not all(bool(torch.isfinite(rows).all()) for rows in features.split(ROWS)):
+            raise ValueError(f"--load_features: {self.folder / features_file} holds numbers that are not finite")
+        if (labels.long() != labels).any() or labels.min() < 0:
+            raise ValueError(f"--load_features: {self.folder / labels_file} does not hold whole numbers from 0")
+        return Split(features[:, None], labels.long())
 
 
 def dump_features(subject: Subject, parts: slice, folder: Path) -> None:
@@ -410,17 +442,19 @@ def subjects(config: Config, fabric: Fabric) -> Iterator[tuple[Config, list[Any]
     Raises ValueError, naming the flag, for weights that do not load and images that are not there or have no labels.
     """
     if config.load_features is not None:
-        yield config, [FromFiles(config)], {}
+        files = FromFiles(config)
+        yield config, [files], files.classes
         return
     assert config.weights is not None
     backbone = load_backbone(config.weights, config.arch)
-    config = resolve(config, backbone.metadata)
-    images, classes = open_splits(config)
+    config, images_seed = resolve(config, backbone.metadata)
+    images, classes = open_splits(dataclasses.replace(config, seed=images_seed))
     transform = Transform(config.image_size, config.resize_size, config.mean, config.std)  # type: ignore[arg-type]
     named = [(str(config.weights), backbone), *(baselines(config, backbone) if config.baselines else [])]
     with contextlib.ExitStack() as stack:
         if not config.no_cache:
             cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
+            require_folder(cache, "cache_dir")
         else:
             made = stack.enter_context(tempfile.TemporaryDirectory(prefix="dino_xcit_")) if fabric.is_global_zero else ""
             cache = Path(fabric.broadcast(made))
@@ -449,8 +483,12 @@ def baselines(config: EvalConfig, backbone: nn.Module) -> list[tuple[str, nn.Mod
     return rows
 
 
-def resolve(config: Config, metadata: dict[str, Any]) -> Config:
-    """Fill in what the weights say: channels, sizes, mean and std; and the run's own data if no other are named."""
+def resolve(config: Config, metadata: dict[str, Any]) -> tuple[Config, int]:
+    """Fill in what the weights say: channels, sizes, mean and std; and the run's own data if no other are named.
+
+    Also the seed of the images, which is the run's if they are the shapes that it drew.
+    """
+    images_seed = config.seed
     defaults = PretrainConfig()
     in_chans = config.in_chans or metadata.get("in_chans", defaults.in_chans)
     image_size = config.image_size or metadata.get("global_crops_size", defaults.global_crops_size)
@@ -470,8 +508,9 @@ def resolve(config: Config, metadata: dict[str, Any]) -> Config:
             )
         resolved |= {"data_path": run.data_path, "dataset": run.dataset or (None if run.data_path else "shapes")}
         if resolved["dataset"] == "shapes":
-            resolved |= {"seed": run.seed, "num_images": config.num_images or run.num_images}
-    return dataclasses.replace(config, **resolved)
+            images_seed = run.seed
+            resolved["num_images"] = config.num_images or run.num_images
+    return dataclasses.replace(config, **resolved), images_seed
 
 
 def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
@@ -494,6 +533,8 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
         assert train is not None
         assert validation is not None
     images = {"train": train, "validation": validation}
+    if min(validation.labels.min(), train.labels.min()) < 0:  # type: ignore[union-attr]
+        raise ValueError(f"{where} has negative labels, which stand for labels that are kept secret")
     unseen = np.setdiff1d(validation.labels, train.labels)  # type: ignore[arg-type]
     if len(unseen):
         say(f"{len(unseen)} classes of the validation images have no training images: they count as wrong")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dino_xcit.config import KnnConfig, validate_evaluation
 from dino_xcit.features import dump_features, part_slice, subjects
-from dino_xcit.machine import launch, progress, resolve_precision, summed
+from dino_xcit.machine import float64_device, launch, progress, require_folder, resolve_precision, summed
 from dino_xcit.report import cell, describe, draw_classes, hits, output_folder, scores, table, write_json
 
 ROWS, TRAIN_ROWS = 512, 65536  # of test and training images whose similarities are held at a time: 128 MiB
@@ -151,6 +151,8 @@ def knn_eval(config: KnnConfig) -> dict[str, Any]:
     validate_evaluation(config)
     fabric = launch(config)
     folder = output_folder(config)
+    if config.dump_features is not None:
+        require_folder(Path(config.dump_features), "dump_features")
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, classes):
         rows = {}
@@ -162,12 +164,11 @@ def knn_eval(config: KnnConfig) -> dict[str, Any]:
                 dump_features(subject, parts, Path(config.dump_features))
             ranked = _ranked(config, subject, parts, fabric)
             labels = subject.split("validation").labels
-            rows[subject.name] = [_result(k, ranked[k], labels, config.seed) for k in ranked]
+            rows[subject.name] = [_result(k, ranked[k], subject, config.seed) for k in ranked]
             if subject is evaluated[0] and fabric.is_global_zero:
                 k = PICTURED if PICTURED in ranked else max(ranked)
                 first = rows[subject.name][list(ranked).index(k)]
                 title = f"{subject.name}: k-NN, k = {k}, top-1 {first['top1']:.1f} %"
-                folder.mkdir(parents=True, exist_ok=True)
                 draw_classes(folder / "knn_classes.png", title, ranked[k][:, 0].numpy(), labels.numpy(), classes)
         report = {
             "protocol": "weighted k-NN, as official eval_knn.py",
@@ -199,15 +200,16 @@ def _ranked(config: KnnConfig, subject: Any, parts: slice, fabric: Fabric) -> di
         for start in mine[::TEST_ROWS]:
             rows = slice(start, min(start + TEST_ROWS, mine.stop))
             features = train.features[:, parts], train.labels, validation.features[rows, parts]
-            of_rows = knn_classify(*features, config.nb_knn, config.temperature, fabric.device)
+            of_rows = knn_classify(*features, config.nb_knn, config.temperature, float64_device(fabric))
             ranked[:, rows] = torch.stack([of_rows[k] for k in config.nb_knn])
             bar.update(rows.stop - rows.start)
     return dict(zip(config.nb_knn, summed(fabric, ranked), strict=True))  # rows of other processes are zero
 
 
-def _result(k: int, ranked: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-    """top-5 where five classes can have votes."""
+def _result(k: int, ranked: Tensor, subject: Any, seed: int) -> dict[str, Any]:
+    """top-5 where five neighbours vote and there are five classes."""
+    labels = subject.labels("validation")
     hit = {"top1": hits(ranked, labels, 1)}
-    if k >= RANKS:
+    if k >= RANKS and len(torch.unique(subject.labels("train"))) >= RANKS:
         hit["top5"] = hits(ranked, labels, RANKS)
     return {"k": k, "top1": None, "top5": None, **scores(hit, seed)}

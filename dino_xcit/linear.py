@@ -13,11 +13,12 @@ K classes.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from dino_xcit.config import LinearConfig, validate_evaluation
 from dino_xcit.crops import cut, draw_boxes
 from dino_xcit.data import ImageSet, default_workers, leave_ctrl_c_to_the_parent
 from dino_xcit.features import Frozen, Split, part_slice, subjects
-from dino_xcit.machine import launch, progress, resolve_precision, say, summed
+from dino_xcit.machine import float64_device, launch, progress, resolve_precision, say, summed
 from dino_xcit.report import TOP, cell, describe, draw_classes, hits, output_folder, scores, table, write_json
 from dino_xcit.run_folder import replacing
 
@@ -69,7 +70,6 @@ LBFGS_TOLERANCE = 1e-5  # of the largest gradient of the mean loss; scikit-learn
 HELD_BYTES = 4 * 2**30
 ROWS = 8192  # features turned into numbers of the working precision at a time
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving what has been learned
-HEAD = "linear_head.safetensors"
 EVALUATED = "linear_evaluate"  # the report's name with --evaluate
 SCRATCH = ".linear"  # in the run folder, while a command runs
 
@@ -118,13 +118,17 @@ class Work(NamedTuple):
     classes: int
     folder: Path
     """where what has been learned is kept until the command ends"""
+    kept: set[Path]
+    """the files there that are this command's"""
 
     def path(self, *stage: Any) -> Path:
         """A file for this stage of this work: another for any other options, rows, images or weights."""
         c = self.config
         options = [c.protocol, c.lr, c.epochs, c.batch_size, c.held_out, c.n_last_blocks, c.avgpool_patchtokens]
         key = repr([self.subject.key, options, self.seed, *stage]).encode() + self.rows.tobytes()
-        return self.folder / f"{hashlib.sha256(key).hexdigest()[:20]}.pt"
+        path = self.folder / f"{hashlib.sha256(key).hexdigest()[:20]}.pt"
+        self.kept.add(path)
+        return path
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -140,62 +144,81 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
     folder = output_folder(config)
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, names):
+        first = evaluated[0]
+        kept: set[Path] = set()
         if config.evaluate is not None:
-            name, results = EVALUATED, {evaluated[0].name: [_evaluate(config, evaluated[0], fabric, folder, names)]}
+            stem, results = EVALUATED, {first.name: [_evaluate(config, first, fabric, folder, names)]}
         else:
-            name, results = "linear", {s.name: _train_and_test(config, s, fabric, folder, names) for s in evaluated}
+            stem = "linear" if config.protocol == "heads" else f"linear_{config.protocol}"
+            results = {s.name: _train_and_test(config, s, fabric, folder / stem, names, kept) for s in evaluated}
         report = {
-            "protocol": results[evaluated[0].name][0]["chosen"]["protocol"],
-            "results": results[evaluated[0].name],
-            "baselines": {name: rows for name, rows in results.items() if name != evaluated[0].name},
+            "protocol": results[first.name][0]["chosen"]["protocol"],
+            "results": results[first.name],
+            "baselines": {name: rows for name, rows in results.items() if name != first.name},
             "seconds": round(time.perf_counter() - start, 2),
             **describe(config, evaluated, resolve_precision(config)),
         }
         fabric.barrier()
     if fabric.is_global_zero:
-        write_json(folder / f"{name}.json", report)
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        write_json(folder / f"{stem}.json", report)
         listed = [
             [name, f"{100 * row['train_fraction']:g} %", cell(row, "top1"), cell(row, "top5"), _chosen(row["chosen"])]
             for name, rows in results.items()
             for row in rows
         ]
         print(table([f"linear, {report['protocol']}", "labels", "top-1 % [95 %]", "top-5 % [95 %]", "chosen"], listed))
-        print(f"{folder}: {name}.json, {name}_classes.png{'' if config.evaluate else f', {HEAD}'}")
+        print(f"{folder}: {stem}.json, {stem}_classes.png{'' if config.evaluate else f', {stem}_head.safetensors'}")
+        for path in kept:  # all is done; what other commands keep here stays
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / SCRATCH).rmdir()
     return report
 
 
 def _evaluate(config: LinearConfig, subject: Any, fabric: Fabric, folder: Path, names: dict[int, str]) -> dict[str, Any]:
     """The row of a head that an earlier run trained."""
-    head = load_head(Path(str(config.evaluate)))
+    head, about = load_head(Path(str(config.evaluate)))
     found = head.choice.of(torch.zeros(1, *subject.shape)).shape[1]
     if found != head.weight.shape[1]:
         raise ValueError(f"--evaluate {config.evaluate} takes {head.weight.shape[1]} numbers, these features have {found}")
+    for name in ("image_size", "resize_size"):
+        if about[name] != getattr(config, name):
+            raise ValueError(
+                f"--evaluate {config.evaluate} was trained at --{name} {about[name]}, not {getattr(config, name)}"
+            )
+    if about["classes"] != names:
+        raise ValueError(
+            f"--evaluate {config.evaluate} knows the classes {_listed(about['classes'])}; the images have {_listed(names)}"
+        )
     row, ranked = _result(config, subject, fabric, [head], head.chosen["train_fraction"])
     if fabric.is_global_zero:
         _draw(folder / f"{EVALUATED}_classes.png", subject, row, ranked, names)
     return row
 
 
+def _listed(names: dict[int, str]) -> str:
+    shown = [names[label] for label in sorted(names)[:3]]
+    return f"{', '.join(shown)}{', ...' if len(names) > 3 else ''} ({len(names)})"
+
+
 def _train_and_test(
-    config: LinearConfig, subject: Any, fabric: Fabric, folder: Path, names: dict[int, str]
+    config: LinearConfig, subject: Any, fabric: Fabric, stem: Path, names: dict[int, str], kept: set[Path]
 ) -> list[dict[str, Any]]:
     """A row for each train_fraction. The weights' own heads are written, and the classes of the largest one drawn."""
     rows = []
     for fraction in sorted(config.train_fraction):
         seeds = range(config.seed, config.seed + config.num_seeds)
-        heads = [_train(config, subject, fabric, folder / SCRATCH, fraction, seed) for seed in seeds]
+        heads = [_train(config, subject, fabric, stem.parent / SCRATCH, fraction, seed, kept) for seed in seeds]
         row, ranked = _result(config, subject, fabric, heads, fraction)
         rows.append(row)
         if subject.name in (config.weights, config.load_features) and fabric.is_global_zero:
-            stem, suffix = HEAD.split(".")
-            save_head(heads[0], config, names, folder / (HEAD if fraction == 1 else f"{stem}_{fraction:g}.{suffix}"))
-            _draw(folder / "linear_classes.png", subject, row, ranked, names)
+            suffix = "" if fraction == 1 else f"_{fraction:g}"
+            save_head(heads[0], config, names, stem.with_name(f"{stem.name}_head{suffix}.safetensors"))
+            _draw(stem.with_name(f"{stem.name}_classes.png"), subject, row, ranked, names)
     return rows
 
 
 def _draw(path: Path, subject: Any, row: dict[str, Any], ranked: Tensor, names: dict[int, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     title = f"{subject.name}: linear ({row['chosen']['protocol']}), top-1 {row['top1']:.1f} %"
     draw_classes(path, title, ranked[:, 0].numpy(), subject.labels("validation").numpy(), names)
 
@@ -207,15 +230,17 @@ def _chosen(chosen: dict[str, Any]) -> str:
     return ", ".join(words + ["avgpool"] * chosen["avgpool_patchtokens"])
 
 
-def _train(config: LinearConfig, subject: Any, fabric: Fabric, scratch: Path, fraction: float, seed: int) -> Head:
+def _train(
+    config: LinearConfig, subject: Any, fabric: Fabric, scratch: Path, fraction: float, seed: int, kept: set[Path]
+) -> Head:
     if config.protocol != "dino":
         subject.split("train")  # features first: unreadable images drop out
     labels = subject.labels("train")
-    kept = stratified(labels, fraction, (seed, 0)) if fraction < 1 else np.arange(len(labels))
+    rows = stratified(labels, fraction, (seed, 0)) if fraction < 1 else np.arange(len(labels))
     if fabric.is_global_zero:
         scratch.mkdir(parents=True, exist_ok=True)
     fabric.barrier()
-    head = PROTOCOLS[config.protocol](Work(config, subject, fabric, kept, seed, int(labels.max()) + 1, scratch))
+    head = PROTOCOLS[config.protocol](Work(config, subject, fabric, rows, seed, int(labels.max()) + 1, scratch, kept))
     return head._replace(chosen={"protocol": config.protocol, "train_fraction": fraction, **head.chosen})
 
 
@@ -252,16 +277,20 @@ def stratified(labels: Tensor, share: float, key: tuple[int, ...]) -> np.ndarray
 
 def hold_out(work: Work) -> tuple[np.ndarray, np.ndarray]:
     """The work's rows to train on and those to choose on: a share of each class that has at least two."""
-    labels = work.subject.labels("train")[torch.from_numpy(work.rows)]
-    count = torch.bincount(labels)
-    several = np.flatnonzero((count[labels] > 1).numpy())
-    if not len(several):
+    labels = work.subject.labels("train").numpy()[work.rows]
+    rng = np.random.default_rng((work.seed, 1))
+    held = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        if len(rows) > 1:
+            held.append(rng.permutation(rows)[: min(len(rows) - 1, max(1, round(work.config.held_out * len(rows))))])
+    if not held:
         raise ValueError(
             f"{len(work.rows)} training images are one of each class, which leaves none to choose on; raise "
             "--train_fraction or name a single --lr with --n_last_blocks and --avgpool_patchtokens, or a single --c"
         )
-    held = several[stratified(labels[torch.from_numpy(several)], work.config.held_out, (work.seed, 1))]
-    return np.delete(work.rows, held), work.rows[held]
+    chosen = np.sort(np.concatenate(held))
+    return np.delete(work.rows, chosen), work.rows[chosen]
 
 
 # -- what was learned stays ------------------------------------------------------------------------------------------
@@ -484,8 +513,9 @@ def dino_protocol(work: Work) -> Head:
     epochs, lr = config.epochs or DINO_EPOCHS, (config.lr or (DINO_LR,))[0]
     weight, bias = (t[0].detach().requires_grad_() for t in initial_heads(1, work.classes, dim, work.seed, fabric.device))
     optimizer = torch.optim.SGD([weight, bias], lr=0.0, momentum=MOMENTUM)
+    lost = torch.zeros(())  # unreadable images, counted in the first epoch
     saver = Saver(work.path("dino", subject.frozen.transform))
-    step = restore(saver, [weight, bias], optimizer)
+    step = restore(saver, [weight, bias, lost], optimizer)
     fabric.barrier()  # all have read before one writes
     passes = Passes(work, step, epochs)
     images = subject.images["train"]
@@ -507,18 +537,20 @@ def dino_protocol(work: Work) -> Head:
                     features.append(choice.of(frozen(x[readable])))
                     labels.append(y[readable])
             count = int(summed(fabric, torch.tensor(sum(map(len, labels)))))
+            lost += (last if ends else config.batch_size) - count if epoch == 0 else 0
             optimizer.zero_grad()
             if features:
                 logits = F.linear(torch.cat(features), weight, bias)
-                (F.cross_entropy(logits, torch.cat(labels).to(fabric.device), reduction="sum") / count).backward()
+                (F.cross_entropy(logits, torch.cat(labels).to(fabric.device), reduction="sum") / max(1, count)).backward()
             for tensor in (weight, bias):
                 tensor.grad = summed(fabric, torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
             optimizer.param_groups[0]["lr"] = lr * config.batch_size / 256 * cosine(epoch / epochs)
             optimizer.step()
             step += 1
             if fabric.is_global_zero and saver.due():
-                saver.save(training_state(step, [weight, bias], optimizer))
+                saver.save(training_state(step, [weight, bias, lost], optimizer))
             bar.update(last if ends else config.batch_size)
+    subject.unreadable += int(lost)
     chosen = {"lr": lr, **_plain(choice)}
     return Head(weight.detach().cpu(), bias.detach().cpu(), choice, chosen)
 
@@ -537,12 +569,13 @@ def logistic_protocol(work: Work) -> Head:
 def _choose_c(work: Work, choice: Choice) -> tuple[Tensor, Tensor, dict[str, Any]]:
     values = sorted(work.config.c or C_VALUES)
     if len(values) == 1:
-        return *fit(work, work.rows, choice, values[0], None), {"C": values[0]}
+        return *fit(work, work.rows, choice, values[0], principal_axes(work, work.rows, choice), None), {"C": values[0]}
     train, held = hold_out(work)
+    axes = principal_axes(work, train, choice)
     start, best, accuracy = None, values[0], -1.0
     with progress(len(values), f"{work.subject.name}: C", "fits", shown=True) as bar:
         for c in values:  # each fit starts where the last ended
-            start = fit(work, train, choice, c, start)
+            start = fit(work, train, choice, c, axes, start)
             weight, bias = (tensor[None].to(work.fabric.device) for tensor in start)
             found = held_out_accuracy(weight, bias, choice, work.subject.split("train"), held, work.fabric.device).item()
             if found > accuracy:
@@ -551,16 +584,40 @@ def _choose_c(work: Work, choice: Choice) -> tuple[Tensor, Tensor, dict[str, Any
     if best in (values[0], values[-1]):
         say(f"the best C is at an end of those tried, {best:g}; try others with --c")
     chosen = {"C": best, "held_out_top1": round(100 * accuracy, 3), "tried": len(values)}
-    return *fit(work, work.rows, choice, best, None), chosen
+    return *fit(work, work.rows, choice, best, principal_axes(work, work.rows, choice), None), chosen
+
+
+class Axes(NamedTuple):
+    """Of chosen features, float64: mean (D,), variance along each principal axis (D,), and the axes as columns (D, D)."""
+
+    mean: Tensor
+    variance: Tensor
+    axes: Tensor
+
+
+def chosen_batches(split: Split, rows: np.ndarray, choice: Choice, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features in float64 (B, D) and labels (B,), in order."""
+    for part in torch.from_numpy(rows).split(ROWS):
+        yield choice.of(split.features[part].to(device)).double(), split.labels[part].to(device)
+
+
+def principal_axes(work: Work, rows: np.ndarray, choice: Choice) -> Axes:
+    data = work.subject.split("train"), rows, choice, float64_device(work.fabric)
+    mean = torch.stack([x.sum(0) for x, _ in chosen_batches(*data)]).sum(0) / len(rows)
+    covariance = sum((x - mean).T @ (x - mean) for x, _ in chosen_batches(*data)) / len(rows)
+    variance, axes = torch.linalg.eigh(covariance)
+    return Axes(mean, variance.clamp(min=0), axes)
 
 
 def fit(
-    work: Work, rows: np.ndarray, choice: Choice, c: float, start: tuple[Tensor, Tensor] | None
+    work: Work, rows: np.ndarray, choice: Choice, c: float, axes: Axes, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Minimise C * sum of cross-entropies + |W|^2 / 2, scikit-learn's objective -> W (K, D), bias (K,), float64 on CPU."""
     found = remembered(
         work.path("logistic", len(rows), choice, c),
-        lambda: _minimise(work.subject.split("train"), rows, choice, c, work.classes, work.fabric.device, start),
+        lambda: _minimise(
+            work.subject.split("train"), rows, choice, c, work.classes, float64_device(work.fabric), axes, start
+        ),
     )
     return found["weight"], found["bias"]
 
@@ -572,27 +629,22 @@ def _minimise(
     c: float,
     classes: int,
     device: torch.device,
+    axes: Axes,
     start: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Any]:
     """L-BFGS in coordinates V with W = V A, in which the objective curves about alike in every direction."""
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in torch.from_numpy(rows).split(ROWS):
-            yield choice.of(split.features[part].to(device)).double(), split.labels[part].to(device)
-
-    n, dim = len(rows), choice.of(split.features[:1]).shape[1]
+    n, dim = len(rows), len(axes.mean)
+    batches = functools.partial(chosen_batches, split, rows, choice, device)
     # Read again in every step only if they do not fit.
     held = list(batches()) if 8 * n * dim <= HELD_BYTES else None
-    mean = torch.stack([x.sum(0) for x, _ in held or batches()]).sum(0) / n
-    covariance = torch.stack([(x - mean).T @ (x - mean) for x, _ in held or batches()]).sum(0) / n
     penalty = 1 / (c * n)
-    curvature, axes = torch.linalg.eigh(covariance / classes)
-    scale = (curvature.clamp(min=0) + penalty).rsqrt()
-    A, inverse = (axes * scale) @ axes.T, (axes / scale) @ axes.T
+    scale = (axes.variance / classes + penalty).rsqrt()
+    A, inverse = (axes.axes * scale) @ axes.axes.T, (axes.axes / scale) @ axes.axes.T
     W, b = start or (torch.zeros(classes, dim), torch.zeros(classes))
     W, b = W.to(device, torch.float64), b.to(device, torch.float64)
     V = (W @ inverse).requires_grad_()
-    bias = (b + W @ mean).requires_grad_()  # for features without their mean
+    bias = (b + W @ axes.mean).requires_grad_()  # for features without their mean
     optimizer = torch.optim.LBFGS(
         [V, bias],
         max_iter=LBFGS_STEPS,
@@ -609,7 +661,7 @@ def _minimise(
         total = weight.square().sum() * penalty / 2
         total.backward()
         for x, y in held or batches():
-            loss = F.cross_entropy(F.linear(x, weight, bias - weight @ mean), y, reduction="sum") / n
+            loss = F.cross_entropy(F.linear(x, weight, bias - weight @ axes.mean), y, reduction="sum") / n
             loss.backward()
             total = total + loss.detach()
         W.backward(weight.grad)
@@ -617,7 +669,7 @@ def _minimise(
 
     optimizer.step(objective)
     W = (V @ A).detach()
-    return {"weight": W.cpu(), "bias": (bias.detach() - W @ mean).cpu()}
+    return {"weight": W.cpu(), "bias": (bias.detach() - W @ axes.mean).cpu()}
 
 
 PROTOCOLS: dict[str, Callable[[Work], Head]] = {
@@ -644,18 +696,18 @@ def save_head(head: Head, config: LinearConfig, names: dict[int, str], path: Pat
         "classes": names,
     }
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
 
 
-def load_head(path: Path) -> Head:
-    """Raises ValueError if the file is not one that `save_head` wrote."""
+def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
+    """The head and what `save_head` says about it. Raises ValueError if the file is not one of these."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["dino_xcit"])
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+        about["classes"] = {int(label): name for label, name in about["classes"].items()}
         choice = Choice(about["chosen"]["n_last_blocks"], about["chosen"]["avgpool_patchtokens"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        return Head(weight, bias, choice, about["chosen"]), about
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--evaluate {path} is not a head that linear-eval wrote: {error}") from None
-    return Head(weight, bias, choice, about["chosen"])

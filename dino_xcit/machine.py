@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,22 @@ def launch(config: EvalConfig) -> Fabric:
         raise ValueError(refusal(config, error)) from error
     fabric.launch()
     return fabric
+
+
+def float64_device(fabric: Fabric) -> torch.device:
+    """The device, or the CPU where the device has no float64."""
+    return torch.device("cpu") if fabric.device.type == "mps" else fabric.device
+
+
+def require_folder(path: Path, flag: str) -> None:
+    """Make the folder, before the work. Raises ValueError, naming the flag, if nothing can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        found = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
+        raise ValueError(f"--{flag} {path} {found}; expected a folder to write to") from None
 
 
 def summed(fabric: Fabric, tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dino_xcit
 from dino_xcit.config import EvalConfig
+from dino_xcit.machine import require_folder
 from dino_xcit.run_folder import plain, replacing
 from dino_xcit.weights import run_folder_of
 
@@ -37,8 +38,7 @@ def output_folder(config: EvalConfig) -> Path:
         weights = config.weights or ""
         name = re.sub(r"\.(safetensors|ckpt|pth?)$", "", Path(weights.replace(":", "_")).name)
         folder = run_folder_of(weights) or Path("runs") / name
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; expected a folder")
+    require_folder(folder, "output_dir")
     return folder
 
 
@@ -132,7 +132,9 @@ def draw_classes(path: Path, title: str, predicted: np.ndarray, labels: np.ndarr
     images = np.array([(labels == c).sum() for c in classes])
     confusion *= 100 / np.maximum(images, 1)[:, None]
     accuracy = confusion.diagonal()
-    written = [names.get(int(c), UNNAMED.format(c)) for c in classes]
+    # Names of folders need not be UTF-8.
+    title = title.encode(errors="replace").decode()
+    written = [names.get(int(c), UNNAMED.format(c)).encode(errors="replace").decode() for c in classes]
 
     readable = count <= NAMED_CLASSES
     side = max(4.5, 0.28 * count) if readable else 7.0

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.run_folder import CONFIG, from_plain, read_config
+from dino_xcit.run_folder import CONFIG, METRICS, from_plain, read_config
 from dino_xcit.xcit import ABLATIONS, XCiT, resolve_architecture
 
 TEACHER = "teacher.safetensors"
@@ -80,7 +80,11 @@ def run_folder_of(weights: str) -> Path | None:
     if weights.startswith(TIMM):
         return None
     path = Path(weights)
-    return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / CONFIG).is_file()), None)
+    for folder in (path, *list(path.parents)[:2]):
+        # A config.yaml alone may be another program's.
+        if (folder / CONFIG).is_file() and any((folder / name).exists() for name in (METRICS, TEACHER, LAST)):
+            return folder
+    return None
 
 
 def read_run(weights: str) -> PretrainConfig | None:

@@ -91,7 +91,7 @@ def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_
         "logistic": ["--c", "0.01", "1", "100"],
     }[protocol]
     arguments = ["linear-eval", *options, "--protocol", protocol, *shared, "--batch_size_per_gpu", "16"]
-    reports = []
+    reports, name = [], "linear.json" if protocol == "heads" else f"linear_{protocol}.json"
     for devices in ("1", "2"):
         given = [
             *arguments,
@@ -105,8 +105,8 @@ def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_
         else:
             finished = run_cli(*given)
             assert finished.returncode == 0, finished.stderr
-            assert finished.stdout.count("linear.json") == 1
-        reports.append(read(tmp_path / "out", "linear.json"))
+            assert finished.stdout.count(name) == 1
+        reports.append(read(tmp_path / "out", name))
     for report in reports:
         for row in report["results"]:
             row["chosen"].pop("held_out_top1", None)
@@ -177,7 +177,7 @@ def test_features_come_from_and_go_to_official_files(options, tmp_path):
     assert main(["knn-eval", "--load_features", str(dump), "--nb_knn", "10", *CPU]) == 0
     assert read(dump, "knn.json")["results"] == expected
     assert main(["linear-eval", "--load_features", str(dump), "--protocol", "logistic", "--c", "1", *CPU]) == 0
-    assert read(dump, "linear.json")["results"][0]["top1"] > 10
+    assert read(dump, "linear_logistic.json")["results"][0]["top1"] > 10
 
 
 def test_parts_of_the_features_can_be_chosen(options, tmp_path):

@@ -43,7 +43,7 @@ from dino_xcit.features import (
 from dino_xcit.knn import knn_classify
 from dino_xcit.machine import launch
 from dino_xcit.report import hits
-from dino_xcit.run_folder import write_config
+from dino_xcit.run_folder import METRICS, write_config
 from dino_xcit.weights import TEACHER, backbone_metadata, build, load_backbone, save_backbone
 
 CPU = torch.device("cpu")
@@ -146,11 +146,13 @@ def test_frozen_shape_of_features():
 @pytest.mark.parametrize(
     "network",
     [
-        lambda: backbone_of(),
+        backbone_of,
         lambda: VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=0),
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()),
     ],
+    ids=["xcit", "of one size", "of other channels"],
 )
-def test_frozen_shape_refuses_sizes_that_the_network_does_not_take(network):
+def test_frozen_shape_refuses_images_that_the_network_does_not_take(network):
     with pytest.raises(ValueError, match="--image_size 18"):
         Frozen(network(), TRANSFORM._replace(image_size=18), CPU).shape()
 
@@ -344,11 +346,21 @@ def test_what_is_done_is_not_done_again():
     store = Store.in_memory((10, 1, 1))
     store.state[[0, 1, 2, 3, 9]] = [DONE, DONE, UNREADABLE, DONE, DONE]
     frozen = Counting()
+    store.state[2] = DONE
     assert run_extract(frozen, store) == 6
     assert frozen.seen == [[4, 5, 6, 7], [8, 9]]
     assert store.features.flatten().tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 8, 9]
-    assert run_extract(frozen, store) == 0
-    assert len(frozen.seen) == 2
+
+
+def test_images_that_could_not_be_read_are_tried_again():
+    store = Store.in_memory((10, 1, 1))
+    run_extract(Counting(), store)
+    assert (store.state == UNREADABLE).sum() == 2
+    readable = [(image, True) for image, _ in (Numbered()[i] for i in range(10))]
+    options = {"batch_size": 4, "num_workers": 0}
+    assert extract(Counting(), readable, np.arange(10), store, **options) == 8  # the two batches that had them
+    assert (store.state == DONE).all()
+    assert extract(Counting(), readable, np.arange(10), store, **options) == 0
 
 
 def test_an_interrupted_extraction_goes_on_after_the_last_batch(tmp_path):
@@ -356,9 +368,9 @@ def test_an_interrupted_extraction_goes_on_after_the_last_batch(tmp_path):
         run_extract(Counting(batches=2), Store.on_disk(tmp_path, (10, 1, 1), "float32"))
     frozen, store = Counting(), Store.on_disk(tmp_path, (10, 1, 1), "float32")
     assert store.state.tolist() == [UNREADABLE] + 6 * [DONE] + [UNREADABLE] + 2 * [NOT_DONE]
+    store.state[[0, 7]] = DONE
     assert run_extract(frozen, store) == 2
     assert frozen.seen == [[8, 9]]
-    assert store.features.flatten().tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -419,6 +431,7 @@ def save_run(folder, config=TINY, seed=0):
     folder.mkdir(parents=True)
     save_backbone(backbone_of(seed, config), config, folder / TEACHER)
     write_config(dataclasses.replace(config, output_dir=str(folder)), folder)
+    (folder / METRICS).touch()
     return folder
 
 
@@ -471,7 +484,7 @@ def test_the_runs_own_shapes_are_meant_when_no_data_are_named(fabric, tmp_path):
     config = dataclasses.replace(CPU_ONLY, weights=str(run / TEACHER), no_cache=True)
     for asked, count in ((None, TINY.num_images), (20, 20)):
         resolved, subject, classes, _ = evaluate(dataclasses.replace(config, num_images=asked), fabric)
-        assert (resolved.dataset, resolved.seed, resolved.image_size) == ("shapes", 3, TINY.global_crops_size)
+        assert (resolved.dataset, resolved.seed, resolved.image_size) == ("shapes", 0, TINY.global_crops_size)
         assert classes[2] == "slants"
         assert (len(subject.images["train"]), len(subject.images["validation"])) == (count, 12)
         expected = shapes.draw_shape(3, "train", 7).image
@@ -502,15 +515,15 @@ def test_weights_outside_a_run_folder_need_data(tmp_path, fabric):
 
 
 def test_what_the_weights_do_not_say_has_defaults_and_flags_come_first():
-    resolved = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes"), {})
+    resolved, _ = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes"), {})
     assert (resolved.in_chans, resolved.image_size, resolved.resize_size) == (3, 224, 256)
     assert (resolved.mean, resolved.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     said = {"in_chans": 1, "mean": [0.3], "std": [0.2], "global_crops_size": 112}
-    resolved = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes"), said)
+    resolved, _ = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes"), said)
     assert (resolved.in_chans, resolved.image_size, resolved.resize_size) == (1, 112, 128)
     assert (resolved.mean, resolved.std) == ((0.3,), (0.2,))
     flags = {"in_chans": 4, "mean": 4 * (0.1,), "std": 4 * (0.2,), "image_size": 32, "resize_size": 40}
-    resolved = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes", **flags), said)
+    resolved, _ = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes", **flags), said)
     assert {name: getattr(resolved, name) for name in flags} == flags
 
 
@@ -588,7 +601,7 @@ def test_unreadable_images_are_left_out_of_features_and_labels(config, fabric, t
     (tmp_path / "images/train/a/1.png").write_bytes(b"broken")
     for from_cache in (False, True):
         _, subject, _, (train,) = evaluate(config, fabric, "train")
-        assert subject.made == (0 if from_cache else TRAIN_IMAGES)
+        assert subject.made <= TRAIN_IMAGES - 2 * from_cache  # its batch is tried again
         assert subject.unreadable == 1
         assert train.labels.tolist() == subject.labels("train").tolist() == [0, 0, 1, 1, 1]
         assert train.features.shape == (5, 3, 64)
@@ -824,12 +837,22 @@ def save_features(folder, **changes):
 def test_features_of_files_stand_in_a_subjects_place(tmp_path, fabric, labels):
     config, tensors = save_features(tmp_path / "dump", testlabels=torch.tensor([2, 1, 0], dtype=labels))
     resolved, subject, classes, (train, validation) = evaluate(config, fabric, "train", "validation")
-    assert (resolved, classes) == (config, {})
+    assert (resolved, classes) == (config, {0: "0", 1: "1", 2: "2"})
     assert (subject.made, subject.seconds, subject.unreadable, subject.shape) == (0, 0.0, 0, (1, 8))
     assert torch.equal(train.features[:, 0], tensors["trainfeat"])
     assert torch.equal(validation.features[:, 0], tensors["testfeat"])
     assert (train.labels.tolist(), validation.labels.tolist()) == ([0, 1, 2, 0, 1], [2, 1, 0])
     assert validation.labels.dtype == subject.labels("validation").dtype == torch.int64
+
+
+def test_labels_of_files_may_be_any_whole_numbers(tmp_path):
+    config, _ = save_features(
+        tmp_path, trainlabels=torch.tensor([7, 10**12, 3, 7, 3]), testlabels=torch.tensor([5, 10**12, 3])
+    )
+    files = FromFiles(config)
+    assert files.classes == {0: "3", 1: "5", 2: "7", 3: "1000000000000"}
+    assert files.labels("train").tolist() == [2, 3, 0, 2, 0]
+    assert files.labels("validation").tolist() == [1, 3, 0]
 
 
 def test_dumped_features_load_again(config, fabric, tmp_path):
@@ -868,6 +891,11 @@ def test_a_missing_file_of_features_is_named(tmp_path, name):
         ({"trainfeat": torch.zeros(5)}, r"trainfeat\.pth does not hold a tensor of 2 dimensions"),
         ({"testfeat": torch.zeros(3, 1, 8)}, r"testfeat\.pth does not hold a tensor of 2 dimensions"),
         ({"testlabels": torch.zeros(3, 1)}, r"testlabels\.pth does not hold a tensor of 1 dimensions"),
+        ({"testlabels": torch.full((3,), 0.5)}, r"testlabels\.pth does not hold whole numbers"),
+        ({"trainlabels": torch.arange(5) - 1}, r"trainlabels\.pth does not hold whole numbers from 0"),
+        ({"testfeat": torch.full((3, 8), torch.inf)}, r"testfeat\.pth holds numbers that are not finite"),
+        ({"trainfeat": torch.full((5, 8), torch.nan)}, r"trainfeat\.pth holds numbers that are not finite"),
+        ({"testfeat": torch.zeros(0, 8), "testlabels": torch.zeros(0, dtype=torch.int64)}, r"testfeat\.pth is empty"),
         ({"trainfeat": {"features": torch.zeros(5, 8)}}, r"trainfeat\.pth does not hold a tensor"),
         ({"trainlabels": torch.zeros(4)}, r"trainfeat\.pth has 5 rows and trainlabels\.pth 4"),
         ({"testfeat": torch.zeros(2, 8)}, r"testfeat\.pth has 2 rows and testlabels\.pth 3"),

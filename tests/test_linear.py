@@ -63,7 +63,11 @@ def work_of(config: LinearConfig, rows=None, seed=0) -> Work:
     folder = Path(str(config.load_features)) / ".linear"
     folder.mkdir(exist_ok=True)
     rows = np.arange(len(subject.labels("train"))) if rows is None else rows
-    return Work(config, subject, launch(config), rows, seed, CLASSES, folder)
+    return Work(config, subject, launch(config), rows, seed, CLASSES, folder, set())
+
+
+def axes_of(work: Work) -> linear.Axes:
+    return linear.principal_axes(work, work.rows, Choice(1, False))
 
 
 # -- which images ----------------------------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def test_the_chosen_head_is_the_best_on_held_out_images_trained_again_on_all(fil
     chosen = report["results"][0]["chosen"]
     assert (chosen["lr"], chosen["tried"], chosen["protocol"]) == (0.3, 3, "heads")
     weight, bias = train_heads(work_of(config), np.arange(240), Choice(1, False), (0.3,), "")
-    head = load_head(files / "linear_head.safetensors")
+    head, _ = load_head(files / "linear_head.safetensors")
     assert torch.equal(head.weight, weight[0])
     assert torch.equal(head.bias, bias[0])
     x, y = torch.load(files / "testfeat.pth"), torch.load(files / "testlabels.pth")
@@ -154,13 +158,14 @@ def test_validation_labels_choose_nothing(files):
     options = {"lr": (0.003, 0.3), "epochs": 10}
     for protocol, more in (("heads", options), ("logistic", {"c": (0.01, 1.0)})):
         one = linear_eval(config_of(files, protocol=protocol, **more))["results"][0]
-        head = load_head(files / "linear_head.safetensors")
+        name = "linear_head.safetensors" if protocol == "heads" else "linear_logistic_head.safetensors"
+        head, _ = load_head(files / name)
         labels = torch.load(files / "testlabels.pth")
         torch.save((labels + 1) % CLASSES, files / "testlabels.pth")
         other = linear_eval(config_of(files, protocol=protocol, **more))["results"][0]
         assert one["chosen"] == other["chosen"]
         assert one["top1"] > other["top1"]
-        assert torch.equal(load_head(files / "linear_head.safetensors").weight, head.weight)
+        assert torch.equal(load_head(files / name)[0].weight, head.weight)
         torch.save(labels, files / "testlabels.pth")
 
 
@@ -185,7 +190,8 @@ def test_logistic_regression_is_scikit_learns(files, c):
     x[:, 0] = 100 + 7 * x[:, 0]  # badly conditioned
     x[:, 5] = 0  # and singular
     torch.save(x, files / "trainfeat.pth")
-    weight, bias = fit(work_of(config_of(files, protocol="logistic")), np.arange(240), Choice(1, False), c, None)
+    work = work_of(config_of(files, protocol="logistic"))
+    weight, bias = fit(work, np.arange(240), Choice(1, False), c, axes_of(work), None)
     reference = LogisticRegression(C=c, tol=1e-12, max_iter=100_000).fit(x.double().numpy(), y.numpy())
     logits = x.double() @ weight.T + bias
     expected = torch.from_numpy(reference.decision_function(x.double().numpy()))
@@ -196,12 +202,12 @@ def test_logistic_regression_is_scikit_learns(files, c):
 
 def test_features_that_do_not_fit_give_the_same_fit_and_so_does_another_start(files, monkeypatch):
     work, choice = work_of(config_of(files, protocol="logistic")), Choice(1, False)
-    whole = fit(work, np.arange(240), choice, 1.0, None)
+    whole = fit(work, np.arange(240), choice, 1.0, axes_of(work), None)
     monkeypatch.setattr(linear, "HELD_BYTES", 0)
     monkeypatch.setattr(linear, "ROWS", 50)
     for path in work.folder.iterdir():
         path.unlink()
-    warm = fit(work, np.arange(240), choice, 1.0, (whole[0] + 1, whole[1] - 1))
+    warm = fit(work, np.arange(240), choice, 1.0, axes_of(work), (whole[0] + 1, whole[1] - 1))
     for one, other in zip(whole, warm, strict=True):
         torch.testing.assert_close(one - one.mean(0), other - other.mean(0), rtol=1e-2, atol=1e-3)
 
@@ -264,7 +270,7 @@ def test_dino_protocol_is_the_published_loop(backbone):
                 F.cross_entropy(layer(x), torch.tensor([label for _, label, _ in samples])).backward()
                 optimizer.step()
             scheduler.step()
-    head = load_head(Path(backbone.output_dir) / "linear_head.safetensors")
+    head, _ = load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")
     torch.testing.assert_close(head.weight, layer.weight.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(head.bias, layer.bias.detach(), rtol=1e-3, atol=1e-5)
 
@@ -288,7 +294,7 @@ def test_augmented_crops_are_torchvisions_bilinear_resized_crops():
 
 def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
     whole = linear_eval(dino_config(backbone))
-    head = load_head(Path(backbone.output_dir) / "linear_head.safetensors")
+    head, _ = load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")
     read = ShapeSet.read
 
     def broken(self, index):
@@ -297,8 +303,8 @@ def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(ShapeSet, "read", broken)
-    assert linear_eval(dino_config(backbone))["data"] == {**whole["data"]}
-    assert not torch.equal(load_head(Path(backbone.output_dir) / "linear_head.safetensors").weight, head.weight)
+    assert linear_eval(dino_config(backbone))["data"] == {**whole["data"], "unreadable": 10}
+    assert not torch.equal(load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")[0].weight, head.weight)
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------
@@ -309,7 +315,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
     config = dino_config(backbone, protocol=protocol, lr=(0.5,), n_last_blocks=1, avgpool_patchtokens=False)
     config = dataclasses.replace(config, no_cache=False, cache_dir=str(tmp_path / "cache"))
     linear_eval(config)
-    expected = load_head(Path(backbone.output_dir) / "linear_head.safetensors")
+    name = "linear_head.safetensors" if protocol == "heads" else "linear_dino_head.safetensors"
+    expected, _ = load_head(Path(backbone.output_dir) / name)
     monkeypatch.setattr(linear.Saver, "due", lambda self: True)
     cosine, calls = linear.cosine, []
 
@@ -325,7 +332,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
     assert list((Path(backbone.output_dir) / ".linear").glob("*.pt"))
     linear_eval(config)
     assert len(calls) == 5 + 6 - 4  # of 6 steps, 4 were done and the fifth was lost
-    head = load_head(Path(backbone.output_dir) / "linear_head.safetensors")
+    head, _ = load_head(Path(backbone.output_dir) / name)
     assert torch.equal(head.weight, expected.weight)
     assert torch.equal(head.bias, expected.bias)
     assert not (Path(backbone.output_dir) / ".linear").exists()
@@ -333,12 +340,12 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
 
 def test_fits_that_are_done_are_not_done_again_and_a_damaged_one_is(files, monkeypatch):
     work = work_of(config_of(files, protocol="logistic"))
-    one = fit(work, np.arange(240), Choice(1, False), 1.0, None)
+    one = fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)
     monkeypatch.setattr(linear, "_minimise", lambda *_: pytest.fail("fitted again"))
-    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, None)[0], one[0])
+    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)[0], one[0])
     monkeypatch.undo()
     next(work.folder.iterdir()).write_bytes(b"damaged")
-    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, None)[0], one[0])
+    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)[0], one[0])
 
 
 def test_what_was_learned_is_not_taken_for_other_options_rows_or_seeds(files):
@@ -375,12 +382,12 @@ def test_fractions_and_seeds_have_their_rows_and_heads(files):
 
 def test_a_head_is_evaluated_again_to_the_same_numbers(files):
     trained = linear_eval(config_of(files, protocol="logistic", c=(0.1, 1.0)))
-    head = files / "linear_head.safetensors"
+    head = files / "linear_logistic_head.safetensors"
     report = linear_eval(config_of(files, evaluate=str(head), output_dir=str(files / "again")))
     assert report["results"] == trained["results"]
     assert report["protocol"] == "logistic"
     assert (files / "again/linear_evaluate.json").exists()
-    assert not (files / "again/linear_head.safetensors").exists()
+    assert not list((files / "again").glob("*.safetensors"))
 
 
 def test_what_is_no_head_or_of_other_features_is_an_error(files):
@@ -400,3 +407,30 @@ def test_ranks_beyond_the_classes_are_empty():
     head = Head(torch.eye(3), torch.zeros(3), Choice(1, False), {})
     ranked = head.rank(torch.tensor([[[0.1, 0.3, 0.2]]]), torch.device("cpu"))
     assert ranked.tolist() == [[1, 2, 0, -1, -1]]
+
+
+def test_a_head_of_other_classes_or_sizes_is_refused(backbone, tmp_path):
+    linear_eval(dino_config(backbone, epochs=1))
+    head = str(Path(backbone.output_dir) / "linear_dino_head.safetensors")
+    again = dino_config(backbone, evaluate=head, output_dir=str(tmp_path))
+    assert linear_eval(again)["results"][0]["top1"] > 0
+    with pytest.raises(ValueError, match=r"trained at --image_size 16, not 24"):
+        linear_eval(dataclasses.replace(again, image_size=24))
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for name, tensor in (("feat", torch.randn(20, 64)), ("labels", torch.arange(20) % 2)):
+        for split in ("train", "test"):
+            torch.save(tensor, dump / f"{split}{name}.pth")
+    with pytest.raises(ValueError, match="--evaluate"):
+        linear_eval(config_of(dump, evaluate=head))
+
+
+def test_what_other_commands_learned_stays(files):
+    (files / ".linear").mkdir()
+    (files / ".linear/other.pt").write_bytes(b"of another command")
+    linear_eval(config_of(files, lr=(0.1,), epochs=1))
+    assert [path.name for path in (files / ".linear").iterdir()] == ["other.pt"]
+
+
+def test_nearly_everything_can_be_held_out(files):
+    assert linear_eval(config_of(files, protocol="logistic", c=(0.1, 1.0), held_out=0.99))["results"][0]["top1"] > 0

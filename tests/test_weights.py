@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 from dino_xcit.features import Frozen, Transform
-from dino_xcit.run_folder import write_config
+from dino_xcit.run_folder import CONFIG, METRICS, write_config
 from dino_xcit.weights import LAST, TEACHER, load_backbone, read_run, run_folder_of
 from dino_xcit.xcit import XCiT
 
@@ -100,6 +100,7 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "one"
     (folder / "checkpoints").mkdir(parents=True)
     write_config(dataclasses.replace(TINY, output_dir=str(folder), seed=7), folder)
+    (folder / METRICS).touch()
     return folder
 
 
@@ -124,6 +125,13 @@ def test_weights_of_timm_are_of_no_run_wherever_they_are_used(run, monkeypatch):
     monkeypatch.chdir(run)
     assert run_folder_of("timm:resnet10t") is None
     assert read_run("timm:resnet10t") is None
+
+
+@pytest.mark.parametrize("lacking", [CONFIG, METRICS])
+def test_a_file_of_another_program_makes_no_run_folder(run, lacking):
+    (run / lacking).unlink()
+    assert run_folder_of(str(run / TEACHER)) is None
+    assert read_run(str(run / TEACHER)) is None
 
 
 def test_a_run_of_another_version_is_an_error_that_names_its_config(run):
