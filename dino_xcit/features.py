@@ -212,7 +212,8 @@ def extract(
     """
     batches = [np.arange(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
     # Shared first: what is not done changes while other processes work.
-    batches = [batch for batch in batches[share[0] :: share[1]] if (store.state[batch] != DONE).any()]
+    batches = [batch[store.state[batch] != DONE] for batch in batches[share[0] :: share[1]]]
+    batches = [batch for batch in batches if len(batch)]
     loader = DataLoader(
         dataset,
         batch_sampler=[rows[batch].tolist() for batch in batches],  # type: ignore[arg-type]

@@ -155,6 +155,7 @@ def knn_eval(config: KnnConfig) -> dict[str, Any]:
         require_folder(Path(config.dump_features), "dump_features")
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, classes):
+        folder.mkdir(parents=True, exist_ok=True)
         rows = {}
         for subject in evaluated:
             parts = part_slice(

@@ -144,6 +144,7 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
     folder = output_folder(config)
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, names):
+        folder.mkdir(parents=True, exist_ok=True)
         first = evaluated[0]
         kept: set[Path] = set()
         if config.evaluate is not None:

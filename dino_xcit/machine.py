@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def float64_device(fabric: Fabric) -> torch.device:
 
 
 def require_folder(path: Path, flag: str) -> None:
-    """Make the folder, before the work. Raises ValueError, naming the flag, if nothing can be written there."""
+    """Raise ValueError, naming the flag, if nothing can be written to this folder: before the work. Leaves no trace."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -72,6 +74,10 @@ def require_folder(path: Path, flag: str) -> None:
     except OSError as error:
         found = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
         raise ValueError(f"--{flag} {path} {found}; expected a folder to write to") from None
+    finally:
+        with contextlib.suppress(OSError):  # in use by now
+            for folder in missing:
+                folder.rmdir()
 
 
 def summed(fabric: Fabric, tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 import dino_xcit
 from dino_xcit.config import EvalConfig
 from dino_xcit.machine import require_folder
-from dino_xcit.run_folder import plain, replacing
+from dino_xcit.run_folder import plain, printable, replacing
 from dino_xcit.weights import run_folder_of
 
 RESAMPLES = 10_000
@@ -132,9 +132,7 @@ def draw_classes(path: Path, title: str, predicted: np.ndarray, labels: np.ndarr
     images = np.array([(labels == c).sum() for c in classes])
     confusion *= 100 / np.maximum(images, 1)[:, None]
     accuracy = confusion.diagonal()
-    # Names of folders need not be UTF-8.
-    title = title.encode(errors="replace").decode()
-    written = [names.get(int(c), UNNAMED.format(c)).encode(errors="replace").decode() for c in classes]
+    written = [printable(names.get(int(c), UNNAMED.format(c))) for c in classes]
 
     readable = count <= NAMED_CLASSES
     side = max(4.5, 0.28 * count) if readable else 7.0
@@ -164,6 +162,6 @@ def draw_classes(path: Path, title: str, predicted: np.ndarray, labels: np.ndarr
         places = [i * step if i < 5 else last - (last - i) * step for i in shown]
     right.set_yticks(places, [written[ordered[i]] for i in shown], fontsize=7, parse_math=False)
     right.legend(loc="lower right", frameon=False, fontsize=8)
-    figure.suptitle(title, parse_math=False, fontsize=10)
+    figure.suptitle(printable(title), parse_math=False, fontsize=10)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150)

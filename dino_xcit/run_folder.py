@@ -51,6 +51,11 @@ def read_config(folder: Path) -> PretrainConfig:
         raise ValueError(f"{path} is not a config of this version: {' '.join(str(error).split())}") from None
 
 
+def printable(name: str) -> str:
+    """Names of files need not be UTF-8; figures are."""
+    return name.encode(errors="replace").decode()
+
+
 def plain(value: Any) -> Any:
     """Tuples to lists, all the way down: what YAML and checkpoints hold."""
     if isinstance(value, dict):
@@ -138,6 +143,6 @@ def draw_crops(folder: Path, rows: Sequence[tuple[str, Sequence[Any]]], columns:
             grey = picture.shape[-1] != 3
             axes.imshow(picture[..., 0] if grey else picture, cmap="gray" if grey else None, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
-        axes_row[0].set_ylabel(name[-22:], fontsize=6, parse_math=False)
+        axes_row[0].set_ylabel(printable(name)[-22:], fontsize=6, parse_math=False)
     with replacing(folder / CROPS) as path:
         figure.savefig(path, dpi=130)

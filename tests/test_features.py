@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import tempfile
@@ -18,8 +19,9 @@ from timm.models import VisionTransformer
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from dino_xcit import shapes
+from dino_xcit import features, shapes
 from dino_xcit.config import EvalConfig
+from dino_xcit.data import open_images
 from dino_xcit.features import (
     DONE,
     NOT_DONE,
@@ -347,9 +349,9 @@ def test_what_is_done_is_not_done_again():
     store.state[[0, 1, 2, 3, 9]] = [DONE, DONE, UNREADABLE, DONE, DONE]
     frozen = Counting()
     store.state[2] = DONE
-    assert run_extract(frozen, store) == 6
-    assert frozen.seen == [[4, 5, 6, 7], [8, 9]]
-    assert store.features.flatten().tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 8, 9]
+    assert run_extract(frozen, store) == 5
+    assert frozen.seen == [[4, 5, 6, 7], [8]]
+    assert store.features.flatten().tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 8, 0]
 
 
 def test_images_that_could_not_be_read_are_tried_again():
@@ -358,7 +360,7 @@ def test_images_that_could_not_be_read_are_tried_again():
     assert (store.state == UNREADABLE).sum() == 2
     readable = [(image, True) for image, _ in (Numbered()[i] for i in range(10))]
     options = {"batch_size": 4, "num_workers": 0}
-    assert extract(Counting(), readable, np.arange(10), store, **options) == 8  # the two batches that had them
+    assert extract(Counting(), readable, np.arange(10), store, **options) == 2
     assert (store.state == DONE).all()
     assert extract(Counting(), readable, np.arange(10), store, **options) == 0
 
@@ -601,12 +603,42 @@ def test_unreadable_images_are_left_out_of_features_and_labels(config, fabric, t
     (tmp_path / "images/train/a/1.png").write_bytes(b"broken")
     for from_cache in (False, True):
         _, subject, _, (train,) = evaluate(config, fabric, "train")
-        assert subject.made <= TRAIN_IMAGES - 2 * from_cache  # its batch is tried again
+        assert subject.made == (1 if from_cache else TRAIN_IMAGES)  # tried again
         assert subject.unreadable == 1
         assert train.labels.tolist() == subject.labels("train").tolist() == [0, 0, 1, 1, 1]
         assert train.features.shape == (5, 3, 64)
         last = EvalDataset(subject.images["train"], subject.frozen.transform)[5][0]
         torch.testing.assert_close(train.features[4], subject.frozen(last[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_how_many_images_cannot_be_read_is_told(config, fabric, tmp_path, capsys):
+    for name in ("a/1", "b/2"):
+        (tmp_path / f"images/train/{name}.png").write_bytes(b"broken")
+    evaluate(config, fabric, "train")
+    told = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
+    assert len(told) == 1
+    assert told[0].startswith("2 of 6 images cannot be read")
+    assert "train/a/1.png" in told[0]
+
+
+def test_labels_that_are_kept_secret_are_an_error(config, fabric, monkeypatch):
+    def opened(*arguments):
+        images = open_images(*arguments)
+        images.labels = images.labels - 1
+        return images
+
+    monkeypatch.setattr(features, "open_images", opened)
+    with pytest.raises(ValueError, match=r"--data_path .* has negative labels"):
+        evaluate(config, fabric)
+
+
+def test_a_full_disk_is_an_error_that_names_the_flag(config, fabric, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(ValueError, match=r"--cache_dir .*cache .*No space left on device"):
+        evaluate(config, fabric, "train")
 
 
 def test_images_of_which_none_can_be_read_are_an_error(config, fabric, tmp_path):
@@ -853,6 +885,14 @@ def test_labels_of_files_may_be_any_whole_numbers(tmp_path):
     assert files.classes == {0: "3", 1: "5", 2: "7", 3: "1000000000000"}
     assert files.labels("train").tolist() == [2, 3, 0, 2, 0]
     assert files.labels("validation").tolist() == [1, 3, 0]
+
+
+def test_one_number_that_is_not_finite_among_features_of_files_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "ROWS", 2)
+    rows = torch.zeros(5, 8)
+    rows[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        FromFiles(save_features(tmp_path, trainfeat=rows)[0])
 
 
 def test_dumped_features_load_again(config, fabric, tmp_path):
