@@ -168,7 +168,7 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
             for row in rows
         ]
         print(table([f"linear, {report['protocol']}", "labels", "top-1 % [95 %]", "top-5 % [95 %]", "chosen"], listed))
-        print(f"{folder}: {stem}.json, {stem}_classes.png{'' if config.evaluate else f', {stem}_head.safetensors'}")
+        print(f"{folder}: {stem}.json, {stem}_classes.png{'' if config.evaluate else f', {stem}_head*.safetensors'}")
         for path in kept:  # all is done; what other commands keep here stays
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
