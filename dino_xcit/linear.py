@@ -488,13 +488,13 @@ class Passes(Sampler[list[tuple[int, int]]]):
     def __init__(self, work: Work, first_step: int, epochs: int) -> None:
         config, fabric = work.config, work.fabric
         self.rows, self.seed, self.epochs, self.first_step = work.rows, work.seed, epochs, first_step
-        self.batch, self.most = config.batch_size, config.batch_size_per_gpu
+        self.batch, self.most = min(config.batch_size, len(self.rows)), config.batch_size_per_gpu
         self.rank, self.world_size = fabric.global_rank, fabric.world_size
         self.per_epoch = math.ceil(len(self.rows) / self.batch)
 
     def of_step(self, order: np.ndarray, number: int) -> list[np.ndarray]:
         share = np.array_split(order[number * self.batch : (number + 1) * self.batch], self.world_size)[self.rank]
-        return np.array_split(share, max(1, math.ceil(len(share) / self.most)))
+        return np.array_split(share, math.ceil(len(share) / self.most)) if len(share) else []
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.first_step
@@ -523,34 +523,34 @@ def dino_protocol(work: Work) -> Head:
     crops = AugmentedCrops(images, frozen.transform.image_size, len(frozen.transform.mean), work.seed)
     workers = default_workers() if config.num_workers is None else config.num_workers
     loader = iter(DataLoader(crops, batch_sampler=passes, num_workers=workers, worker_init_fn=leave_ctrl_c_to_the_parent))
-    in_a_pass = len(passes.of_step(np.zeros(min(config.batch_size, len(work.rows))), 0))
-    last = len(work.rows) - (passes.per_epoch - 1) * config.batch_size  # images of an epoch's last step
-    in_last = len(passes.of_step(np.zeros(last), 0))
+    batch = passes.batch
+    last = len(work.rows) - (passes.per_epoch - 1) * batch  # images of an epoch's last step
+    in_a_step, in_last = (len(passes.of_step(np.zeros(images), 0)) for images in (batch, last))
     with progress(epochs * len(work.rows), f"{subject.name}: dino", "images", fabric.is_global_zero) as bar:
-        bar.update(step // passes.per_epoch * len(work.rows) + step % passes.per_epoch * config.batch_size)
+        bar.update(step // passes.per_epoch * len(work.rows) + step % passes.per_epoch * batch)
         while step < epochs * passes.per_epoch:
             epoch, number = divmod(step, passes.per_epoch)
             ends = number == passes.per_epoch - 1
             features, labels = [], []
-            for _ in range(in_last if ends else in_a_pass):
+            for _ in range(in_last if ends else in_a_step):
                 x, y, readable = next(loader)
                 if readable.any():
                     features.append(choice.of(frozen(x[readable])))
                     labels.append(y[readable])
             count = int(summed(fabric, torch.tensor(sum(map(len, labels)))))
-            lost += (last if ends else config.batch_size) - count if epoch == 0 else 0
+            lost += (last if ends else batch) - count if epoch == 0 else 0
             optimizer.zero_grad()
             if features:
                 logits = F.linear(torch.cat(features), weight, bias)
                 (F.cross_entropy(logits, torch.cat(labels).to(fabric.device), reduction="sum") / max(1, count)).backward()
             for tensor in (weight, bias):
                 tensor.grad = summed(fabric, torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
-            optimizer.param_groups[0]["lr"] = lr * config.batch_size / 256 * cosine(epoch / epochs)
+            optimizer.param_groups[0]["lr"] = lr * batch / 256 * cosine(epoch / epochs)
             optimizer.step()
             step += 1
             if fabric.is_global_zero and saver.due():
                 saver.save(training_state(step, [weight, bias, lost], optimizer))
-            bar.update(last if ends else config.batch_size)
+            bar.update(last if ends else batch)
     subject.unreadable += int(lost)
     chosen = {"lr": lr, **_plain(choice)}
     return Head(weight.detach().cpu(), bias.detach().cpu(), choice, chosen)
