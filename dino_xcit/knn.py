@@ -104,7 +104,7 @@ def _encode(similarity: Tensor, row: Tensor) -> Tensor:
     bits = similarity.view(torch.int32)
     sign = bits >> 31  # 0 or -1; a float is sign and magnitude, and -0 is 0
     ordered = (bits & MAGNITUDE).bitwise_xor_(sign).sub_(sign)
-    return ordered.long().bitwise_left_shift_(32).add_(LOW_BITS - row)
+    return ordered.long().bitwise_left_shift_(32).add_(LOW_BITS).sub_(row)
 
 
 def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +118,10 @@ def _largest(similarity: Tensor, k: int) -> Tensor:
     """Similarities (m, n) -> keys of the k largest of each row, or of all.
 
     Looks at the largest of each group of neighbouring columns first: the k groups with the largest hold the k largest. That
-    leaves about 2 sqrt(n k) numbers to choose from instead of n.
+    leaves some sqrt(n k) numbers to choose from instead of n.
     """
     n = similarity.shape[1]
-    size = max(1, int((n / k) ** 0.5))
+    size = max(1, int((n / (2 * k)) ** 0.5))  # a number to choose from costs about twice as much as a group
     largest = F.max_pool1d(similarity[None], size)[0]  # of each whole group
     whole = largest.shape[1] * size
     number = torch.arange(largest.shape[1], device=similarity.device)
