@@ -149,10 +149,10 @@ def knn_eval(config: KnnConfig) -> dict[str, Any]:
     Raises ValueError, naming the flag, for what the user can put right.
     """
     validate_evaluation(config)
-    fabric = launch(config)
     folder = output_folder(config)
     if config.dump_features is not None:
         require_folder(Path(config.dump_features), "dump_features")
+    fabric = launch(config)
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, classes):
         folder.mkdir(parents=True, exist_ok=True)

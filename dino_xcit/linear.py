@@ -140,8 +140,8 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
     Raises ValueError, naming the flag, for what the user can put right.
     """
     validate_evaluation(config)
-    fabric = launch(config)
     folder = output_folder(config)
+    fabric = launch(config)
     start = time.perf_counter()
     with subjects(config, fabric) as (config, evaluated, names):
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,9 +159,14 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - start, 2),
             **describe(config, evaluated, resolve_precision(config)),
         }
+        if fabric.is_global_zero:
+            write_json(folder / f"{stem}.json", report)
         fabric.barrier()
+        for path in kept:  # all is done; what other commands keep here stays
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty yet
+            (folder / SCRATCH).rmdir()
     if fabric.is_global_zero:
-        write_json(folder / f"{stem}.json", report)
         listed = [
             [name, f"{100 * row['train_fraction']:g} %", cell(row, "top1"), cell(row, "top5"), _chosen(row["chosen"])]
             for name, rows in results.items()
@@ -169,10 +174,6 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
         ]
         print(table([f"linear, {report['protocol']}", "labels", "top-1 % [95 %]", "top-5 % [95 %]", "chosen"], listed))
         print(f"{folder}: {stem}.json, {stem}_classes.png{'' if config.evaluate else f', {stem}_head*.safetensors'}")
-        for path in kept:  # all is done; what other commands keep here stays
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (folder / SCRATCH).rmdir()
     return report
 
 

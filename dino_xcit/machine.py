@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -65,7 +66,12 @@ def float64_device(fabric: Fabric) -> torch.device:
 
 
 def require_folder(path: Path, flag: str) -> None:
-    """Raise ValueError, naming the flag, if nothing can be written to this folder: before the work. Leaves no trace."""
+    """Raise ValueError, naming the flag, if nothing can be written to this folder: before the work. Leaves no trace.
+
+    The first process looks for all: others would find the folder that it takes away again.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -106,6 +106,7 @@ def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_
             finished = run_cli(*given)
             assert finished.returncode == 0, finished.stderr
             assert finished.stdout.count(name) == 1
+        assert not (tmp_path / "out/.linear").exists()
         reports.append(read(tmp_path / "out", name))
     for report in reports:
         for row in report["results"]:
