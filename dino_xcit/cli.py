@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dino_xcit import __version__
-from dino_xcit.config import KnnConfig, LinearConfig, PretrainConfig
+from dino_xcit.config import AttentionConfig, KnnConfig, LinearConfig, PretrainConfig
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
@@ -97,10 +98,20 @@ def run_linear_eval(config: LinearConfig) -> int:
     return 0
 
 
+def run_attention(config: AttentionConfig) -> int:
+    from dino_xcit.show import show_attention
+
+    problems = show_attention(config)
+    for problem in problems:
+        print(f"{PROGRAM} attention: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
 COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
     "pretrain": ("pretrain an XCiT backbone with DINO, without labels", PretrainConfig, run_pretrain),
     "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
     "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
+    "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
 }
 
 
@@ -121,24 +132,45 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
 
 def join_lists(arguments: list[str], config_class: type) -> list[str]:
     """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`; a switch without a value,
-    `--dry_run`, is switched on."""
+    `--dry_run`, is switched on.
+
+    Of a list of words, such as `--weights A --weights B`, each flag brings one; words that belong to no flag are the images.
+    """
     hints = get_type_hints(config_class)
-    lists = {f"--{name}" for name, hint in hints.items() if get_origin(hint) is tuple}
+    lists = {f"--{name}": get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple}
     switches = {f"--{name}" for name, hint in hints.items() if bool in (hint, *get_args(hint))}
+    takes_images = "images" in hints
     joined: list[str] = []
+    words: dict[str, list[str]] = {}
     position = 0
     while position < len(arguments):
-        flag = arguments[position]
-        position += 1
-        if flag not in lists:
-            alone = arguments[position : position + 1] == [] or arguments[position].startswith("--")
-            joined.append(f"{flag}=true" if flag in switches and alone else flag)
-            continue
-        end = next((i for i in range(position, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-        values = " ".join(arguments[position:end])
-        joined.append(f"{flag}={values}" if values.startswith("[") else f"{flag}=[{', '.join(arguments[position:end])}]")
-        position = end
-    return joined
+        flag, equals, value = arguments[position].partition("=")
+        following = [value] if equals else arguments[position + 1 :]
+        end = next((i for i, word in enumerate(following) if word.startswith("--")), len(following))
+        taken = 0
+        if not flag.startswith("-") and takes_images:
+            words.setdefault("--images", []).append(arguments[position])
+        elif lists.get(flag) is str and end:
+            words.setdefault(flag, []).append(following[0])
+            taken = 1
+        elif flag in lists and not equals:
+            taken = _items(following[:end], lists[flag]) if takes_images else end
+            values = ", ".join(following[:taken])
+            joined.append(f"{flag}={values if values.startswith('[') else f'[{values}]'}")
+        elif flag in switches and not equals and (not end or (takes_images and following[0] not in ("true", "false"))):
+            joined.append(f"{flag}=true")
+        else:
+            taken = int(flag.startswith("--") and flag not in ("--help", "--print_config") and not equals and end > 0)
+            joined += arguments[position : position + 1 + taken]
+        position += 1 + (0 if equals else taken)
+    return joined + [f"{flag}={json.dumps(values)}" for flag, values in words.items()]
+
+
+def _items(words: list[str], item: Any) -> int:
+    """How many of these words a list takes where others may follow: the first, and those after it that can be its items."""
+    choices = get_args(item)
+    fits = [word in choices if choices else re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", word) is not None for word in words]
+    return next((i for i, one in enumerate(fits) if i and not one), len(words))
 
 
 def explain(error: argparse.ArgumentError, parser: ArgumentParser) -> str:

@@ -103,11 +103,15 @@ class Frozen:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = (images.to(self.device, non_blocking=True).float() / 255 - self.offset) / self.scale
+        x = self.normalised(images)
         half = HALF.get(self.precision)
         with torch.autocast(self.device.type, half, enabled=half is not None):
             features = self.backbone.layer_features(x) if isinstance(self.backbone, XCiT) else self.backbone(x)[:, None]
         return features.float()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 -> what the backbone takes."""
+        return (images.to(self.device, non_blocking=True).float() / 255 - self.offset) / self.scale
 
     def shape(self) -> tuple[int, int]:
         """P and C. Raises ValueError if the network does not take such images."""

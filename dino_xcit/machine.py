@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -17,7 +17,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_xcit.config import EvalConfig, PretrainConfig
+from dino_xcit.config import EvalConfig
+
+
+class MachineOptions(Protocol):
+    """The options that say what a command runs on."""
+
+    @property
+    def accelerator(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
 
 
 @rank_zero_only
@@ -33,7 +42,7 @@ def progress(total: int, description: str, unit: str, shown: bool, initial: int 
     return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=not shown, **options)
 
 
-def resolve_precision(config: PretrainConfig | EvalConfig) -> Any:
+def resolve_precision(config: MachineOptions) -> Any:
     """`auto` becomes bf16-mixed where matrix products in bfloat16 are faster than in float32."""
     if config.precision != "auto":
         return config.precision
@@ -58,6 +67,16 @@ def launch(config: EvalConfig) -> Fabric:
         raise ValueError(refusal(config, error)) from error
     fabric.launch()
     return fabric
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes that this process may take: of the machine (or what its container is given), or what is free on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    given = limit.read_text().strip() if limit.exists() else "max"
+    return min(there, int(given)) if given.isdigit() else there
 
 
 def float64_device(fabric: Fabric) -> torch.device:
@@ -92,9 +111,9 @@ def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
-def refusal(config: PretrainConfig | EvalConfig, error: Exception) -> str:
+def refusal(config: MachineOptions, error: Exception) -> str:
     """What to say when Lightning cannot run on what was asked for."""
     return (
-        f"Lightning refuses --accelerator {config.accelerator} --devices {config.devices} --precision "
+        f"Lightning refuses --accelerator {config.accelerator} --devices {getattr(config, 'devices', 1)} --precision "
         f"{config.precision}: {' '.join(str(error).split())}"
     )

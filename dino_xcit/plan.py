@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +14,7 @@ from dino_xcit.config import PretrainConfig
 from dino_xcit.crops import GLOBAL_CROPS
 from dino_xcit.data import CropDataset, ImageSet, collate
 from dino_xcit.features import centre_crop, default_resize
+from dino_xcit.machine import memory_there
 from dino_xcit.module import DINOModule, Network
 
 SHEET_IMAGES = 6
@@ -65,7 +65,7 @@ def refuse_what_does_not_fit(config: PretrainConfig, precision: str) -> None:
     """Raise ValueError for a step that needs more memory than a CPU's machine has, instead of being killed for it."""
     if precision != "32-true" or config.grad_checkpointing:
         return  # the estimate is of neither
-    needed, there = memory_estimate(config), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = memory_estimate(config), memory_there(torch.device("cpu"))
     if needed > there:
         raise ValueError(
             f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} needs more than "

@@ -33,6 +33,7 @@ from dino_xcit.machine import parse_devices, refusal, resolve_precision, say
 from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.schedules import Schedules
+from dino_xcit.strip import AttentionStrip
 from dino_xcit.weights import LAST, TEACHER, save_backbone
 from dino_xcit.xcit import resolve_architecture
 
@@ -89,7 +90,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
         for network in (module.student, module.teacher):
             for block in network.backbone.blocks:
                 block.compile(dynamic=False)
-    saver = RunFolder(config, folder, KnnProbe.of(config, images))
+    saver = RunFolder(config, folder, images)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
     with warnings.catch_warnings(), saver.listening():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
@@ -220,11 +221,10 @@ class KnnProbe:
         self.queries = self.queries[: config.eval_num_images]
 
     @classmethod
-    def of(cls, config: PretrainConfig, images: ImageSet) -> KnnProbe | None:
+    def of(cls, config: PretrainConfig, images: ImageSet, validation: ImageSet | None) -> KnnProbe | None:
         """The probe of a run; None if its images have no labels."""
         if images.labels is None:
             return None
-        validation = open_images(config, "validation", images.classes)
         return cls(config, images, validation if validation is not None and validation.labels is not None else None)
 
     def __call__(self, backbone: nn.Module, device: torch.device) -> float:
@@ -251,8 +251,11 @@ class KnnProbe:
 class RunFolder(L.Callback):
     """Writes the run folder while the run goes on, and stops the run when it is asked to."""
 
-    def __init__(self, config: PretrainConfig, folder: Path, probe: KnnProbe | None) -> None:
-        self.config, self.folder, self.probe = config, folder, probe
+    def __init__(self, config: PretrainConfig, folder: Path, images: ImageSet) -> None:
+        self.config, self.folder = config, folder
+        validation = open_images(config, "validation", images.classes)
+        self.probe = KnnProbe.of(config, images, validation)
+        self.pictured = validation or images
         self.watch = CollapseWatch(config)
         self.interrupted = False
         self.saved_at = time.monotonic()
@@ -270,9 +273,12 @@ class RunFolder(L.Callback):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             self.metrics = run_folder.Metrics(self.folder, COLUMNS, trainer.global_step)
+            self.strip = AttentionStrip(self.config, self.pictured, self.folder, trainer.global_step)
+            if not trainer.global_step:
+                self.strip.add(0, module.teacher.backbone, module.device)
         if trainer.global_step:
             say(f"continuing {self.folder} from step {trainer.global_step}")
 
@@ -295,6 +301,7 @@ class RunFolder(L.Callback):
         if row:
             self._write_row(trainer, {"step": step, **row})
         if evaluates and trainer.is_global_zero:
+            self.strip.add(step, module.teacher.backbone, module.device)
             run_folder.draw_curves(self.folder)
         self._save_or_stop(trainer, module, epoch if not into_epoch else None)
         if evaluates:

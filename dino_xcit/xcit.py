@@ -351,10 +351,10 @@ class XCiT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images -> every token of the last layer, normed, class token first (B, 1 + N, C), as in timm."""
-        return self.norm(self._attend(self.patch_tokens(images)[0], class_token_only=False)[0])
+        return self.norm(self.attend(self.patch_tokens(images)[0], class_token_only=False)[0])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self._attend(self.patch_tokens(images)[0], class_token_only=True)[0][:, 0])
+        return self.norm(self.attend(self.patch_tokens(images)[0], class_token_only=True)[0][:, 0])
 
     def layer_features(self, images: Tensor) -> Tensor:
         """Images -> what linear probes choose from, each normed: (B, class-attention layers + 1, C).
@@ -375,9 +375,11 @@ class XCiT(nn.Module):
 
         Each row sums to one. Patches are in row-major order of the (H / patch, W / patch) grid.
         """
-        return torch.stack(self._attend(self.patch_tokens(images)[0], class_token_only=True)[1], dim=1)
+        return torch.stack(self.attend(self.patch_tokens(images)[0], class_token_only=True)[1], dim=1)
 
-    def _attend(self, tokens: Tensor, class_token_only: bool) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, tokens: Tensor, class_token_only: bool) -> tuple[Tensor, list[Tensor]]:
+        """Patch tokens after the XCA layers (B, N, C) -> the class-attention layers' output, not normed, class token first
+        (B, 1 + N, C), or that token alone (B, 1, C); and each layer's softmax weights (B, h, 1 + N)."""
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1 + N, C)
         attentions = []
         for block in self.cls_attn_blocks:

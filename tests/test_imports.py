@@ -10,11 +10,13 @@ import dino_xcit
 FLOORS = (
     ("config", "shapes"),
     ("schedules", "xcit", "dino", "photometric", "run_folder"),
-    ("crops", "attention"),
+    ("crops", "attention", "figure", "video", "page"),
     ("data", "machine"),
     ("module", "weights"),
     ("features", "report"),
-    ("knn", "linear", "plan"),
+    ("knn", "linear", "plan", "views"),
+    ("layouts", "masks"),
+    ("strip", "show"),
     ("pretrain",),
     ("cli",),
 )

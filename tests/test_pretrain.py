@@ -57,7 +57,8 @@ def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
     folder = outcome.folder
     assert (outcome.step, outcome.steps, outcome.interrupted) == (12, 12, False)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert files == {"config.yaml", "metrics.csv", LAST, TEACHER, "crops.png", "curves.png"}
+    pictures = {"crops.png", "curves.png", "attention.png", "attention.npz"}
+    assert files == {"config.yaml", "metrics.csv", LAST, TEACHER, *pictures}
     table = rows(folder)
     assert tuple(table[0]) == COLUMNS
     assert [int(row["step"]) for row in table] == list(range(1, 13))

@@ -1,0 +1,207 @@
+"""Object masks -> a score for attention maps (DINO, section 4.2.2 and figure 4, on PASCAL VOC 2012).
+
+Each head's map, cut to the patches that hold `--threshold` of its mass, against the object: Jaccard index. DINO tells the
+best head of each image, which takes the masks to choose; beside it stands the one head that is best over all images. An
+untrained network and centred blobs, as many as there are heads, are given the same choices.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino_xcit import shapes
+from dino_xcit.attention import jaccard, mass_mask
+from dino_xcit.config import AttentionConfig
+from dino_xcit.figure import Cell, Sheet, cut_out, scaled
+from dino_xcit.figure import cell as figure_cell
+from dino_xcit.machine import progress
+from dino_xcit.report import cell, scores, table
+from dino_xcit.views import Eye, Frame, Source, shown
+from dino_xcit.weights import build, read_run
+
+VOID = 255  # in PASCAL VOC's masks: neither object nor background
+BLOB_SIZES = (0.15, 0.5)  # standard deviations of the centred blobs, from and to, in shares of the image's sides
+BATCH_PIXELS = 2**18  # that go through the backbone at once
+UNTRAINED, BLOBS = "untrained", "centred blobs"
+
+
+class Scene(NamedTuple):
+    """An image with its object."""
+
+    pixels: Tensor
+    """uint8 (C, H, W), framed; with --fit pad larger than the masks"""
+    truth: Tensor
+    """bool (H, W): the object"""
+    counted: Tensor
+    """bool (H, W): false where the mask does not say"""
+
+
+Scenes = list[tuple[str, Callable[[], Scene]]]  # names, and what reads them
+
+
+def scenes_of_shapes(config: AttentionConfig, eye: Eye, frame: Frame) -> Scenes:
+    """The embedded set's validation images, as the run drew them."""
+    run = read_run(config.weights[0])
+    seed = config.seed if run is None else run.seed
+
+    def scene(index: int) -> Scene:
+        shape = shapes.draw_shape(seed, "validation", index, len(eye.offset))
+        mask = torch.from_numpy(shape.mask)
+        return _scene(frame, torch.from_numpy(shape.image).permute(2, 0, 1), mask, torch.ones_like(mask))
+
+    return [(f"shape {i}", functools.partial(scene, i)) for i in range(config.num_images or shapes.VALIDATION_COUNT)]
+
+
+def scenes_of_files(config: AttentionConfig, eye: Eye, frame: Frame, sources: Iterable[Source]) -> Scenes:
+    """Each image with the file of its name in the folder of masks."""
+    folder = Path(config.masks or "")
+    if not folder.is_dir():
+        raise ValueError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
+    files = {path.stem: path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def scene(source: Source) -> Scene:
+        stem = Path(source.where).stem
+        if stem not in files:
+            raise ValueError(f"no mask named {stem} in --masks {folder}")
+        truth, counted = read_mask(files[stem])
+        return _scene(frame, source.read(len(eye.offset)), truth, counted)
+
+    return [(source.where, functools.partial(scene, source)) for source in sources]
+
+
+def read_mask(path: Path) -> tuple[Tensor, Tensor]:
+    """A mask file -> where its object is and which pixels count, bool (H, W).
+
+    What is not 0 is object. 255 is void, as in PASCAL VOC, unless the mask holds nothing but 0 and 255.
+    """
+    try:
+        with Image.open(path) as file:
+            values = np.array(file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")).astype(np.int64)
+    except OSError:
+        raise ValueError(f"mask {path} is not an image") from None
+    void = (values == VOID) & ((values != 0) & (values != VOID)).any()
+    return torch.from_numpy((values != 0) & ~void), torch.from_numpy(~void)
+
+
+def _scene(frame: Frame, image: Tensor, truth: Tensor, counted: Tensor) -> Scene:
+    if image.shape[-2:] != truth.shape:
+        raise ValueError(f"image of {_size(image)} pixels, mask of {_size(truth)}")
+    pixels, (H, W) = frame.framed(image)
+    masks, _ = frame.framed(torch.stack([truth, counted]).byte(), mode="nearest-exact")
+    truth, counted = masks[:, :H, :W].bool()
+    if not (truth & counted).any():
+        raise ValueError("no object in the mask")
+    return Scene(pixels, truth, counted)
+
+
+def _size(tensor: Tensor) -> str:
+    return f"{tensor.shape[-1]} x {tensor.shape[-2]}"
+
+
+def blobs(count: int, rows: int, columns: int) -> Tensor:
+    """Gaussians in the image's middle, from small to large (count, rows, columns)."""
+    y, x = ((torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (rows, columns))
+    sigma = torch.linspace(*BLOB_SIZES, count, dtype=torch.float64)[:, None, None]
+    return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2))
+
+
+def score(config: AttentionConfig, eye: Eye, scenes: Scenes) -> tuple[dict[str, Any], Sheet, list[str]]:
+    """What masks.json holds, a sheet of the first images, and a line for each image that could not be scored.
+
+    Raises ValueError if none could.
+    """
+    start = time.perf_counter()
+    problems: list[str] = []
+    torch.manual_seed(config.seed)
+    untrained = eye.with_backbone(build(eye.backbone.metadata), UNTRAINED)
+    heads = eye.backbone.heads
+    found: dict[str, list[Tensor]] = {eye.title: [], UNTRAINED: [], BLOBS: []}
+    rows: list[list[Cell]] = []
+    with progress(len(scenes), "masks", "images", shown=True) as bar:
+        for batch in _batches(scenes, problems, bar.update):
+            pixels = torch.stack([scene.pixels for scene in batch])
+            truth = torch.stack([scene.truth for scene in batch])[:, None]
+            counted = torch.stack([scene.counted for scene in batch])[:, None]
+            maps = {one.title: one(pixels).attention.cpu() for one in (eye, untrained)}
+            maps[BLOBS] = blobs(heads, *maps[UNTRAINED].shape[2:]).expand_as(maps[UNTRAINED])
+            masks = {name: _on_pixels(mass_mask(maps[name], config.threshold), truth, eye) for name in maps}
+            indices = {name: jaccard(masks[name], truth, counted) for name in masks}  # (B, h)
+            for name, of_batch in indices.items():
+                found[name].append(of_batch)
+            for number in range(min(len(batch), config.images_per_figure - len(rows))):
+                best = {name: masks[name][number, indices[name][number].argmax()] for name in masks}
+                rows.append(_row(batch[number], best, titled=not rows))
+    if not rows:
+        raise ValueError(f"no image could be scored: {problems[0]}")
+    results = {name: _result(torch.cat(of_images), config.seed) for name, of_images in found.items()}
+    content = {
+        "weights": eye.weights,
+        "results": results.pop(eye.title),
+        "baselines": results,
+        "images": len(scenes) - len(problems),
+        "layer": config.layer,
+        "threshold": config.threshold,
+        "image_size": eye.long_side,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return content, Sheet(name="masks", rows=rows), problems
+
+
+def listed(content: dict[str, Any], title: str) -> str:
+    """The scores as a table."""
+    rows = {title: content["results"], **content["baselines"]}
+    header = ["Jaccard index with the object, %", "best head of each image [95 %]", "one head for all [95 %]"]
+    return table(header, [[name, cell(row, "best_head"), cell(row, "one_head")] for name, row in rows.items()])
+
+
+def _batches(scenes: Scenes, problems: list[str], done: Callable[[int], Any]) -> Iterator[list[Scene]]:
+    """Scenes of one size together, as many as have BATCH_PIXELS."""
+    batch: list[Scene] = []
+    for name, read in scenes:
+        try:
+            scene = read()
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+            done(1)
+            continue
+        size = scene.pixels.shape
+        if batch and (batch[0].pixels.shape != size or (len(batch) + 1) * size[1] * size[2] > BATCH_PIXELS):
+            yield batch
+            done(len(batch))
+            batch = []
+        batch.append(scene)
+    if batch:
+        yield batch
+        done(len(batch))
+
+
+def _on_pixels(masks: Tensor, truth: Tensor, eye: Eye) -> Tensor:
+    """Masks of patches (B, h, rows, columns) -> of pixels (B, h, H, W)."""
+    patch, (H, W) = eye.backbone.patch_size, truth.shape[-2:]
+    return masks.repeat_interleave(patch, -2).repeat_interleave(patch, -1)[..., :H, :W]
+
+
+def _row(scene: Scene, best: dict[str, Tensor], titled: bool) -> list[Cell]:
+    """The image, its object, and what the best head of each source of maps keeps."""
+    H, W = scene.truth.shape
+    image, times = scaled(shown(scene.pixels, (H, W)), 1, max(H, W))
+    pictures = {"image": image}
+    for name, mask in {"object": scene.truth, **best}.items():
+        pictures[name] = cut_out(image, mask.numpy().repeat(times, 0).repeat(times, 1))
+    return [figure_cell(picture, name if titled else "") for name, picture in pictures.items()]
+
+
+def _result(indices: Tensor, seed: int) -> dict[str, Any]:
+    """Jaccard indices (images, heads) -> percents with their intervals."""
+    head = int(indices.mean(0).argmax())
+    of_images = {"best_head": indices.max(1).values.numpy(), "one_head": indices[:, head].numpy()}
+    return {**scores(of_images, seed), "head": head, "heads": [round(100 * one, 3) for one in indices.mean(0).tolist()]}

@@ -1,0 +1,255 @@
+"""`dino-xcit attention`: images, folders and videos -> figures, films, an interactive page, a score.
+
+What cannot be shown is told in one line; the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dino_xcit import masks
+from dino_xcit.attention import entropy
+from dino_xcit.config import AttentionConfig, validate_attention
+from dino_xcit.figure import Sheet, head_colours, inches, overlay, rgb, write
+from dino_xcit.layouts import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet, ends, options_of
+from dino_xcit.machine import progress, refusal, require_folder
+from dino_xcit.page import Exhibit, write_page
+from dino_xcit.report import table, write_json
+from dino_xcit.run_folder import printable, replacing
+from dino_xcit.video import write_video
+from dino_xcit.views import Eye, Film, Frame, Source, View, find, look_at, open_checkpoints, open_eyes, own_images, shown
+
+SUMMARY = "attention.json"
+PAGE = "attention.html"
+OF_SEVERAL = ("models",)
+ALONE = ("heads", "overlay")
+WITH_FEATURES = {"similarity", "pca"}
+WITH_XCA = {"magnitude", "covariance"}
+
+
+def show_attention(config: AttentionConfig) -> list[str]:
+    """What `dino-xcit attention` does -> a line for each image or video that could not be shown.
+
+    Raises ValueError, naming the flag, if nothing can be shown as asked.
+    """
+    validate_attention(config)
+    inches(config.width)
+    folder = Path(config.output_dir)
+    require_folder(folder, "output_dir")
+    device = _device(config)
+    eyes = open_eyes(config, device)
+    kinds = config.figures or (OF_SEVERAL if len(eyes) > 1 else () if config.masks else ALONE)
+    checkpoints = open_checkpoints(config, device) if "training" in kinds else []
+    frame = Frame([*eyes, *checkpoints], config.fit)
+    sources, films, problems = find(config, frame)
+    if not config.images and config.masks != "shapes":
+        sources = own_images(config, len(eyes[0].offset))
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.masks:
+        problems += _score(config, eyes[0], frame, sources, folder)
+    if kinds or config.html:
+        images, unseen = _draw_figures(config, kinds, sources, eyes, checkpoints, frame, folder)
+        problems += unseen
+        for film in films:
+            try:
+                images.append(_draw_film(config, film, eyes[0], frame, folder))
+            except (ValueError, OSError) as error:
+                problems.append(f"{film.where}: {error}")
+        _tell(config, images, problems, frame, folder)
+    return problems
+
+
+def _device(config: AttentionConfig) -> Any:
+    try:
+        return Fabric(accelerator=config.accelerator, devices=1).device
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(refusal(config, error)) from error
+
+
+def _score(config: AttentionConfig, eye: Eye, frame: Frame, sources: Sequence[Source], folder: Path) -> list[str]:
+    of_shapes = config.masks == "shapes"
+    scenes = masks.scenes_of_shapes(config, eye, frame) if of_shapes else masks.scenes_of_files(config, eye, frame, sources)
+    content, sheet, problems = masks.score(config, eye, scenes)
+    write_json(folder / "masks.json", {**content, "problems": problems})
+    _write(sheet, config, folder)
+    print(masks.listed(content, eye.title))
+    print(f"{content['images']} images: {folder}/masks.json, masks.{config.format[0]}")
+    return problems
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _draw_figures(
+    config: AttentionConfig,
+    kinds: Sequence[str],
+    sources: Sequence[Source],
+    eyes: Sequence[Eye],
+    checkpoints: Sequence[Eye],
+    frame: Frame,
+    folder: Path,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write every figure -> what is told of each image, and a line for each that could not be seen."""
+    features, xca = config.html or bool(WITH_FEATURES & set(kinds)), bool(WITH_XCA & set(kinds))
+    told: list[dict[str, Any]] = []
+    problems: list[str] = []
+    exhibits: list[Exhibit] = []
+    pages = [sources[i : i + config.images_per_figure] for i in range(0, len(sources), config.images_per_figure)]
+    with progress(len(sources), "attention", "images", shown=True) as bar:
+        for number, page in enumerate(pages, 1):
+            seen_by_all: list[list[View]] = []
+            for source in page:
+                try:
+                    read = functools.lru_cache(source.read)
+                    pixels = [read(len(eye.offset)) for eye in (*eyes, *checkpoints)]
+                    first = [
+                        look_at(source.name, image, eye, frame, features, xca)
+                        for image, eye in zip(pixels, eyes, strict=False)
+                    ]
+                    others = zip(pixels[len(eyes) :], checkpoints, strict=True)
+                    seen_by_all.append([*first, *(look_at(source.name, image, eye, frame) for image, eye in others)])
+                except (ValueError, OSError) as error:
+                    problems.append(f"{source.where}: {error}")
+                else:
+                    told.append(_about(seen_by_all[-1][0], source.where))
+                    if config.html:
+                        exhibits.append(_exhibit(seen_by_all[-1][0]))
+                bar.update(1)
+            for sheet in _sheets(config, kinds, seen_by_all, eyes, checkpoints) if seen_by_all else ():
+                several = len(pages) > 1 and sheet.name in (*OF_IMAGES, "models", "training")
+                _write(dataclasses.replace(sheet, name=f"{sheet.name}_{number}") if several else sheet, config, folder)
+    if exhibits:
+        colours = [tuple(colour) for colour in head_colours(max(len(one.attention) for one in exhibits))]
+        write_page(
+            folder / PAGE,
+            exhibits,
+            title=f"Class attention of {eyes[0].title}",
+            threshold=config.threshold,
+            clip=config.clip,
+            colormap=config.colormap,
+            colours=colours,
+        )
+    return told, problems
+
+
+def _sheets(
+    config: AttentionConfig,
+    kinds: Sequence[str],
+    views: Sequence[Sequence[View]],
+    eyes: Sequence[Eye],
+    checkpoints: Sequence[Eye],
+) -> Iterator[Sheet]:
+    """The sheets of one page of images; views: of each image by each eye, then by each checkpoint."""
+    first = [of_image[0] for of_image in views]
+    for kind in kinds:
+        if kind == "models":
+            yield columns_sheet(kind, [eye.title for eye in eyes], [of_image[: len(eyes)] for of_image in views], config)
+        elif kind == "training":
+            titles = [eye.title for eye in checkpoints]
+            yield columns_sheet(kind, titles, [of_image[len(eyes) :] for of_image in views], config)
+        elif kind in OF_IMAGES:
+            yield OF_IMAGES[kind](first, config)
+        else:
+            yield from (OF_AN_IMAGE[kind]([one], config) for one in first)
+
+
+def _write(sheet: Sheet, config: AttentionConfig, folder: Path) -> None:
+    write(sheet, folder, config.format, width=inches(config.width), titles=config.titles, dpi=config.dpi)
+
+
+def _exhibit(view: View) -> Exhibit:
+    return Exhibit(name=view.name, image=rgb(view.image), patch=view.patch, attention=view.attention, features=view.features)
+
+
+# -- videos ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_film(config: AttentionConfig, film: Film, eye: Eye, frame: Frame, folder: Path) -> dict[str, Any]:
+    """Each frame, the map over it, and all heads in their colours, side by side, on one scale for the whole film.
+
+    The frames are read twice: the scale is known once all of them have been looked at.
+    """
+    channels = len(eye.offset)
+    maps: list[np.ndarray] = []
+    with progress(film.expected, f"{film.name}: attention", "frames", shown=True) as bar:
+        for pixels in film.frames(channels):
+            maps.append(look_at(film.name, pixels, eye, frame).attention)
+            bar.update(1)
+            if maps[-1].shape != maps[0].shape:
+                raise ValueError(f"frame {len(maps) - 1} is not as large as those before")
+    if not maps:
+        raise ValueError("a video without frames")
+    path = folder / f"{film.name}_attention{'' if config.video_format == 'frames' else '.' + config.video_format}"
+    with progress(len(maps), f"{film.name}: {path.name}", "frames", shown=True) as bar:
+        write_video(path, _pictures(config, film, maps, eye, frame, bar.update), film.fps)
+    with replacing(folder / f"{film.name}_attention.npz") as beside:
+        np.savez_compressed(beside, attention=np.stack(maps), fps=float(film.fps), options=options_of(config))
+    rows, columns = maps[0].shape[1:]
+    return {"name": film.name, "file": film.where, "frames": len(maps), "patches": [columns, rows], "written": path.name}
+
+
+def _pictures(
+    config: AttentionConfig, film: Film, maps: Sequence[np.ndarray], eye: Eye, frame: Frame, done: Any
+) -> Iterator[np.ndarray]:
+    """uint8 (H, 3 W, 3)"""
+    one_map = [attention.mean(0) if config.head is None else attention[config.head] for attention in maps]
+    limits = ends(one_map, config.clip)
+    of_heads = [ends(over_time, config.clip) for over_time in zip(*maps, strict=True)]
+    for pixels, attention, one in zip(film.frames(len(eye.offset)), maps, one_map, strict=True):
+        image = shown(*frame.framed(pixels))
+        canvas = Canvas(View(name=film.name, image=image, patch=eye.backbone.patch_size, attention=attention), config)
+        over = overlay(canvas.image, canvas.heat(one, limits))
+        heads = canvas.heads(attention, of_heads)
+        yield np.rint(255 * np.concatenate([canvas.image, over, heads], axis=1)).astype(np.uint8)
+        done(1)
+
+
+# -- what is told ----------------------------------------------------------------------------------------------------
+
+
+def _about(view: View, where: str) -> dict[str, Any]:
+    rows, columns = view.attention.shape[1:]
+    nats, shares = entropy(torch.from_numpy(view.attention)), view.attention.sum((1, 2))
+    return {
+        "name": view.name,
+        "file": where,
+        "pixels": [view.image.shape[1], view.image.shape[0]],
+        "patches": [columns, rows],
+        "entropy": [round(value, 4) for value in nats.tolist()],
+        "share_of_patches": [round(float(share), 4) for share in shares],
+    }
+
+
+def _tell(config: AttentionConfig, images: list[dict[str, Any]], problems: list[str], frame: Frame, folder: Path) -> None:
+    """attention.json, and a table of the images on the terminal."""
+    framing = f"long side {frame.long_side or 'as it is'}, {config.fit} to multiples of {frame.patch} pixels"
+    content = {"weights": list(config.weights), "framing": framing, "images": images, "problems": problems}
+    write_json(folder / SUMMARY, {**content, "options": json.loads(options_of(config))})
+    stills = [one for one in images if "entropy" in one]
+    rows = [
+        [
+            printable(one["name"]),
+            "{} x {}".format(*one["pixels"]),
+            "{} x {}".format(*one["patches"]),
+            " ".join(f"{value:.2f}" for value in one["entropy"]),
+            f"{math.log(math.prod(one['patches'])):.2f}",
+        ]
+        for one in stills
+    ]
+    if rows:
+        print(table(["image", "pixels", "patches", "entropy of heads, nats", "at most"], rows))
+    for film in (one for one in images if "frames" in one):
+        print(f"{film['file']}: {film['frames']} frames, {folder}/{film['written']}")
+    if images:
+        print(f"{framing}; {folder}/")

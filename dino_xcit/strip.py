@@ -1,0 +1,69 @@
+"""What the teacher's class token attends to while it is pretrained: the same few images at each evaluation."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from dino_xcit.attention import class_attention
+from dino_xcit.config import AttentionConfig, PretrainConfig
+from dino_xcit.data import ImageSet
+from dino_xcit.features import EvalDataset, Frozen, Transform, default_resize
+from dino_xcit.figure import Sheet, inches, write
+from dino_xcit.layouts import columns_sheet
+from dino_xcit.run_folder import replacing
+from dino_xcit.views import View
+from dino_xcit.xcit import XCiT
+
+PICTURE, NUMBERS = "attention", "attention.npz"
+SHOWN = 4  # images
+COLUMNS = 8  # evaluations in the picture, from the first to the last; the numbers are of all
+TRIED = 50  # images read to find some that can be
+
+
+class AttentionStrip:
+    """attention.png and attention.npz of a run folder. They grow at each evaluation."""
+
+    def __init__(self, config: PretrainConfig, images: ImageSet, folder: Path, step: int) -> None:
+        """A run that goes on from `step` keeps what was seen until then."""
+        size = config.global_crops_size
+        self.transform = Transform(size, default_resize(size), config.mean, config.std)
+        dataset = EvalDataset(images, self.transform)
+        readable = (pixels for pixels, read in map(dataset.__getitem__, range(min(TRIED, len(images)))) if read)
+        self.pixels = list(itertools.islice(readable, SHOWN))  # uint8 (C, S, S) each
+        self.folder = folder
+        self.seen = {at: maps for at, maps in self._before().items() if at <= step}
+
+    def _before(self) -> dict[int, np.ndarray]:
+        try:
+            with (self.folder / NUMBERS).open("rb") as file, np.load(file) as numbers:
+                return dict(zip(numbers["steps"].tolist(), numbers["attention"], strict=True))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return {}
+
+    def add(self, step: int, backbone: XCiT, device: torch.device) -> None:
+        """Look at the images again. The backbone's mode is put back afterwards."""
+        if not self.pixels:
+            return
+        training = backbone.training
+        frozen = Frozen(backbone, self.transform, device)
+        maps = [class_attention(backbone, frozen.normalised(pixels[None]))[0].cpu().numpy() for pixels in self.pixels]
+        backbone.train(training)
+        self.seen[step] = np.stack(maps)  # (images, h, rows, columns)
+        images = [pixels.permute(1, 2, 0).numpy() for pixels in self.pixels]
+        with replacing(self.folder / NUMBERS) as path:
+            np.savez_compressed(
+                path, steps=list(self.seen), attention=np.stack(list(self.seen.values())), images=np.stack(images)
+            )
+        config = AttentionConfig()
+        steps = [list(self.seen)[i] for i in np.unique(np.linspace(0, len(self.seen) - 1, COLUMNS).round().astype(int))]
+        views = [
+            [View(name="", image=image, patch=backbone.patch_size, attention=self.seen[at][i]) for at in steps]
+            for i, image in enumerate(images)
+        ]
+        sheet = columns_sheet(PICTURE, [f"step {at}" for at in steps], views, config)
+        write(Sheet(name=PICTURE, rows=sheet.rows), self.folder, ("png",), width=inches("slide"), titles=True, dpi=150)
