@@ -18,6 +18,7 @@ _ROOMS = {
     "PretrainConfig": "config",
     "KnnConfig": "config",
     "LinearConfig": "config",
+    "AttentionConfig": "config",
     "load_backbone": "weights",
     "class_attention": "attention",
     "knn_classify": "knn",

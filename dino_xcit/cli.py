@@ -155,8 +155,9 @@ def join_lists(arguments: list[str], config_class: type) -> list[str]:
             taken = 1
         elif flag in lists and not equals:
             taken = _items(following[:end], lists[flag]) if takes_images else end
-            values = ", ".join(following[:taken])
-            joined.append(f"{flag}={values if values.startswith('[') else f'[{values}]'}")
+            values = following[:taken]
+            typed_as_yaml = values and values[0].startswith("[")
+            joined.append(f"{flag}={' '.join(values)}" if typed_as_yaml else f"{flag}=[{', '.join(values)}]")
         elif flag in switches and not equals and (not end or (takes_images and following[0] not in ("true", "false"))):
             joined.append(f"{flag}=true")
         else:

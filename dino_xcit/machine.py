@@ -60,13 +60,22 @@ def parse_devices(devices: str) -> Any:
 
 def launch(config: EvalConfig) -> Fabric:
     """Start the processes of an evaluation. Raises ValueError if Lightning refuses the options."""
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no announcements
-    try:
-        fabric = Fabric(accelerator=config.accelerator, devices=parse_devices(config.devices))
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(refusal(config, error)) from error
+    fabric = _fabric(config, parse_devices(config.devices))
     fabric.launch()
     return fabric
+
+
+def device_of(config: MachineOptions) -> torch.device:
+    """The one device of a command that starts no processes. Raises ValueError if Lightning refuses the options."""
+    return _fabric(config, 1).device
+
+
+def _fabric(config: MachineOptions, devices: Any) -> Fabric:
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no announcements
+    try:
+        return Fabric(accelerator=config.accelerator, devices=devices)
+    except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise ValueError(refusal(config, error)) from error
 
 
 def memory_there(device: torch.device) -> int:

@@ -15,15 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dino_xcit import masks
 from dino_xcit.attention import entropy
 from dino_xcit.config import AttentionConfig, validate_attention
 from dino_xcit.figure import Sheet, head_colours, inches, overlay, rgb, write
 from dino_xcit.layouts import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet, ends, options_of
-from dino_xcit.machine import progress, refusal, require_folder
+from dino_xcit.machine import device_of, progress, require_folder
 from dino_xcit.page import Exhibit, write_page
 from dino_xcit.report import table, write_json
 from dino_xcit.run_folder import printable, replacing
@@ -47,7 +45,7 @@ def show_attention(config: AttentionConfig) -> list[str]:
     inches(config.width)
     folder = Path(config.output_dir)
     require_folder(folder, "output_dir")
-    device = _device(config)
+    device = device_of(config)
     eyes = open_eyes(config, device)
     kinds = config.figures or (OF_SEVERAL if len(eyes) > 1 else () if config.masks else ALONE)
     checkpoints = open_checkpoints(config, device) if "training" in kinds else []
@@ -68,13 +66,6 @@ def show_attention(config: AttentionConfig) -> list[str]:
                 problems.append(f"{film.where}: {error}")
         _tell(config, images, problems, frame, folder)
     return problems
-
-
-def _device(config: AttentionConfig) -> Any:
-    try:
-        return Fabric(accelerator=config.accelerator, devices=1).device
-    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ValueError(refusal(config, error)) from error
 
 
 def _score(config: AttentionConfig, eye: Eye, frame: Frame, sources: Sequence[Source], folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dino_xcit.cli import join_lists, main, parse
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config import AttentionConfig, PretrainConfig
 
 
 def config(*arguments: str) -> PretrainConfig:
@@ -114,3 +114,35 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
     assert "Traceback" not in err
     for word in words:
         assert word in err
+
+
+def attention(*arguments: str) -> AttentionConfig:
+    return parse("attention", AttentionConfig, list(arguments))
+
+
+def test_images_are_the_words_that_belong_to_no_flag():
+    config = attention(
+        "a.png", "--weights", "W", "b c.png", "--layer", "-2", "d", "--html", "e.png", "--titles", "false", "f"
+    )
+    assert config.images == ("a.png", "b c.png", "d", "e.png", "f")
+    assert (config.weights, config.layer, config.html, config.titles) == (("W",), -2, True, False)
+
+
+def test_lists_before_images_end_where_the_words_are_no_items_of_theirs():
+    config = attention(
+        "--figures", "heads", "pca", "a.png", "--point", "0.5", "1e-1", "b.png", "--format", "pdf", "c", "--dpi", "72", "d"
+    )
+    assert config.images == ("a.png", "b.png", "c", "d")
+    assert (config.figures, config.point, config.format, config.dpi) == (("heads", "pca"), (0.5, 0.1), ("pdf",), 72)
+
+
+def test_a_word_list_takes_one_word_a_flag():
+    config = attention("--weights", "A", "a.png", "--weights", "B", "--names", "the first", "--names=second", "b.png")
+    assert (config.weights, config.names) == (("A", "B"), ("the first", "second"))
+    assert config.images == ("a.png", "b.png")
+
+
+@pytest.mark.parametrize("words", [["--weights"], ["--weights", "--html"], ["--layer"]])
+def test_a_flag_without_its_value_is_an_error(words, capsys):
+    assert main(["attention", *words]) == 2
+    assert words[0] in capsys.readouterr().err
