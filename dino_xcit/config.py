@@ -478,6 +478,8 @@ def validate_attention(config: AttentionConfig) -> None:
     require(not several or set(config.figures) <= {"models"}, "figures", "models alone with several --weights")
     require(several or "models" not in config.figures, "figures", "no models with one --weights")
     require(not several or not (config.html or config.masks), "weights", "one with --html or --masks")
+    draws_its_own = config.masks == "shapes" and not (config.figures or config.html)
+    require(not (draws_its_own and config.images), "masks", "a folder of masks of the images that are named")
     require(len(config.names) in (0, len(config.weights)), "names", f"a name for each of {len(config.weights)} --weights")
     require(config.image_size is None or config.image_size >= 0, "image_size", "0 or more")
     require(config.num_images is None or config.num_images >= 1, "num_images", "at least 1")

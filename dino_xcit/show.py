@@ -51,7 +51,7 @@ def show_attention(config: AttentionConfig) -> list[str]:
     checkpoints = open_checkpoints(config, device) if "training" in kinds else []
     frame = Frame([*eyes, *checkpoints], config.fit)
     sources, films, problems = find(config, frame)
-    if not config.images and config.masks != "shapes":
+    if not config.images and (kinds or config.html or config.masks != "shapes"):
         sources = own_images(config, len(eyes[0].offset))
     folder.mkdir(parents=True, exist_ok=True)
     if config.masks:

@@ -1,4 +1,4 @@
-"""`make demo`: pretrain on the embedded shapes, then compare k-NN accuracies on held-out images.
+"""`make demo`: pretrain on the embedded shapes, then compare k-NN accuracies on held-out images and see what is attended to.
 
 A run that was interrupted goes on where it stopped; a finished one is only evaluated. Takes the options of
 `dino-xcit pretrain`; without any, `--config configs/demo.yaml`.
@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 from dino_xcit.cli import parse
-from dino_xcit.config import KnnConfig, PretrainConfig
+from dino_xcit.config import AttentionConfig, KnnConfig, PretrainConfig
 from dino_xcit.knn import knn_eval
 from dino_xcit.pretrain import pretrain
+from dino_xcit.show import show_attention
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -26,7 +27,13 @@ def main() -> None:
         sys.exit(130)
     print(f"\n{outcome.steps} steps; the same as `dino-xcit knn-eval --weights {outcome.folder} --nb_knn 20 --baselines`:")
     knn_eval(KnnConfig(weights=str(outcome.folder), nb_knn=(20,), baselines=True))
-    print(f"all of this took {time.perf_counter() - start:.0f} s; look at {outcome.folder}/crops.png")
+    weights, figures = str(outcome.folder), f"{outcome.folder}/figures"
+    print(f"\nthe same as `dino-xcit attention --weights {weights} --masks shapes --figures heads overlay --html`:")
+    show_attention(
+        AttentionConfig(weights=(weights,), output_dir=figures, masks="shapes", figures=("heads", "overlay"), html=True)
+    )
+    print(f"\nall of this took {time.perf_counter() - start:.0f} s; look at {weights}/attention.png, {figures}/overlay.png")
+    print(f"and at {figures}/attention.html in a browser")
 
 
 if __name__ == "__main__":

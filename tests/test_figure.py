@@ -1,0 +1,526 @@
+"""Pictures and sheets, against naive loops, a simulation of colour blindness, and the bytes of the files."""
+
+import itertools
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from dino_xcit import config
+from dino_xcit.config import AttentionConfig
+from dino_xcit.figure import (
+    BAR_INCHES,
+    GAP,
+    HEAD_COLOURS,
+    STYLE,
+    TITLE_INCHES,
+    WIDTHS,
+    Bar,
+    Sheet,
+    cell,
+    composite,
+    cut_out,
+    draw,
+    fitted,
+    head_colours,
+    heat,
+    inches,
+    overlay,
+    rgb,
+    scaled,
+    spread,
+    write,
+)
+
+# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
+SIGHT = {
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+GREY = (0.299, 0.587, 0.114)
+
+
+def picture(seed, height, width):
+    return np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
+
+
+def plain_cell(value, *titles, height=10, width=20):
+    return cell(np.full((height, width, 3), value), *titles)
+
+
+def sheet(rows=2, columns=3, *, bar=None, title="head", note="", **shape):
+    """Every cell in a grey of its own, none of them white."""
+    greys = np.linspace(0.1, 0.8, rows * columns).reshape(rows, columns)
+    cells = [[plain_cell(grey, title, note, **shape) for grey in row] for row in greys]
+    return Sheet(name="sheet", rows=cells, bar=bar)
+
+
+def written(one, folder, kind="png", *, width=2.0, titles=False, dpi=100):
+    (path,) = write(one, folder, [kind], width=width, titles=titles, dpi=dpi)
+    return path
+
+
+def pixels_of(path):
+    with Image.open(path) as file:
+        return np.asarray(file.convert("RGB")).astype(int)
+
+
+BAR = Bar(colormap="viridis", low=0.00012, high=0.00034, label="class attention")
+
+
+# -- colours of heads --------------------------------------------------------------------------------------------------
+
+
+def cielab(colours, sight):
+    """sRGB in [0, 1] (n, 3) -> CIELAB (D65), as an eye of this sight has it."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.array(SIGHT[sight]).T).clip(0, 1)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    xyz = seen @ np.array(to_xyz).T / [0.95047, 1, 1.08883]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+@pytest.mark.parametrize(("heads", "distance"), [(4, 45), (8, 25), (16, 12)])
+def test_colours_of_heads_are_told_apart_with_any_sight(heads, distance, sight):
+    lab = cielab(head_colours(heads), sight)
+    for one, other in itertools.combinations(range(heads), 2):
+        assert np.linalg.norm(lab[one] - lab[other]) >= distance, (HEAD_COLOURS[one], HEAD_COLOURS[other])
+
+
+def test_beyond_sixteen_heads_colours_repeat():
+    colours = head_colours(19)
+    assert colours.shape == (19, 3)
+    assert len(np.unique(colours, axis=0)) == 16
+    np.testing.assert_array_equal(colours[16:], colours[:3])
+    np.testing.assert_allclose(colours[0] * 255, [0xFF, 0xCC, 0x33])
+
+
+# -- images to draw over -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(1, (0, 0, 0)), (2, (0, 0, 0)), (3, (0, 1, 2)), (4, (0, 1, 2))])
+def test_any_number_of_channels_becomes_rgb(channels, expected):
+    image = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
+    np.testing.assert_array_equal(rgb(image), np.stack([image[..., i] for i in expected], axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "times"), [(32, 20, 8), (3, 100, 3), (256, 10, 1), (255, 10, 2), (128, 128, 2), (129, 1, 2)]
+)
+def test_small_images_are_magnified_until_the_long_side_has_256_pixels(height, width, times):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels, patch = scaled(image, 4, 10_000)
+    assert patch == 4 * times
+    assert pixels.shape == (height * times, width * times, 3)
+    for y, x in [(0, 0), (height * times - 1, width * times - 1), (height * times // 2, times)]:
+        np.testing.assert_allclose(pixels[y, min(x, width * times - 1)], image[y // times, min(x // times, width - 1)] / 255)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch", "largest", "block"),
+    [
+        (300, 400, 8, 400, 1),
+        (300, 400, 8, 399, 2),
+        (301, 403, 8, 202, 2),
+        (301, 403, 8, 201, 4),
+        (403, 301, 8, 10, 8),  # a patch is a pixel at least
+        (303, 260, 4, 10, 4),
+        (303, 260, 6, 10, 2),  # 4 does not divide 6
+        (303, 260, 5, 10, 1),
+    ],
+)
+def test_of_large_images_the_mean_of_blocks_is_drawn(height, width, patch, largest, block):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels, drawn_patch = scaled(image, patch, largest)
+    assert drawn_patch == patch // block
+    assert pixels.shape == (-(-height // block), -(-width // block), 3)
+    last = pixels.shape[0] - 1, pixels.shape[1] - 1
+    for y, x in [(0, 0), last, (0, last[1]), (last[0], 0), (7, 11)]:  # the last blocks may be cut
+        of_block = image[y * block : (y + 1) * block, x * block : (x + 1) * block]
+        np.testing.assert_allclose(pixels[y, x], of_block.reshape(-1, 3).mean(0) / 255, rtol=1e-4)
+
+
+# -- maps to pixels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", [1, 3, 8, 16, 24, 44, 64])
+def test_nearest_repeats_each_patch_exactly(patch):
+    maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
+    values = spread(maps, 3 * patch, 4 * patch, patch, "nearest")
+    np.testing.assert_array_equal(values, maps.repeat(patch, 1).repeat(patch, 2))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
+def test_patches_beyond_the_image_are_cut(interpolation):
+    maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
+    whole = spread(maps, 24, 32, 8, interpolation)
+    cut = spread(maps, 19, 26, 8, interpolation)
+    assert cut.shape == (2, 19, 26)
+    np.testing.assert_array_equal(cut, whole[:, :19, :26])
+
+
+def keys_kernel(t):
+    """Keys' cubic convolution with a = -0.75."""
+    t, a = abs(t), -0.75
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def naive_bicubic(one_map, patch):
+    rows, columns = one_map.shape
+    found = np.zeros((rows * patch, columns * patch))
+    for y, x in np.ndindex(found.shape):
+        v, u = (y + 0.5) / patch - 0.5, (x + 0.5) / patch - 0.5
+        for i in range(int(np.floor(v)) - 1, int(np.floor(v)) + 3):
+            for j in range(int(np.floor(u)) - 1, int(np.floor(u)) + 3):
+                neighbour = one_map[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
+                found[y, x] += keys_kernel(v - i) * keys_kernel(u - j) * neighbour
+    return found.clip(one_map.min(), one_map.max())
+
+
+def test_bicubic_is_cubic_convolution_and_never_leaves_the_range_of_the_map():
+    one_map = np.random.default_rng(0).random((4, 5)).astype(np.float32) ** 6  # sharp: the cubic overshoots
+    values = spread(one_map, 16, 20, 4, "bicubic")
+    np.testing.assert_allclose(values, naive_bicubic(one_map, 4), atol=1e-5)
+    assert values.min() == one_map.min()
+    assert values.max() == one_map.max()
+    assert len(np.unique(values)) > 100
+
+
+def test_bicubic_keeps_the_symmetry_of_a_map():
+    one_map = np.array([[0, 1, 0], [2, 5, 2], [0, 1, 0]], np.float32)
+    values = spread(one_map, 24, 24, 8, "bicubic")
+    np.testing.assert_allclose(values, values[::-1, ::-1], atol=1e-5)
+    np.testing.assert_allclose(values, values[:, ::-1], atol=1e-5)
+
+
+def test_maps_may_have_any_strides():
+    maps = np.random.default_rng(0).random((4, 3, 2)).transpose(2, 1, 0)[:, ::-1]
+    values = spread(maps, 6, 8, 2, "nearest")
+    np.testing.assert_allclose(values, maps.repeat(2, 1).repeat(2, 2), rtol=1e-6)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colormap", ["inferno", "viridis", "gray"])
+def test_heat_is_matplotlibs_colormap_between_the_limits(colormap):
+    values = np.random.default_rng(0).random((5, 6)) * 4 - 1
+    expected = matplotlib.colormaps[colormap](matplotlib.colors.Normalize(0, 2, clip=True)(values).filled())[..., :3]
+    found = heat(values, 0, 2, colormap)
+    assert found.shape == (5, 6, 3)
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(heat(np.array([0.0, 2.0]), 0, 2, colormap), heat(np.array([-9.0, 9.0]), 0, 2, colormap))
+
+
+def test_heat_of_a_flat_map_is_one_colour():
+    colours = heat(np.full((3, 4), 0.2), 0.2, 0.2, "viridis")
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
+    np.testing.assert_allclose(colours[0, 0], matplotlib.colormaps["viridis"](0.0)[:3])
+
+
+def grey_of(pixel):
+    return sum(weight * part for weight, part in zip(GREY, pixel, strict=True))
+
+
+def test_overlay_and_cut_out_pixel_by_pixel():
+    image, colours = picture(0, 4, 5), picture(1, 4, 5)
+    mask = np.random.default_rng(2).random((4, 5)) < 0.5
+    over, kept = overlay(image, colours), cut_out(image, mask)
+    for y, x in np.ndindex(4, 5):
+        np.testing.assert_allclose(over[y, x], 0.4 * grey_of(image[y, x]) + 0.6 * colours[y, x], rtol=1e-5)
+        expected = image[y, x] if mask[y, x] else 3 * [0.25 * grey_of(image[y, x])]
+        np.testing.assert_allclose(kept[y, x], expected, rtol=1e-5)
+
+
+def test_composite_pixel_by_pixel():
+    image = picture(0, 4, 5)
+    values = np.random.default_rng(1).random((3, 4, 5)).astype(np.float32)
+    limits = [(0.1, 0.8), (0.0, 2.0), (0.3, 0.4)]
+    found = composite(image, values, limits)
+    seen = set()
+    for y, x in np.ndindex(4, 5):
+        places = [min(max((values[h, y, x] - low) / (high - low), 0), 1) for h, (low, high) in enumerate(limits)]
+        strongest = max(range(3), key=lambda h: places[h])
+        seen.add(strongest)
+        colour = matplotlib.colors.to_rgb(HEAD_COLOURS[strongest])
+        expected = [0.6 * (1 - places[strongest]) * grey_of(image[y, x]) + places[strongest] * part for part in colour]
+        np.testing.assert_allclose(found[y, x], expected, rtol=1e-4, atol=1e-6)
+    assert len(seen) > 1
+
+
+def test_a_head_that_looks_everywhere_alike_has_no_part_in_the_composite():
+    image = picture(0, 2, 2)
+    values = np.stack([np.full((2, 2), 0.25, np.float32), np.array([[0, 1], [0, 1]], np.float32)])
+    found = composite(image, values, [(0.25, 0.25), (0, 1)])
+    np.testing.assert_allclose(found[:, 1], [matplotlib.colors.to_rgb(HEAD_COLOURS[1])] * 2, atol=1e-6)
+    np.testing.assert_allclose(found[0, 0], 3 * [0.6 * grey_of(image[0, 0])], rtol=1e-5)
+
+
+def test_cells_round_to_the_nearest_of_256_and_never_wrap_around():
+    one = cell(np.array([[[0, 1, 0.499 / 255], [0.501 / 255, 1.0000001, 0.5]]]), "title", "note")
+    assert one.picture.tolist() == [[[0, 255, 0], [1, 255, 128]]]
+    assert one.picture.dtype == np.uint8
+    assert (one.title, one.note) == ("title", "note")
+    white, most = np.ones((1, 1, 3), np.float32), np.ones((1, 1), np.float32)
+    for brightest in (overlay(white, white), composite(white, most[None], [(0, 1)]), cut_out(white, most > 0)):
+        assert cell(brightest).picture.max() == 255
+
+
+# -- widths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("0.5", 0.5), ("100", 100)]
+)
+def test_a_width_is_a_venue_or_inches(asked, expected):
+    assert inches(asked) == expected
+
+
+@pytest.mark.parametrize("asked", ["0.49", "100.1", "-3", "nan", "inf", "nips", "", "3in"])
+def test_other_widths_are_refused_with_every_name(asked):
+    with pytest.raises(ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 0.5 to 100")) as refusal:
+        inches(asked)
+    for name, value in WIDTHS.items():
+        assert f"{name} ({value:g})" in str(refusal.value)
+
+
+def test_the_help_names_the_venues_that_there_are():
+    source = Path(config.__file__).read_text()
+    (described,) = re.findall(r'\n    width: str = "\w+"\n    """(.*?)"""', source, re.DOTALL)
+    whole, columns = " ".join(described.split()).split("one column:")
+    named = re.findall(r"[a-z]+", whole.split("wide:")[1]) + re.findall(r"[a-z]+-column", columns)
+    assert sorted(named) == sorted(WIDTHS)
+    assert inches(AttentionConfig().width) == WIDTHS["neurips"]
+    assert all(WIDTHS[name] < WIDTHS[name.removesuffix("-column")] / 2 for name in WIDTHS if name.endswith("-column"))
+
+
+# -- sheets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bar", [None, BAR])
+@pytest.mark.parametrize(("width", "dpi"), [(2.0, 100), (5.5, 150), (3.28, 300)])
+def test_a_png_is_as_wide_as_asked(width, dpi, bar, tmp_path):
+    path = written(sheet(bar=bar), tmp_path, width=width, dpi=dpi)
+    assert path == tmp_path / "sheet.png"
+    with Image.open(path) as file:
+        assert file.size[0] == round(width * dpi)
+        assert file.info["dpi"] == pytest.approx((dpi, dpi), abs=0.1)
+
+
+def test_pictures_fill_the_page_but_for_the_gaps(tmp_path):
+    rows, columns, dpi, width = 2, 3, 200, 2.0
+    seen = pixels_of(written(sheet(rows, columns), tmp_path, width=width, dpi=dpi))
+    greys = np.rint(255 * np.linspace(0.1, 0.8, rows * columns)).reshape(rows, columns)
+    cell_width = (width - GAP * (columns - 1)) / columns
+    cell_height = cell_width * 10 / 20
+    assert seen.shape[0] == pytest.approx(dpi * (rows * cell_height + GAP * (rows - 1)), abs=1)
+    found = np.zeros(seen.shape[:2], bool)
+    for row, column in np.ndindex(rows, columns):
+        top, left = row * (cell_height + GAP) * dpi, column * (cell_width + GAP) * dpi
+        box = [round(v) for v in (top + 1, top + cell_height * dpi - 1, left + 1, left + cell_width * dpi - 1)]
+        inside = seen[box[0] : box[1], box[2] : box[3]]
+        assert (inside == greys[row, column]).all()
+        found[max(0, box[0] - 2) : box[1] + 2, max(0, box[2] - 2) : box[3] + 2] = True
+    assert (seen[~found] == 255).all()
+    for edge in (seen[0], seen[-1], seen[:, 0], seen[:, -1]):
+        assert (edge < 250).all(-1).mean() > 0.95  # no margin
+
+
+def test_each_picture_keeps_its_aspect_and_rows_have_their_own_heights(tmp_path):
+    rows = [[plain_cell(0.2, height=10, width=10)] * 2, [plain_cell(0.6, height=30, width=10)] * 2]
+    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    side = (2.0 - GAP) / 2 * 100
+    assert seen.shape[0] == pytest.approx(side + 3 * side + 100 * GAP, abs=1)
+    assert (seen[: int(side) - 1, 5] == 51).all()
+    assert (seen[int(side) + 4 :, 5] == 153).all()
+
+
+def test_pixels_of_a_picture_keep_their_places(tmp_path):
+    """Upright, not mirrored, and not blurred."""
+    corners = np.zeros((2, 2, 3))
+    corners[0, 0], corners[0, 1], corners[1, 0] = (1, 0, 0), (0, 1, 0), (0, 0, 1)
+    seen = pixels_of(written(Sheet(name="sheet", rows=[[cell(corners)]]), tmp_path, width=1.0, dpi=100))
+    assert seen.shape == (100, 100, 3)
+    assert seen[10, 10].tolist() == seen[48, 48].tolist() == [255, 0, 0]
+    assert seen[10, 90].tolist() == [0, 255, 0]
+    assert seen[90, 10].tolist() == [0, 0, 255]
+    assert len(np.unique(seen.reshape(-1, 3), axis=0)) == 4
+
+
+@pytest.mark.parametrize(("note", "lines"), [("", 1), ("1.2 nats", 2)])
+def test_titles_take_a_line_above_the_row_and_notes_another(note, lines, tmp_path):
+    bare = pixels_of(written(sheet(1, 2, note=note), tmp_path, titles=False))
+    titled = pixels_of(written(sheet(1, 2, note=note), tmp_path, titles=True))
+    room = titled.shape[0] - bare.shape[0]
+    assert room == pytest.approx(100 * lines * TITLE_INCHES, abs=1)
+    np.testing.assert_allclose(titled[room + 1 : -1], bare[1:-1], atol=1)
+    for line in range(
+        lines
+    ):  # something is written in each line, in the middle of each cell, and nothing touches the border
+        written_in = (titled[16 * line : 16 * line + 15] < 200).any(-1).any(0)
+        for left in (0, 101):
+            places = np.flatnonzero(written_in[left : left + 99])
+            assert len(places) > 5
+            assert (places[0] + places[-1]) / 2 == pytest.approx(49, abs=4)
+    assert (titled[0] == 255).all()
+    without = pixels_of(written(sheet(1, 2, title="", note=""), tmp_path, titles=True))
+    assert without.shape == bare.shape
+
+
+def texts_of(one, **options):
+    with matplotlib.rc_context(STYLE):
+        figure = draw(one, options.get("width", 5.5), options.get("titles", True))
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        return figure, [(text.get_text(), text.get_window_extent(renderer)) for text in figure.texts]
+
+
+def test_titles_stand_above_notes_and_only_where_there_are_any():
+    rows = [[plain_cell(0.2, "image"), plain_cell(0.3, "head 0", "1.23 nats")], [plain_cell(0.4), plain_cell(0.5)]]
+    _, texts = texts_of(Sheet(name="sheet", rows=rows))
+    placed = {text: box for text, box in texts if text}
+    assert set(placed) == {"image", "head 0", "1.23 nats"}
+    assert placed["head 0"].y0 > placed["1.23 nats"].y1 - 1
+    assert placed["image"].y0 == pytest.approx(placed["head 0"].y0, abs=2)
+    assert [text for text, _ in texts_of(Sheet(name="sheet", rows=rows), titles=False)[1]] == []
+
+
+@pytest.mark.parametrize("title", ["xcit_small_12_p8_224.fb_dist_in1k", "mmmmmmmmmmmmmmmmmm", "queries, head 11"])
+def test_titles_of_narrow_pictures_are_shortened_in_the_middle(title):
+    figure, texts = texts_of(sheet(1, 8, title=title))
+    for number, (text, box) in enumerate(texts):
+        assert "…" in text
+        assert text[0] == title[0]
+        assert text[-1] == title[-1]
+        if "m" * 4 not in title:  # a line of m alone is wider than any name
+            middle = (number + 0.5) * figure.bbox.width / 8
+            assert abs(box.x1 - middle) < figure.bbox.width / 8 / 2 + 2
+            assert abs(middle - box.x0) < figure.bbox.width / 8 / 2 + 2
+
+
+def test_fitted_keeps_both_ends():
+    assert fitted("abcdefghij", 10) == "abcdefghij"
+    letters = int(0.5 * 72 / (0.6 * 7))
+    assert letters == 8
+    assert fitted("abcdefgh", 0.5) == "abcdefgh"
+    assert fitted("abcdefghi", 0.5) == "abc…fghi"
+    assert len(fitted("abcdefghi", 0.5)) == 8
+    assert fitted("abcdefghi", 0.001) == "a…i"
+    assert fitted("a\udcffb", 10) == "a?b"  # a file's name that is no UTF-8
+
+
+def test_titles_are_no_formulas(tmp_path):
+    _, texts = texts_of(sheet(1, 1, title="a_b$x^2$"))
+    assert [text for text, _ in texts] == ["a_b$x^2$"]
+    written(sheet(1, 1, title=r"$\frac{"), tmp_path, titles=True)
+
+
+# -- colour bar --------------------------------------------------------------------------------------------------------
+
+
+def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_limits(tmp_path):
+    dpi, width = 200, 3.0
+    seen = pixels_of(written(sheet(2, 2, bar=BAR, height=20), tmp_path, width=width, dpi=dpi))
+    right = round((width - BAR_INCHES) * dpi)
+    assert (seen[5:-5, right - 3] < 250).all(-1).mean() > 0.9  # the pictures end there
+    assert (seen[:, right + 1 : right + 8] == 255).all()
+    x = round((width - BAR_INCHES + 0.06 + 0.045) * dpi)
+    high, low = (np.array(matplotlib.colormaps["viridis"](end)[:3]) * 255 for end in (1.0, 0.0))
+    np.testing.assert_allclose(seen[3, x], high, atol=10)
+    np.testing.assert_allclose(seen[-3, x], low, atol=10)
+    np.testing.assert_allclose(seen[len(seen) // 2, x], np.array(matplotlib.colormaps["viridis"](0.5)[:3]) * 255, atol=8)
+
+
+def test_numbers_of_a_colour_bar_are_inside_the_page_and_beside_its_label():
+    one = sheet(2, 3, bar=BAR, height=20)
+    with matplotlib.rc_context(STYLE):
+        figure = draw(one, 5.5, True)
+        figure.canvas = FigureCanvasAgg(figure)
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()
+        ticks = figure.axes[-1].get_yticklabels()
+        assert [tick.get_text() for tick in ticks] == ["0.00012", "0.00023", "0.00034"]
+        boxes = [tick.get_window_extent(renderer) for tick in ticks]
+        label = next(text for text in figure.texts if text.get_text() == "class attention")
+        of_label = label.get_window_extent(renderer)
+    page = figure.bbox
+    for box in (*boxes, of_label):
+        assert box.x0 >= 0
+        assert box.y0 >= -1
+        assert box.x1 <= page.width
+        assert box.y1 <= page.height + 1
+    assert max(box.x1 for box in boxes) < of_label.x0
+    assert boxes[0].y1 < boxes[1].y0 < boxes[1].y1 < boxes[2].y0
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pdf_is_as_wide_as_asked_and_has_its_fonts_in_it(tmp_path):
+    data = written(sheet(note="note", bar=BAR), tmp_path, "pdf", width=5.5, titles=True).read_bytes()
+    (box,) = re.findall(rb"/MediaBox \[ ?([^\]]*?) ?\]", data)
+    left, bottom, right, top = (float(number) for number in box.split())
+    assert (left, bottom) == (0, 0)
+    assert right == pytest.approx(5.5 * 72)
+    pictures = pixels_of(written(sheet(note="note", bar=BAR), tmp_path, "png", width=5.5, titles=True))
+    assert top / right == pytest.approx(pictures.shape[0] / pictures.shape[1], rel=0.01)
+    (font,) = set(re.findall(rb"/FontFile2 (\d+) 0 R", data))
+    start = data.index(b"\n" + font + b" 0 obj")
+    stream = data[data.index(b"stream\n", start) + 7 : data.index(b"endstream", start)]
+    assert zlib.decompressobj().decompress(stream)[:4] == b"\x00\x01\x00\x00"  # of TrueType
+    assert b"DejaVuSans" in data
+    assert b"/Type3" not in data
+    assert b"CreationDate" not in data
+
+
+def test_an_svg_asks_for_no_font_and_for_nothing_elsewhere(tmp_path):
+    text = written(sheet(note="note", bar=BAR), tmp_path, "svg", width=5.5, titles=True).read_text()
+    assert "<text" not in text
+    assert "font-family" not in text
+    assert len(re.findall(r"<image", text)) == 7
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in re.findall(r'href="([^"]*)"', text))
+    assert "@import" not in text
+    assert f'width="{5.5 * 72:g}pt"' in text
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_the_same_sheet_is_the_same_file(kind, tmp_path):
+    one = sheet(1, 2, note="note", bar=BAR)
+    (tmp_path / "again").mkdir()
+    files = [written(one, folder, kind, titles=True).read_bytes() for folder in (tmp_path, tmp_path / "again")]
+    assert files[0] == files[1]
+
+
+def test_numbers_are_kept_beside_the_figure_and_load_without_pickle(tmp_path):
+    data = {"map": np.arange(6.0).reshape(2, 3), "names": np.array(["ä", "b"]), "options": np.array("{}")}
+    one = Sheet(name="one", rows=sheet(1, 1).rows, data=data)
+    paths = write(one, tmp_path, ["pdf", "png"], width=1, titles=True, dpi=50)
+    assert [path.name for path in paths] == ["one.pdf", "one.png", "one.npz"]
+    assert {path.name for path in tmp_path.iterdir()} == {"one.pdf", "one.png", "one.npz"}
+    with np.load(paths[-1], allow_pickle=False) as loaded:
+        assert set(loaded) == set(data)
+        for name, array in data.items():
+            np.testing.assert_array_equal(loaded[name], array)
+    with zipfile.ZipFile(paths[-1]) as archive:
+        assert all(info.compress_type == zipfile.ZIP_DEFLATED for info in archive.infolist())
+
+
+def test_a_sheet_without_numbers_leaves_no_file_for_them(tmp_path):
+    assert [p.name for p in write(sheet(1, 1), tmp_path, ["png"], width=1, titles=True, dpi=50)] == ["sheet.png"]
+
+
+def test_the_readers_matplotlib_settings_come_back(tmp_path):
+    before = dict(matplotlib.rcParams)
+    written(sheet(1, 1), tmp_path, titles=True)
+    assert dict(matplotlib.rcParams) == before
