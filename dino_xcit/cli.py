@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from dino_xcit.config import AttentionConfig, KnnConfig, LinearConfig, PretrainC
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
+RESUMABLE = ("knn-eval", "linear-eval")  # pretraining tells it by itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(parse(command, config_class, arguments))
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(
-                f"\n{PROGRAM} {command}: stopped; the same command goes on from there (not with --no_cache)", file=sys.stderr
-            )
+            goes_on = "; the same command goes on from there (not with --no_cache)" if command in RESUMABLE else ""
+            print(f"\n{PROGRAM} {command}: stopped{goes_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):
@@ -99,11 +98,12 @@ def run_linear_eval(config: LinearConfig) -> int:
 
 
 def run_attention(config: AttentionConfig) -> int:
+    from dino_xcit.run_folder import printable
     from dino_xcit.show import show_attention
 
     problems = show_attention(config)
     for problem in problems:
-        print(f"{PROGRAM} attention: {problem}", file=sys.stderr)
+        print(printable(f"{PROGRAM} attention: {problem}"), file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -123,18 +123,22 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
     )
     parser.add_argument("--config", action="config", help="YAML file of options; a flag on the line wins")
     parser.add_class_arguments(config_class)
+    joined, words = join_lists(arguments, config_class)
     try:
-        namespace = parser.parse_args(join_lists(arguments, config_class))
+        namespace = parser.parse_args(joined)
     except argparse.ArgumentError as error:
         raise ValueError(explain(error, parser)) from None
-    return config_class(**{name: value for name, value in vars(namespace).items() if name != "config"})
+    # Words pass by the parser, which reads YAML: names of files may hold anything.
+    values = {**vars(namespace), **words}
+    return config_class(**{name: value for name, value in values.items() if name != "config"})
 
 
-def join_lists(arguments: list[str], config_class: type) -> list[str]:
+def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`; a switch without a value,
     `--dry_run`, is switched on.
 
-    Of a list of words, such as `--weights A --weights B`, each flag brings one; words that belong to no flag are the images.
+    Beside them the lists of words by option. Each flag brings one word, `--weights A --weights B`; words that belong to no
+    flag, or stand after `--`, are the images.
     """
     hints = get_type_hints(config_class)
     lists = {f"--{name}": get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple}
@@ -148,10 +152,13 @@ def join_lists(arguments: list[str], config_class: type) -> list[str]:
         following = [value] if equals else arguments[position + 1 :]
         end = next((i for i, word in enumerate(following) if word.startswith("--")), len(following))
         taken = 0
+        if arguments[position] == "--" and takes_images:
+            words.setdefault("images", []).extend(arguments[position + 1 :])
+            break
         if not flag.startswith("-") and takes_images:
-            words.setdefault("--images", []).append(arguments[position])
+            words.setdefault("images", []).append(arguments[position])
         elif lists.get(flag) is str and end:
-            words.setdefault(flag, []).append(following[0])
+            words.setdefault(flag[2:], []).append(following[0])
             taken = 1
         elif flag in lists and not equals:
             taken = _items(following[:end], lists[flag]) if takes_images else end
@@ -164,7 +171,7 @@ def join_lists(arguments: list[str], config_class: type) -> list[str]:
             taken = int(flag.startswith("--") and flag not in ("--help", "--print_config") and not equals and end > 0)
             joined += arguments[position : position + 1 + taken]
         position += 1 + (0 if equals else taken)
-    return joined + [f"{flag}={json.dumps(values)}" for flag, values in words.items()]
+    return joined, {name: tuple(values) for name, values in words.items()}
 
 
 def _items(words: list[str], item: Any) -> int:

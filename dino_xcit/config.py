@@ -281,7 +281,7 @@ class AttentionConfig:
     # What is looked at
     image_size: int | None = None
     """long side in pixels, the aspect is kept; 0 keeps each image's own. Default: 480, or the pretraining's crop if that was
-    below 96 pixels"""
+    below 96 pixels (of several weights the larger)"""
     fit: Literal["crop", "pad"] = "crop"
     """what becomes of sides that the patch size does not divide: centre crop, or padding whose map is cut off again"""
     num_images: int | None = None
@@ -289,7 +289,8 @@ class AttentionConfig:
     layer: int = -1
     """class-attention layer: 0 or 1, -1 the last"""
     head: int | None = None
-    """head whose map is shown where there is one map an image, from 0. Default: the mean of the heads"""
+    """head whose map overlay, training, models and videos show, and the only one of magnitude and covariance, from 0.
+    Default: the mean of the heads, and every head"""
     xca_layer: int = -1
     """XCA layer of --figures magnitude and covariance, from 0; -1 the last"""
     point: tuple[float, ...] = ()
@@ -320,10 +321,10 @@ class AttentionConfig:
     interpolation: Interpolation = "nearest"
     """maps between patches"""
     scale: Literal["map", "image", "figure"] = "map"
-    """maps that share one colour scale: none, as official visualize_attention.py; those of an image; all of the figure,
-    which then has a colour bar"""
+    """attention and magnitude maps that share one colour scale: none, as official visualize_attention.py; those of an image;
+    all of the figure, which then has a colour bar"""
     clip: float = 0.01
-    """share of the patches beyond either end of the colour scale, so that a few do not leave the others dark"""
+    """share of the patches beyond either end of that scale, so that a few do not leave the others dark"""
     html: bool = False
     """also write attention.html, an interactive page that needs no network"""
 
@@ -481,6 +482,10 @@ def validate_attention(config: AttentionConfig) -> None:
     draws_its_own = config.masks == "shapes" and not (config.figures or config.html)
     require(not (draws_its_own and config.images), "masks", "a folder of masks of the images that are named")
     require(len(config.names) in (0, len(config.weights)), "names", f"a name for each of {len(config.weights)} --weights")
+    require(len(set(config.names)) == len(config.names), "names", "different names")
+    require(config.frames or config.fps == AttentionConfig.fps, "fps", "no rate without --frames: videos keep their own")
+    similar = "similarity" in config.figures
+    require(similar or not config.point, "point", "none without --figures similarity")
     require(config.image_size is None or config.image_size >= 0, "image_size", "0 or more")
     require(config.num_images is None or config.num_images >= 1, "num_images", "at least 1")
     require(config.images_per_figure >= 1, "images_per_figure", "at least 1")
@@ -490,7 +495,7 @@ def validate_attention(config: AttentionConfig) -> None:
     require(0 < config.threshold < 1, "threshold", "a share between 0 and 1")
     require(0 <= config.clip < 0.5, "clip", "a share from 0 to below 0.5")
     require(bool(config.format), "format", "at least one of png, pdf, svg")
-    require(10 <= config.dpi <= 2400, "dpi", "10 to 2400")
+    require(10 <= config.dpi <= 1200, "dpi", "10 to 1200")
     require(config.fps > 0, "fps", "a positive number")
     require(config.seed >= 0, "seed", "0 or more")
     require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 
 from dino_xcit.config import Interpolation
 from dino_xcit.run_folder import printable, replacing
@@ -38,8 +40,10 @@ WIDTHS = {
 }
 GAP = 0.02  # inches between pictures
 FONT_POINTS = 7
+NARROWEST, TALLEST = 0.15, 2.5  # of a cell: inches of its width, and its height in widths
 TITLE_INCHES = 0.16  # height of a line of title
-BAR_INCHES = 0.75  # width of a colour bar with its numbers
+BAR_GAP, BAR_THICKNESS = 0.06, 0.09  # inches
+BAR_INCHES = BAR_GAP + BAR_THICKNESS + 0.22  # width of a colour bar and its label, without the numbers
 SMALLEST_PICTURE = 256  # pixels of the long side
 STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType, embedded: text stays text
@@ -48,6 +52,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": FONT_POINTS,
     "axes.linewidth": 0.5,
+    "image.composite_image": False,  # a picture stays one in PDF and SVG, to be moved about
 }
 
 
@@ -163,72 +168,91 @@ class Sheet:
 def inches(width: str) -> float:
     """A venue's name or a number of inches. Raises ValueError that lists the names."""
     with contextlib.suppress(ValueError):
-        if 0.5 <= float(width) <= 100:
+        if 1 <= float(width) <= 20:
             return float(width)
     if width not in WIDTHS:
         listed = ", ".join(f"{name} ({value:g})" for name, value in WIDTHS.items())
-        raise ValueError(f"--width is {width!r}; expected inches from 0.5 to 100, or one of {listed}")
+        raise ValueError(f"--width is {width!r}; expected inches from 1 to 20, or one of {listed}")
     return WIDTHS[width]
 
 
 def draw(sheet: Sheet, width: float, titles: bool) -> Figure:
-    """Lay the sheet out to a width in inches: cells of a row are as high as the row's first picture asks."""
+    """Lay the sheet out to a width in inches. Raises ValueError if that is too narrow for its columns.
+
+    Cells of a row are as high as its first picture asks, within bounds; in a cell of another shape a picture is centred.
+    """
     columns = len(sheet.rows[0])
-    cell_width = (width - (BAR_INCHES if sheet.bar else 0) - GAP * (columns - 1)) / columns
+    ticks = [] if sheet.bar is None else [f"{v:.2g}" for v in np.linspace(sheet.bar.low, sheet.bar.high, 3)]
+    bar_width = BAR_INCHES + max(map(text_width, ticks)) if ticks else 0
+    cell_width = (width - bar_width - GAP * (columns - 1)) / columns
+    if cell_width < NARROWEST:
+        raise ValueError(f"--width {width:g} is too narrow for {columns} pictures side by side")
     tops, y = [], 0.0
     for row in sheet.rows:
         lines = max(2 * bool(cell.note) or bool(cell.title) for cell in row) if titles else 0
-        height = cell_width * row[0].picture.shape[0] / row[0].picture.shape[1]
+        height = cell_width * min(TALLEST, row[0].picture.shape[0] / row[0].picture.shape[1])
         y += lines * TITLE_INCHES
         tops.append((y, height, lines))
         y += height + GAP
     total = y - GAP
     figure = Figure(figsize=(width, total))
+    page = figure.add_axes((0, 0, 1, 1))  # one for all pictures, in inches from the top left
     for (top, height, lines), row in zip(tops, sheet.rows, strict=True):
         for number, cell in enumerate(row):
             left = number * (cell_width + GAP)
-            place = (left / width, 1 - (top + height) / total, cell_width / width, height / total)
-            axes = figure.add_axes(place)
-            axes.imshow(cell.picture, aspect="auto", interpolation="auto")
-            axes.set_axis_off()
-            if lines:
-                _write_titles(figure, cell, lines, left + cell_width / 2, top, cell_width, (width, total))
+            w, h = _within(cell.picture, cell_width, height)
+            x, y = left + (cell_width - w) / 2, top + (height - h) / 2
+            page.imshow(cell.picture, extent=(x, x + w, y + h, y), interpolation="auto")
+            for line, (text, colour) in enumerate(((cell.note, "#555555"), (cell.title, "black"))[2 - lines :]):
+                place = (left + cell_width / 2, top - 0.04 - line * TITLE_INCHES)
+                page.text(*place, fitted(text, cell_width), ha="center", color=colour, parse_math=False)
+    page.set(xlim=(0, width), ylim=(total, 0), aspect="auto")
+    page.set_axis_off()
     if sheet.bar:
-        _draw_bar(figure, sheet.bar, tops[0][0], total, width)
+        _draw_bar(figure, sheet.bar, ticks, tops[0][0], bar_width)
     return figure
 
 
-def _write_titles(
-    figure: Figure, cell: Cell, lines: int, x: float, top: float, room: float, size: tuple[float, float]
-) -> None:
-    width, total = size
-    for line, text in enumerate((cell.note, cell.title) if lines > 1 else (cell.title,)):
-        y = 1 - (top - 0.04 - line * TITLE_INCHES) / total
-        colour = "#555555" if text is cell.note else "black"
-        text = fitted(text, room)
-        figure.text(x / width, y, text, ha="center", color=colour, fontsize=FONT_POINTS, parse_math=False)
+def _within(picture: np.ndarray, width: float, height: float) -> tuple[float, float]:
+    """The largest size of the picture's shape in a cell, or the cell's own if they differ by no more than rounding."""
+    h, w = picture.shape[:2]
+    if abs(h / w - height / width) * min(w, h) < 1:
+        return width, height
+    return (width, width * h / w) if h / w < height / width else (height * w / h, height)
+
+
+def text_width(text: str) -> float:
+    """Inches that a line of text takes."""
+    font = FontProperties(family=STYLE["font.family"], size=FONT_POINTS)
+    return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
 def fitted(text: str, room: float) -> str:
     """The text, its middle left out where a line of so many inches cannot hold it."""
-    text = printable(text)
-    letters = max(3, int(room * 72 / (0.6 * FONT_POINTS)))
-    return text if len(text) <= letters else f"{text[: (letters - 1) // 2]}…{text[len(text) - letters // 2 :]}"
+    text = shown = printable(text)
+    for letters in range(len(text), 2, -1):
+        if text_width(shown) <= room:
+            break
+        shown = f"{text[: (letters - 1) // 2]}…{text[len(text) - (letters - 2) // 2 :]}"
+    return shown
 
 
-def _draw_bar(figure: Figure, bar: Bar, top: float, total: float, width: float) -> None:
-    axes = figure.add_axes((1 - (BAR_INCHES - 0.06) / width, 0, 0.09 / width, 1 - top / total))
+def _draw_bar(figure: Figure, bar: Bar, ticks: Sequence[str], top: float, room: float) -> None:
+    """In the rightmost inches, below the first row's titles."""
+    width, total = figure.get_size_inches()
+    left = width - room + BAR_GAP
+    axes = figure.add_axes((left / width, 0, BAR_THICKNESS / width, 1 - top / total))
     ramp = np.linspace(bar.high, bar.low, 256)[:, None]
     axes.imshow(heat(ramp, bar.low, bar.high, bar.colormap), aspect="auto", extent=(0, 1, bar.low, bar.high))
     axes.yaxis.tick_right()
-    axes.set(xticks=[], yticks=[bar.low, (bar.low + bar.high) / 2, bar.high])
-    low, middle, high = axes.set_yticklabels([f"{value:.2g}" for value in axes.get_yticks()])
+    axes.set(xticks=[], yticks=np.linspace(bar.low, bar.high, 3))
+    low, middle, high = axes.set_yticklabels(ticks)
     low.set_verticalalignment("bottom")
     middle.set_verticalalignment("center")
     high.set_verticalalignment("top")
     axes.tick_params(length=1.5, width=0.5, pad=1.5)
     middle_height = (1 - top / total) / 2
-    figure.text(1 - 0.02 / width, middle_height, bar.label, rotation=90, ha="right", va="center", fontsize=FONT_POINTS)
+    figure.text(1 - 0.02 / width, middle_height, bar.label, rotation=90, ha="right", va="center")
 
 
 def write(sheet: Sheet, folder: Path, formats: Sequence[str], *, width: float, titles: bool, dpi: int) -> list[Path]:

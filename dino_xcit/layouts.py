@@ -19,6 +19,7 @@ from dino_xcit.figure import Bar, Cell, Sheet, cell, composite, cut_out, heat, i
 from dino_xcit.views import View
 
 CELLS_IN_A_ROW = 6
+HEADS_IN_A_ROW = 8
 MARK = np.array([1.0, 0.2, 0.1])  # of the patch that others are compared with
 SIGNED = "RdBu_r"
 Limits = tuple[float, float]  # of a colour scale
@@ -80,8 +81,7 @@ def grid_sheet(views: Sequence[View], config: AttentionConfig) -> Sheet:
         canvas = Canvas(view, config)
         titles = [f"head {head}" for head in range(len(view.attention))]
         maps = zip(view.attention, of_row, titles, strict=True)
-        cells = [cell(canvas.heat(one, limit), title) for one, limit, title in maps]
-        rows.append([cell(canvas.image, "image"), *cells])
+        rows += _under(cell(canvas.image, "image"), [cell(canvas.heat(one, limit), title) for one, limit, title in maps])
     return Sheet(name="grid", rows=_packed(rows), bar=_bar(config, limits[0][0]), data=_data(views, config))
 
 
@@ -129,8 +129,8 @@ def magnitude_sheet(views: Sequence[View], config: AttentionConfig) -> Sheet:
     limits = _limits([[maps[head] for maps in kinds.values() for head in heads]], config)[0]
     for (kind, maps), start in zip(kinds.items(), (0, len(heads)), strict=True):
         pictures = [canvas.heat(maps[head], limit) for head, limit in zip(heads, limits[start:], strict=False)]
-        cells = [cell(picture, f"{kind}, head {head}") for head, picture in zip(heads, pictures, strict=True)]
-        rows.append([cell(canvas.image, "image"), *cells])
+        cells = [cell(picture, f"head {head}", kind) for head, picture in zip(heads, pictures, strict=True)]
+        rows += _under(cell(canvas.image, "image"), cells)
     data = _data(views, config, "queries", "keys")
     return Sheet(name=f"magnitude_{view.name}", rows=rows, bar=_bar(config, limits[0], "magnitude"), data=data)
 
@@ -202,7 +202,7 @@ def map_title(config: AttentionConfig) -> str:
 
 
 def _mask_title(config: AttentionConfig) -> str:
-    return f"{100 * config.threshold:g} % of mass"
+    return f"{100 * config.threshold:g} % mass"
 
 
 def _limits(maps: Sequence[Sequence[np.ndarray]], config: AttentionConfig) -> list[list[Limits]]:
@@ -238,15 +238,27 @@ def _wrapped(cells: list[Cell]) -> list[list[Cell]]:
     return [cells[start : start + columns] for start in range(0, len(cells), columns)]
 
 
+def _under(first: Cell, cells: list[Cell]) -> list[list[Cell]]:
+    """One row, or of many cells several rows as long as each other, the first cell in front of the first."""
+    rows = -(-len(cells) // HEADS_IN_A_ROW)
+    columns = -(-len(cells) // rows)
+    blank = Cell(picture=np.full_like(first.picture, 255))
+    cells = cells + [blank] * (rows * columns - len(cells))
+    starts = range(0, len(cells), columns)
+    return [[first if start == 0 else blank, *cells[start : start + columns]] for start in starts]
+
+
 def _packed(rows: list[list[Cell]]) -> list[list[Cell]]:
-    """Short rows of pictures of one shape go side by side; titles stand above the first row alone."""
+    """Short rows of pictures of one shape go side by side; a title that stands above is not repeated."""
     together = max(1, CELLS_IN_A_ROW // len(rows[0]))
     if together > 1 and len({cell.picture.shape for row in rows for cell in row}) == 1:
         blank = Cell(picture=np.full_like(rows[0][0].picture, 255))
         rows = rows + [[blank] * len(rows[0])] * (-len(rows) % min(together, len(rows)))
         together = min(together, len(rows))
         rows = [list(itertools.chain(*rows[start : start + together])) for start in range(0, len(rows), together)]
-    return [rows[0], *([dataclasses.replace(cell, title="") for cell in row] for row in rows[1:])]
+    pairs = [zip(above, row, strict=True) for above, row in itertools.pairwise(rows)]
+    untitled = [[dataclasses.replace(c, title="") if c.title == above.title else c for above, c in pair] for pair in pairs]
+    return [rows[0], *untitled]
 
 
 def _pointed_at(view: View, config: AttentionConfig) -> tuple[int, int]:

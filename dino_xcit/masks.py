@@ -31,7 +31,7 @@ from dino_xcit.weights import build, read_run
 VOID = 255  # in PASCAL VOC's masks: neither object nor background
 BLOB_SIZES = (0.15, 0.5)  # standard deviations of the centred blobs, from and to, in shares of the image's sides
 BATCH_PIXELS = 2**18  # that go through the backbone at once
-UNTRAINED, BLOBS = "untrained", "centred blobs"
+SCORED, UNTRAINED, BLOBS = "", "untrained", "centred blobs"  # sources of maps; the first goes by its title
 
 
 class Scene(NamedTuple):
@@ -81,15 +81,26 @@ def scenes_of_files(config: AttentionConfig, eye: Eye, frame: Frame, sources: It
 def read_mask(path: Path) -> tuple[Tensor, Tensor]:
     """A mask file -> where its object is and which pixels count, bool (H, W).
 
-    What is not 0 is object. 255 is void, as in PASCAL VOC, unless the mask holds nothing but 0 and 255.
+    What is not 0 is object. 255 is void, as in PASCAL VOC, in a mask that numbers its objects; in one that knows black and
+    white, or shades between them (a soft edge, JPEG), what is brighter than half is object.
     """
     try:
         with Image.open(path) as file:
+            if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != (VOID, VOID):
+                raise ValueError(f"mask {path} is transparent; expected grey or a palette")
             values = np.array(file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")).astype(np.int64)
+            numbered = file.mode == "P" or not _is_soft(values)
     except OSError:
         raise ValueError(f"mask {path} is not an image") from None
+    if not numbered:
+        return torch.from_numpy(values > VOID // 2), torch.ones(values.shape, dtype=torch.bool)
     void = (values == VOID) & ((values != 0) & (values != VOID)).any()
     return torch.from_numpy((values != 0) & ~void), torch.from_numpy(~void)
+
+
+def _is_soft(values: np.ndarray) -> bool:
+    """Whether these are shades up to white, not numbers of objects, which are not met so high."""
+    return bool(values.max(initial=0) <= VOID and ((values > VOID // 2) & (values < VOID)).any())
 
 
 def _scene(frame: Frame, image: Tensor, truth: Tensor, counted: Tensor) -> Scene:
@@ -124,14 +135,14 @@ def score(config: AttentionConfig, eye: Eye, scenes: Scenes) -> tuple[dict[str, 
     torch.manual_seed(config.seed)
     untrained = eye.with_backbone(build(eye.backbone.metadata), UNTRAINED)
     heads = eye.backbone.heads
-    found: dict[str, list[Tensor]] = {eye.title: [], UNTRAINED: [], BLOBS: []}
+    found: dict[str, list[Tensor]] = {SCORED: [], UNTRAINED: [], BLOBS: []}
     rows: list[list[Cell]] = []
     with progress(len(scenes), "masks", "images", shown=True) as bar:
         for batch in _batches(scenes, problems, bar.update):
             pixels = torch.stack([scene.pixels for scene in batch])
             truth = torch.stack([scene.truth for scene in batch])[:, None]
             counted = torch.stack([scene.counted for scene in batch])[:, None]
-            maps = {one.title: one(pixels).attention.cpu() for one in (eye, untrained)}
+            maps = {SCORED: eye(pixels).attention.cpu(), UNTRAINED: untrained(pixels).attention.cpu()}
             maps[BLOBS] = blobs(heads, *maps[UNTRAINED].shape[2:]).expand_as(maps[UNTRAINED])
             masks = {name: _on_pixels(mass_mask(maps[name], config.threshold), truth, eye) for name in maps}
             indices = {name: jaccard(masks[name], truth, counted) for name in masks}  # (B, h)
@@ -139,13 +150,13 @@ def score(config: AttentionConfig, eye: Eye, scenes: Scenes) -> tuple[dict[str, 
                 found[name].append(of_batch)
             for number in range(min(len(batch), config.images_per_figure - len(rows))):
                 best = {name: masks[name][number, indices[name][number].argmax()] for name in masks}
-                rows.append(_row(batch[number], best, titled=not rows))
+                rows.append(_row(batch[number], best, {SCORED: eye.title} if not rows else None))
     if not rows:
-        raise ValueError(f"no image could be scored: {problems[0]}")
+        raise ValueError(f"--masks {config.masks}: " + (problems[0] if problems else "no images to score"))
     results = {name: _result(torch.cat(of_images), config.seed) for name, of_images in found.items()}
     content = {
         "weights": eye.weights,
-        "results": results.pop(eye.title),
+        "results": results.pop(SCORED),
         "baselines": results,
         "images": len(scenes) - len(problems),
         "layer": config.layer,
@@ -158,9 +169,9 @@ def score(config: AttentionConfig, eye: Eye, scenes: Scenes) -> tuple[dict[str, 
 
 def listed(content: dict[str, Any], title: str) -> str:
     """The scores as a table."""
-    rows = {title: content["results"], **content["baselines"]}
+    rows = [(title, content["results"]), *content["baselines"].items()]
     header = ["Jaccard index with the object, %", "best head of each image [95 %]", "one head for all [95 %]"]
-    return table(header, [[name, cell(row, "best_head"), cell(row, "one_head")] for name, row in rows.items()])
+    return table(header, [[name, cell(row, "best_head"), cell(row, "one_head")] for name, row in rows])
 
 
 def _batches(scenes: Scenes, problems: list[str], done: Callable[[int], Any]) -> Iterator[list[Scene]]:
@@ -190,14 +201,14 @@ def _on_pixels(masks: Tensor, truth: Tensor, eye: Eye) -> Tensor:
     return masks.repeat_interleave(patch, -2).repeat_interleave(patch, -1)[..., :H, :W]
 
 
-def _row(scene: Scene, best: dict[str, Tensor], titled: bool) -> list[Cell]:
-    """The image, its object, and what the best head of each source of maps keeps."""
+def _row(scene: Scene, best: dict[str, Tensor], titles: dict[str, str] | None) -> list[Cell]:
+    """The image, its object, and what the best head of each source of maps keeps. titles: where other than names."""
     H, W = scene.truth.shape
     image, times = scaled(shown(scene.pixels, (H, W)), 1, max(H, W))
     pictures = {"image": image}
     for name, mask in {"object": scene.truth, **best}.items():
         pictures[name] = cut_out(image, mask.numpy().repeat(times, 0).repeat(times, 1))
-    return [figure_cell(picture, name if titled else "") for name, picture in pictures.items()]
+    return [figure_cell(picture, "" if titles is None else titles.get(name, name)) for name, picture in pictures.items()]
 
 
 def _result(indices: Tensor, seed: int) -> dict[str, Any]:

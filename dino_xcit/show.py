@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def show_attention(config: AttentionConfig) -> list[str]:
     if not config.images and (kinds or config.html or config.masks != "shapes"):
         sources = own_images(config, len(eyes[0].offset))
     folder.mkdir(parents=True, exist_ok=True)
+    if films and (config.figures or config.html or config.masks or len(eyes) > 1):
+        problems += [
+            f"{film.where}: a video, which --figures, --html, --masks, several --weights do not take" for film in films
+        ]
+        films = []
     if config.masks:
         problems += _score(config, eyes[0], frame, sources, folder)
     if kinds or config.html:
@@ -65,13 +70,16 @@ def show_attention(config: AttentionConfig) -> list[str]:
             except (ValueError, OSError) as error:
                 problems.append(f"{film.where}: {error}")
         _tell(config, images, problems, frame, folder)
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _score(config: AttentionConfig, eye: Eye, frame: Frame, sources: Sequence[Source], folder: Path) -> list[str]:
     of_shapes = config.masks == "shapes"
     scenes = masks.scenes_of_shapes(config, eye, frame) if of_shapes else masks.scenes_of_files(config, eye, frame, sources)
-    content, sheet, problems = masks.score(config, eye, scenes)
+    try:
+        content, sheet, problems = masks.score(config, eye, scenes)
+    except ValueError as error:
+        return [str(error)]
     write_json(folder / "masks.json", {**content, "problems": problems})
     _write(sheet, config, folder)
     print(masks.listed(content, eye.title))
@@ -117,15 +125,21 @@ def _draw_figures(
                     if config.html:
                         exhibits.append(_exhibit(seen_by_all[-1][0]))
                 bar.update(1)
-            for sheet in _sheets(config, kinds, seen_by_all, eyes, checkpoints) if seen_by_all else ():
-                several = len(pages) > 1 and sheet.name in (*OF_IMAGES, "models", "training")
-                _write(dataclasses.replace(sheet, name=f"{sheet.name}_{number}") if several else sheet, config, folder)
+            page_name = f"_{number}" if len(pages) > 1 else ""
+            for draw_sheet in _sheets(config, kinds, seen_by_all, eyes, checkpoints) if seen_by_all else ():
+                try:
+                    sheet = draw_sheet()
+                    of_several = sheet.name in (*OF_IMAGES, "models", "training")
+                    _write(dataclasses.replace(sheet, name=sheet.name + page_name) if of_several else sheet, config, folder)
+                except (ValueError, OSError, MemoryError) as error:
+                    problems.append(f"a figure of {printable(page[0].where)}: {error}")
     if exhibits:
         colours = [tuple(colour) for colour in head_colours(max(len(one.attention) for one in exhibits))]
         write_page(
             folder / PAGE,
             exhibits,
             title=f"Class attention of {eyes[0].title}",
+            subtitle=_framing(config, frame),
             threshold=config.threshold,
             clip=config.clip,
             colormap=config.colormap,
@@ -140,19 +154,20 @@ def _sheets(
     views: Sequence[Sequence[View]],
     eyes: Sequence[Eye],
     checkpoints: Sequence[Eye],
-) -> Iterator[Sheet]:
-    """The sheets of one page of images; views: of each image by each eye, then by each checkpoint."""
+) -> Iterator[Callable[[], Sheet]]:
+    """What draws the sheets of one page of images; views: of each image by each eye, then by each checkpoint."""
     first = [of_image[0] for of_image in views]
     for kind in kinds:
         if kind == "models":
-            yield columns_sheet(kind, [eye.title for eye in eyes], [of_image[: len(eyes)] for of_image in views], config)
+            titles = [eye.title for eye in eyes]
+            yield functools.partial(columns_sheet, kind, titles, [of_image[: len(eyes)] for of_image in views], config)
         elif kind == "training":
             titles = [eye.title for eye in checkpoints]
-            yield columns_sheet(kind, titles, [of_image[len(eyes) :] for of_image in views], config)
+            yield functools.partial(columns_sheet, kind, titles, [of_image[len(eyes) :] for of_image in views], config)
         elif kind in OF_IMAGES:
-            yield OF_IMAGES[kind](first, config)
+            yield functools.partial(OF_IMAGES[kind], first, config)
         else:
-            yield from (OF_AN_IMAGE[kind]([one], config) for one in first)
+            yield from (functools.partial(OF_AN_IMAGE[kind], [one], config) for one in first)
 
 
 def _write(sheet: Sheet, config: AttentionConfig, folder: Path) -> None:
@@ -222,9 +237,13 @@ def _about(view: View, where: str) -> dict[str, Any]:
     }
 
 
+def _framing(config: AttentionConfig, frame: Frame) -> str:
+    return f"long side {frame.long_side or 'as it is'}, {config.fit} to multiples of {frame.patch} pixels"
+
+
 def _tell(config: AttentionConfig, images: list[dict[str, Any]], problems: list[str], frame: Frame, folder: Path) -> None:
     """attention.json, and a table of the images on the terminal."""
-    framing = f"long side {frame.long_side or 'as it is'}, {config.fit} to multiples of {frame.patch} pixels"
+    framing = _framing(config, frame)
     content = {"weights": list(config.weights), "framing": framing, "images": images, "problems": problems}
     write_json(folder / SUMMARY, {**content, "options": json.loads(options_of(config))})
     stills = [one for one in images if "entropy" in one]
@@ -241,6 +260,6 @@ def _tell(config: AttentionConfig, images: list[dict[str, Any]], problems: list[
     if rows:
         print(table(["image", "pixels", "patches", "entropy of heads, nats", "at most"], rows))
     for film in (one for one in images if "frames" in one):
-        print(f"{film['file']}: {film['frames']} frames, {folder}/{film['written']}")
+        print(printable(f"{film['file']}: {film['frames']} frames, {folder}/{film['written']}"))
     if images:
-        print(f"{framing}; {folder}/")
+        print(printable(f"{framing}; {folder}/"))

@@ -34,31 +34,33 @@ class AttentionStrip:
         self.transform = Transform(size, default_resize(size), config.mean, config.std)
         dataset = EvalDataset(images, self.transform)
         readable = (pixels for pixels, read in map(dataset.__getitem__, range(min(TRIED, len(images)))) if read)
-        self.pixels = list(itertools.islice(readable, SHOWN))  # uint8 (C, S, S) each
+        pixels = list(itertools.islice(readable, SHOWN))
+        self.pixels = torch.stack(pixels) if pixels else None  # uint8 (images, C, S, S)
         self.folder = folder
         self.seen = {at: maps for at, maps in self._before().items() if at <= step}
 
     def _before(self) -> dict[int, np.ndarray]:
+        """What was seen of the same images."""
         try:
             with (self.folder / NUMBERS).open("rb") as file, np.load(file) as numbers:
-                return dict(zip(numbers["steps"].tolist(), numbers["attention"], strict=True))
+                same = self.pixels is not None and np.array_equal(numbers["images"], _last_axis(self.pixels))
+                return dict(zip(numbers["steps"].tolist(), numbers["attention"], strict=True)) if same else {}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return {}
 
     def add(self, step: int, backbone: XCiT, device: torch.device) -> None:
         """Look at the images again. The backbone's mode is put back afterwards."""
-        if not self.pixels:
+        if self.pixels is None:
             return
         training = backbone.training
         frozen = Frozen(backbone, self.transform, device)
-        maps = [class_attention(backbone, frozen.normalised(pixels[None]))[0].cpu().numpy() for pixels in self.pixels]
+        self.seen[step] = (
+            class_attention(backbone, frozen.normalised(self.pixels)).cpu().numpy()
+        )  # (images, h, rows, columns)
         backbone.train(training)
-        self.seen[step] = np.stack(maps)  # (images, h, rows, columns)
-        images = [pixels.permute(1, 2, 0).numpy() for pixels in self.pixels]
+        images = _last_axis(self.pixels)
         with replacing(self.folder / NUMBERS) as path:
-            np.savez_compressed(
-                path, steps=list(self.seen), attention=np.stack(list(self.seen.values())), images=np.stack(images)
-            )
+            np.savez_compressed(path, steps=list(self.seen), attention=np.stack(list(self.seen.values())), images=images)
         config = AttentionConfig()
         steps = [list(self.seen)[i] for i in np.unique(np.linspace(0, len(self.seen) - 1, COLUMNS).round().astype(int))]
         views = [
@@ -67,3 +69,7 @@ class AttentionStrip:
         ]
         sheet = columns_sheet(PICTURE, [f"step {at}" for at in steps], views, config)
         write(Sheet(name=PICTURE, rows=sheet.rows), self.folder, ("png",), width=inches("slide"), titles=True, dpi=150)
+
+
+def _last_axis(pixels: torch.Tensor) -> np.ndarray:
+    return pixels.permute(0, 2, 3, 1).numpy()

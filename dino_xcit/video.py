@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from dino_xcit.run_folder import replacing
 
 EXTENSIONS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")
+FASTEST_GIF = 50  # frames per second; browsers slow down faster ones
 QUALITY = "18"  # x264's constant rate factor: differences are hard to see
 
 
@@ -45,23 +47,25 @@ class Clip:
         with self._open() as container:
             for frame in container.decode(video=0):
                 array = frame.to_ndarray(format="gray" if channels == 1 else "rgb24")
-                yield np.rot90(array.reshape(*array.shape[:2], -1), getattr(frame, "rotation", 0) // 90 % 4)
+                yield np.rot90(array.reshape(*array.shape[:2], -1), int(frame.rotation) // 90 % 4)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[av.container.InputContainer]:
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise ValueError(f"{self.path} holds no video")
+                    raise ValueError("holds no video")
                 yield container
         except av.FFmpegError as error:
-            raise ValueError(f"{self.path} cannot be read as a video: {error.strerror}") from None
+            raise ValueError(f"cannot be read as a video: {error.strerror}") from None
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None:
     """uint8 (H, W, 3) each -> an MP4 or GIF file, by the path's ending; a path without one is a folder of PNG files."""
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
+        for old in path.glob("[0-9]*.png"):  # of a longer film
+            old.unlink()
         for number, frame in enumerate(frames):
             with replacing(path / f"{number:06}.png") as beside:
                 Image.fromarray(frame).save(beside)
@@ -71,9 +75,11 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None
 
 
 def _write_gif(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None:
-    images = (Image.fromarray(frame) for frame in frames)
-    options = {"save_all": True, "append_images": images, "duration": float(1000 / fps), "loop": 0}
-    next(images).save(path, **options)  # type: ignore[arg-type]
+    every = max(1, math.ceil(fps / FASTEST_GIF))
+    images = [Image.fromarray(frame) for frame in itertools.islice(frames, 0, None, every)]
+    ends = [round(100 * (number + 1) * every / fps) for number in range(len(images))]  # hundredths of a second, GIF's unit
+    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None:

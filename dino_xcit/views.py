@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from dino_xcit.xcit import CLASS_ATTENTION_LAYERS, XCiT
 
 OFFICIAL_SIZE = 480  # of official visualize_attention.py
 SHOWN = 4  # images of the run's own data
+LONGEST_NAME = 200  # bytes of a file's name that go into those of its figures
 COPIES = 3  # of an image's pixels while it is read
 
 
@@ -104,19 +106,21 @@ def open_eyes(config: AttentionConfig, device: torch.device) -> list[Eye]:
     """One for each of `--weights`, titled by `--names`, else by their folders or files."""
     titles = [(run_folder_of(weights) or Path(weights.replace(":", "_"))).name for weights in config.weights]
     titles = list(config.names) or (titles if len(set(titles)) == len(titles) else list(config.weights))
+    if len(set(titles)) < len(titles):
+        titles = [f"{title}, {number}" for number, title in enumerate(titles)]
     return [Eye(title, weights, config, device) for title, weights in zip(titles, config.weights, strict=True)]
 
 
 def open_checkpoints(config: AttentionConfig, device: torch.device) -> list[Eye]:
     """One for each checkpoint that the run has kept, in the order of the epochs, the finished teacher last."""
     folder = run_folder_of(config.weights[0])
-    kept = sorted(folder.glob("checkpoints/epoch*.ckpt")) if folder else []
+    kept = sorted(folder.glob("checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt")) if folder else []
     if not folder or not kept:
         raise ValueError(
             f"--figures training: --weights {config.weights[0]} is not a run folder that kept checkpoints; "
             "pretrain --saveckp_freq N keeps one every N epochs"
         )
-    last = next(folder / name for name in (TEACHER, LAST) if (folder / name).exists())
+    last = next((folder / name for name in (TEACHER, LAST) if (folder / name).exists()), kept[-1])
     titles = [f"epoch {int(path.stem.removeprefix('epoch'))}" for path in kept]
     eyes = [Eye(title, str(path), config, device) for title, path in zip(titles, kept, strict=True)]
     final = Eye("last", str(last), config, device)
@@ -153,16 +157,21 @@ def find(config: AttentionConfig, frame: Frame) -> tuple[list[Source], list[Film
     sources: list[Source] = []
     films: list[Film] = []
     problems: list[str] = []
-    names: dict[str, int] = {}
+    taken: set[str] = set()
 
     def unique(path: Path) -> str:
-        names[path.stem] = names.get(path.stem, 0) + 1
-        return path.stem if names[path.stem] == 1 else f"{path.stem}_{names[path.stem]}"
+        stem = path.stem.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")
+        numbered = (f"{stem}_{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([stem], numbered) if name.casefold() not in taken)
+        taken.add(name.casefold())  # there are file systems that do not tell A from a
+        return name
 
     for given in config.images:
         path = Path(given)
         try:
-            files = images_in(path) if path.is_dir() else [path]
+            if path.is_dir() and run_folder_of(str(path)) == path:
+                raise ValueError("a run folder, not images; several weights have a flag each: --weights A --weights B")
+            files = images_in(path, Path(config.output_dir)) if path.is_dir() else [path]
             if path.is_dir() and config.frames:
                 fps = Fraction(config.fps).limit_denominator(1000)
                 films.append(Film(unique(path), given, fps, len(files), functools.partial(_frames, files, frame)))
@@ -176,9 +185,11 @@ def find(config: AttentionConfig, frame: Frame) -> tuple[list[Source], list[Film
     return sources, films, problems
 
 
-def images_in(folder: Path) -> list[Path]:
-    """Image files at any depth, in the order of their names. Raises ValueError if there are none."""
+def images_in(folder: Path, but: Path | None = None) -> list[Path]:
+    """Image files at any depth, in the order of their names, but for one folder. Raises ValueError if there are none."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if but is not None and but.resolve() != folder.resolve():
+        files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
     if not files:
         raise ValueError(f"a folder without images; expected files ending in {' '.join(EXTENSIONS)}")
     return files
@@ -258,9 +269,8 @@ class Frame:
         if needed > self.there:
             aspect = min(height, width) / max(height, width)
             fits = int(math.sqrt(self.there / self.per_pixel / aspect)) // self.patch * self.patch
-            raise ValueError(
-                f"{w} x {h} pixels need about {_gib(needed)}, there are {_gib(self.there)}; --image_size {fits} fits"
-            )
+            advice = f"--image_size {fits} fits" if fits else "no size fits"
+            raise ValueError(f"{w} x {h} pixels need about {_gib(needed)}, there are {_gib(self.there)}; {advice}")
 
     def framed(self, image: Tensor, mode: str = "bicubic") -> tuple[Tensor, tuple[int, int]]:
         """uint8 (C, H, W) -> the pixels that go in, sides multiples of the patch, and how many of them are the image's."""
@@ -310,7 +320,9 @@ def look_at(name: str, image: Tensor, eye: Eye, frame: Frame, features: bool = F
     pixels, size = frame.framed(image)
     try:
         sight = eye(pixels[None], features, xca)
-    except RuntimeError as error:  # what fits is an estimate
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # what fits is an estimate
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         found = f"{size[1]} x {size[0]} pixels: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{found}; lower --image_size") from error
     maps: dict[str, Any] = {key: None if maps is None else maps[0].cpu().numpy() for key, maps in sight._asdict().items()}

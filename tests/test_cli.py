@@ -59,7 +59,7 @@ def test_a_switch_needs_no_value():
 
 
 def test_a_list_ends_at_the_next_flag():
-    joined = join_lists(["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig)
+    joined, _ = join_lists(["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig)
     assert joined == ["--mean=[0.1, 0.2, 0.3]", "--seed", "3", "--std=[1, 1, 1]"]
 
 

@@ -35,6 +35,7 @@ from dino_xcit.figure import (
     rgb,
     scaled,
     spread,
+    text_width,
     write,
 )
 
@@ -137,6 +138,7 @@ def test_small_images_are_magnified_until_the_long_side_has_256_pixels(height, w
         (303, 260, 4, 10, 4),
         (303, 260, 6, 10, 2),  # 4 does not divide 6
         (303, 260, 5, 10, 1),
+        (256, 200, 8, 10, 1),  # not large
     ],
 )
 def test_of_large_images_the_mean_of_blocks_is_drawn(height, width, patch, largest, block):
@@ -282,15 +284,15 @@ def test_cells_round_to_the_nearest_of_256_and_never_wrap_around():
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("0.5", 0.5), ("100", 100)]
+    ("asked", "expected"), [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("1", 1.0), ("20", 20.0)]
 )
 def test_a_width_is_a_venue_or_inches(asked, expected):
     assert inches(asked) == expected
 
 
-@pytest.mark.parametrize("asked", ["0.49", "100.1", "-3", "nan", "inf", "nips", "", "3in"])
+@pytest.mark.parametrize("asked", ["0.99", "20.1", "-3", "nan", "inf", "nips", "", "3in"])
 def test_other_widths_are_refused_with_every_name(asked):
-    with pytest.raises(ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 0.5 to 100")) as refusal:
+    with pytest.raises(ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")) as refusal:
         inches(asked)
     for name, value in WIDTHS.items():
         assert f"{name} ({value:g})" in str(refusal.value)
@@ -339,10 +341,10 @@ def test_pictures_fill_the_page_but_for_the_gaps(tmp_path):
 
 
 def test_each_picture_keeps_its_aspect_and_rows_have_their_own_heights(tmp_path):
-    rows = [[plain_cell(0.2, height=10, width=10)] * 2, [plain_cell(0.6, height=30, width=10)] * 2]
+    rows = [[plain_cell(0.2, height=10, width=10)] * 2, [plain_cell(0.6, height=20, width=10)] * 2]
     seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
     side = (2.0 - GAP) / 2 * 100
-    assert seen.shape[0] == pytest.approx(side + 3 * side + 100 * GAP, abs=1)
+    assert seen.shape[0] == pytest.approx(side + 2 * side + 100 * GAP, abs=1)
     assert (seen[: int(side) - 1, 5] == 51).all()
     assert (seen[int(side) + 4 :, 5] == 153).all()
 
@@ -383,7 +385,7 @@ def texts_of(one, **options):
     with matplotlib.rc_context(STYLE):
         figure = draw(one, options.get("width", 5.5), options.get("titles", True))
         renderer = FigureCanvasAgg(figure).get_renderer()
-        return figure, [(text.get_text(), text.get_window_extent(renderer)) for text in figure.texts]
+        return figure, [(text.get_text(), text.get_window_extent(renderer)) for text in figure.axes[0].texts]
 
 
 def test_titles_stand_above_notes_and_only_where_there_are_any():
@@ -409,21 +411,35 @@ def test_titles_of_narrow_pictures_are_shortened_in_the_middle(title):
             assert abs(middle - box.x0) < figure.bbox.width / 8 / 2 + 2
 
 
+@pytest.mark.parametrize("note", ["", "gjpqy"])
+def test_titles_do_not_touch_pictures_or_each_other(note):
+    figure, texts = texts_of(sheet(2, 2, title="gjpqy|", note=note))
+    pictures = [image.get_window_extent(None) for image in figure.axes[0].images]
+    assert len(pictures) == 4
+    boxes = [box for _, box in texts]
+    for box in boxes:
+        assert not any(box.overlaps(other) for other in [*pictures, *boxes] if other is not box)
+        assert box.y1 <= figure.bbox.height
+
+
 def test_fitted_keeps_both_ends():
-    assert fitted("abcdefghij", 10) == "abcdefghij"
-    letters = int(0.5 * 72 / (0.6 * 7))
-    assert letters == 8
-    assert fitted("abcdefgh", 0.5) == "abcdefgh"
-    assert fitted("abcdefghi", 0.5) == "abc…fghi"
-    assert len(fitted("abcdefghi", 0.5)) == 8
-    assert fitted("abcdefghi", 0.001) == "a…i"
+    name = "abcdefghij"
+    whole = text_width(name)
+    assert fitted(name, whole) == name
+    shortened = fitted(name, 0.9 * whole)
+    start, end = shortened.split("…")
+    assert name.startswith(start)
+    assert name.endswith(end)
+    assert len(start) + len(end) >= 7
+    assert text_width(shortened) <= 0.9 * whole
+    assert fitted(name, 0.001) == "a…"
     assert fitted("a\udcffb", 10) == "a?b"  # a file's name that is no UTF-8
 
 
 def test_titles_are_no_formulas(tmp_path):
     _, texts = texts_of(sheet(1, 1, title="a_b$x^2$"))
     assert [text for text, _ in texts] == ["a_b$x^2$"]
-    written(sheet(1, 1, title=r"$\frac{"), tmp_path, titles=True)
+    written(sheet(1, 1, title=r"$\frac{$"), tmp_path, titles=True)
 
 
 # -- colour bar --------------------------------------------------------------------------------------------------------
@@ -432,10 +448,11 @@ def test_titles_are_no_formulas(tmp_path):
 def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_limits(tmp_path):
     dpi, width = 200, 3.0
     seen = pixels_of(written(sheet(2, 2, bar=BAR, height=20), tmp_path, width=width, dpi=dpi))
-    right = round((width - BAR_INCHES) * dpi)
+    bar_width = BAR_INCHES + max(text_width(f"{value:.2g}") for value in np.linspace(BAR.low, BAR.high, 3))
+    right = round((width - bar_width) * dpi)
     assert (seen[5:-5, right - 3] < 250).all(-1).mean() > 0.9  # the pictures end there
     assert (seen[:, right + 1 : right + 8] == 255).all()
-    x = round((width - BAR_INCHES + 0.06 + 0.045) * dpi)
+    x = round((width - bar_width + 0.06 + 0.045) * dpi)
     high, low = (np.array(matplotlib.colormaps["viridis"](end)[:3]) * 255 for end in (1.0, 0.0))
     np.testing.assert_allclose(seen[3, x], high, atol=10)
     np.testing.assert_allclose(seen[-3, x], low, atol=10)
@@ -521,6 +538,23 @@ def test_a_sheet_without_numbers_leaves_no_file_for_them(tmp_path):
 
 
 def test_the_readers_matplotlib_settings_come_back(tmp_path):
-    before = dict(matplotlib.rcParams)
-    written(sheet(1, 1), tmp_path, titles=True)
-    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 13, "pdf.fonttype": 3, "svg.fonttype": "none"}):
+        before = dict(matplotlib.rcParams)
+        written(sheet(1, 1), tmp_path, titles=True)
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_a_picture_far_taller_than_wide_is_centred_in_a_cell_of_bounded_height(tmp_path):
+    rows = [[plain_cell(0.2, height=100, width=2), plain_cell(0.6, height=10, width=10)]]
+    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    side = (2.0 - GAP) / 2 * 100
+    assert seen.shape[0] == pytest.approx(2.5 * side, abs=1)
+    assert (seen[10:-10, round(side / 2)] == 51).all()
+    assert (seen[10:-10, round(side / 2) + 6] == 255).all()
+    square = seen[:, round(side + 100 * GAP) + 3 : -3]
+    assert (square == 153).all(-1).all(1).sum() == pytest.approx(side, abs=2)
+
+
+def test_a_sheet_too_narrow_for_its_columns_is_refused():
+    with pytest.raises(ValueError, match="--width 1 is too narrow for 9 pictures side by side"):
+        draw(sheet(1, 9), 1.0, True)

@@ -92,7 +92,11 @@ def is_blank(cell):
         [view()],
         [view(size=(37, 51), channels=1)],  # padded and grey
         [view(0), view(1, name="dog")],
-        [view(0), view(1, size=(56, 24), name="dog"), view(2, size=(9, 70), name="bird", channels=1)],  # aspects differ
+        [
+            view(0),
+            view(1, size=(56, 24), name="dog"),
+            view(2, size=(9, 70), patch=4, name="bird", channels=1),
+        ],  # aspects differ
         [view(n, heads=8, name=f"image{n}", size=(24, 24)) for n in range(2)],
     ],
     ids=["one", "padded", "two", "aspects", "eight heads"],
@@ -138,7 +142,7 @@ def test_heads_are_drawn_from_their_numbers_alone(one):
     image, maps, patch = data["image_0"], data["attention_0"], int(data["patch"][0])
     pixels, times = drawn_image(image)
     assert [cell.title for cell in cells][: heads + 4] == [
-        *("image", *(f"head {i}" for i in range(heads)), "mean", "60 % of mass", "all heads")
+        *("image", *(f"head {i}" for i in range(heads)), "mean", "60 % mass", "all heads")
     ]
     assert all(is_blank(cell) for cell in cells[heads + 4 :])
     assert_same(cells[0].picture, as_uint8(pixels), share=1)
@@ -172,7 +176,7 @@ def test_heads_are_wrapped_into_rows_as_even_as_can_be(heads, rows, columns):
 
 def test_mask_title_says_the_share():
     sheet = OF_AN_IMAGE["heads"]([view()], with_options(threshold=0.125))
-    assert "12.5 % of mass" in [title for row in titles_of(sheet) for title in row]
+    assert "12.5 % mass" in [title for row in titles_of(sheet) for title in row]
 
 
 # -- sheets of several images ------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def test_overlay_shows_the_map_over_the_image_and_what_holds_the_mass(head):
     chosen = one.attention.mean(0) if head is None else one.attention[head]
     sheet = OF_IMAGES["overlay"]([one], with_options(head=head, threshold=0.3))
     ((_, over, cut, heads),) = sheet.rows
-    assert titles_of(sheet) == [["image", "mean" if head is None else "head 2", "30 % of mass", "all heads"]]
+    assert titles_of(sheet) == [["image", "mean" if head is None else "head 2", "30 % mass", "all heads"]]
     pixels, times = drawn_image(one.image)
     colours = drawn_map(chosen, one.image, 8, ends_of(chosen)) / 255
     assert_same(over.picture, as_uint8(0.4 * (pixels @ GREY)[..., None] + 0.6 * colours))
@@ -239,7 +243,8 @@ def test_magnitudes_have_queries_above_keys(head):
     one = view(size=(37, 51))
     sheet = OF_AN_IMAGE["magnitude"]([one], with_options(head=head))
     heads = range(3) if head is None else [head]
-    assert titles_of(sheet) == [["image", *(f"{kind}, head {h}" for h in heads)] for kind in ("queries", "keys")]
+    assert titles_of(sheet) == [["image", *(f"head {h}" for h in heads)]] * 2
+    assert [{cell.note for cell in row[1:]} for row in sheet.rows] == [{"queries"}, {"keys"}]
     for row, kind in zip(sheet.rows, ("queries", "keys"), strict=True):
         maps = sheet.data[f"{kind}_0"]
         np.testing.assert_array_equal(maps, getattr(one, kind))
@@ -308,7 +313,14 @@ def test_similarity_shares_one_scale_from_at_most_zero_to_one():
 
 @pytest.mark.parametrize(
     ("point", "patch"),
-    [((0.0, 0.0), (0, 0)), ((0.99, 0.0), (0, 6)), ((0.0, 0.99), (4, 0)), ((1.0, 1.0), (4, 6)), ((0.3, 0.65), (2, 1))],
+    [
+        ((0.0, 0.0), (0, 0)),
+        ((0.136, 0.19), (0, 0)),
+        ((0.99, 0.0), (0, 6)),
+        ((0.0, 0.99), (4, 0)),
+        ((1.0, 1.0), (4, 6)),
+        ((0.3, 0.65), (2, 1)),
+    ],
 )
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
 def test_a_point_is_in_shares_of_the_width_and_of_the_height(point, patch, size):
@@ -332,7 +344,8 @@ def test_without_a_point_others_are_compared_with_the_patch_most_attended_to(hea
 @pytest.mark.parametrize("point", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
 def test_a_frame_stands_around_the_patch_and_nothing_else_changes(point, size):
-    one = dataclasses.replace(view(size=size), image=np.full((*size, 3), 128, np.uint8))
+    one = view(size=size)
+    one = dataclasses.replace(one, image=one.image // 2)  # no pixel is as red as the frame
     sheet = OF_IMAGES["similarity"]([one], with_options(point=point))
     row, column = sheet.data["patch_0"]
     marked = sheet.rows[0][0].picture
@@ -476,7 +489,7 @@ def test_masks_stay_sharp_with_bicubic_maps(kind):
         (a.picture, b.picture)
         for row, other in zip(sharp.rows, smooth.rows, strict=True)
         for a, b in zip(row, other, strict=True)
-        if a.title == "60 % of mass"
+        if a.title == "60 % mass"
     ]
     assert len(pairs) == 1
     np.testing.assert_array_equal(*pairs[0])
@@ -535,3 +548,12 @@ def test_heads_may_be_compared_on_limits_of_a_whole_film():
     np.testing.assert_array_equal(canvas.heads(one.attention), canvas.heads(one.attention, own))
     wider = [(low, 10 * high) for low, high in own]
     assert canvas.heads(one.attention, wider).max() < canvas.heads(one.attention).max()
+
+
+def test_sixteen_heads_are_wrapped_under_each_image():
+    views = [view(1, heads=16), view(2, heads=16)]
+    sheet = OF_IMAGES["grid"](views, with_options())
+    assert [len(row) for row in sheet.rows] == [9] * 4
+    assert titles_of(sheet)[:2] == [["image", *(f"head {h}" for h in range(8))], ["", *(f"head {h}" for h in range(8, 16))]]
+    assert (sheet.rows[1][0].picture == 255).all()
+    assert_same(sheet.rows[2][0].picture, as_uint8(drawn_image(views[1].image)[0]), share=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dino_xcit.attention import look
 from dino_xcit.config import AttentionConfig, PretrainConfig
 from dino_xcit.figure import write
 from dino_xcit.masks import Scene, blobs, listed, read_mask, scenes_of_files, scenes_of_shapes, score
+from dino_xcit.run_folder import write_config
 from dino_xcit.shapes import draw_shape
 from dino_xcit.views import Eye, Frame, find
 from dino_xcit.weights import build, save_backbone
@@ -80,6 +82,21 @@ def test_masks_of_one_bit_of_colours_and_of_16_bits(tmp_path):
     truth, counted = read_mask(tmp_path / "mask.png")
     assert truth.tolist() == expected
     assert counted.all()
+
+
+@pytest.mark.parametrize("name", ["mask.png", "mask.jpg"])
+def test_masks_with_soft_edges_are_cut_at_half(name, tmp_path):
+    y, x = np.mgrid[:48, :48] - 23.5
+    soft = 255 * (16 - np.hypot(x, y)).clip(-1, 1) / 2 + 127.5
+    truth, counted = read_mask(saved(tmp_path / name, soft.round(), "L"))
+    assert counted.all()
+    assert (truth.numpy() != (np.hypot(x, y) < 16)).mean() < 0.01
+
+
+def test_transparent_masks_are_refused(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="transparent"):
+        read_mask(tmp_path / "mask.png")
 
 
 def test_an_empty_mask_counts_everywhere_and_holds_nothing(tmp_path):
@@ -160,18 +177,32 @@ def test_masks_are_resized_with_their_images(tmp_path, weights):
     assert agree.all()
 
 
+def test_a_pixel_of_a_small_mask_is_one_of_the_large_mask(tmp_path, weights):
+    """The one in the middle: a mask is not blurred, and what does not count does not spread."""
+    mask = np.random.default_rng(0).choice([0, 1, 255], (64, 96)).astype(np.uint8)
+    _, _, scenes = scenes_in(tmp_path, {"a": (noise(64, 96), mask)}, weights, image_size=24)
+    scene = scenes[0][1]()
+    np.testing.assert_array_equal(scene.truth.numpy(), mask[2::4, 2::4] == 1)
+    np.testing.assert_array_equal(scene.counted.numpy(), mask[2::4, 2::4] != 255)
+
+
+def test_masks_are_found_at_any_depth(tmp_path, weights):
+    made = {"deep/er/a": (noise(16, 16), box(16, 16, 0, 0, 4, 4)), "b": (noise(16, 16), box(16, 16, 0, 0, 8, 8))}
+    _, _, scenes = scenes_in(tmp_path, made, weights, image_size=0)
+    assert [int(read().truth.sum()) for _, read in scenes] == [64, 16]
+
+
 def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weights):
     made = {
         "alone": (noise(16, 16), None),
         "bare": (noise(16, 16), np.zeros((16, 16), np.uint8)),
         "good": (noise(16, 16), box(16, 16, 4, 4, 12, 12)),
         "other": (noise(16, 20), box(16, 16, 4, 4, 12, 12)),
-        "void": (noise(16, 16), np.where(box(16, 16, 0, 0, 4, 4) > 0, 255, 0).astype(np.uint8)),
+        "text": (noise(16, 16), None),
     }
-    made["void"][1][15, 15] = 1  # so that 255 is void; cut away below
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "text.png").write_bytes(b"hello")
     config, eye, scenes = scenes_in(tmp_path, made, weights, image_size=0)
-    (tmp_path / "masks" / "void.png").unlink()
-    (tmp_path / "masks" / "void.png").write_bytes(b"hello")
     content, sheet, problems = score(config, eye, scenes)
     assert content["images"] == 1
     assert len(sheet.rows) == 1
@@ -180,11 +211,11 @@ def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weigh
         "alone.png": f"no mask named alone in --masks {tmp_path / 'masks'}",
         "bare.png": "no object in the mask",
         "other.png": "image of 20 x 16 pixels, mask of 16 x 16",
-        "void.png": f"mask {tmp_path / 'masks' / 'void.png'} is not an image",
+        "text.png": f"mask {tmp_path / 'masks' / 'text.png'} is not an image",
     }
 
 
-def test_an_object_that_is_all_void_or_cropped_away_is_no_object(tmp_path, weights):
+def test_an_object_that_is_cropped_away_is_no_object(tmp_path, weights):
     border = np.zeros((18, 16), np.uint8)
     border[0] = 1  # the crop takes a row above and one below
     _, _, scenes = scenes_in(tmp_path, {"a": (noise(18, 16), border)}, weights, image_size=0)
@@ -195,7 +226,7 @@ def test_an_object_that_is_all_void_or_cropped_away_is_no_object(tmp_path, weigh
 def test_when_nothing_can_be_scored_the_first_reason_is_told(tmp_path, weights):
     config, eye, scenes = scenes_in(tmp_path, {"a": (noise(16, 16), None), "b": (noise(8, 8), None)}, weights)
     (tmp_path / "masks").mkdir(exist_ok=True)
-    with pytest.raises(ValueError, match=r"^no image could be scored: .*a\.png: no mask named a in --masks"):
+    with pytest.raises(ValueError, match=r"^--masks .*: .*a\.png: no mask named a in --masks"):
         score(config, eye, scenes)
 
 
@@ -215,6 +246,16 @@ def test_drawn_scenes_are_the_embedded_sets_validation_images(weights):
         np.testing.assert_array_equal(scene.truth.numpy(), shape.mask)
         assert scene.counted.all()
     assert len(scenes_of_shapes(dataclasses.replace(config, num_images=None), eye, frame)) == 2000
+
+
+def test_drawn_scenes_are_those_that_the_run_was_trained_beside(tmp_path, weights):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(weights, run / "teacher.safetensors")
+    write_config(dataclasses.replace(RUN, dataset="shapes", seed=11), run)
+    config, eye, frame = eye_and_frame(str(run), num_images=2, image_size=0)
+    scene = scenes_of_shapes(config, eye, frame)[1][1]()
+    np.testing.assert_array_equal(scene.truth.numpy(), draw_shape(11, "validation", 1).mask)
 
 
 # -- blobs -------------------------------------------------------------------------------------------------------------
@@ -349,7 +390,8 @@ def test_the_seed_draws_the_untrained_network(weights):
     assert found[0]["results"]["heads"] == found[2]["results"]["heads"]
 
 
-def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(weights, tmp_path):
+def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(masks, "BATCH_PIXELS", 1)  # a batch each
     config, eye, _ = eye_and_frame(weights, images_per_figure=2, threshold=0.5)
     made = random_scenes(3, ((14, 23),))
     _, sheet, _ = score(config, eye, as_scenes(made))

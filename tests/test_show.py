@@ -75,7 +75,7 @@ def test_images_become_figures_with_their_numbers_beside(here, capsys):
 
 def test_words_that_belong_to_no_flag_are_images_wherever_they_stand(here):
     words = ["photos/wide.png", "--figures", "grid", "overlay", "photos/tall.png", "--titles", "photos/square.png"]
-    assert main(["attention", *words, "--weights", "w.safetensors", "--point", "0.5", "0.5", "--dpi", "40"]) == 0
+    assert main(["attention", *words, "--weights", "w.safetensors", "--clip", "0", "--dpi", "40"]) == 0
     assert [one["name"] for one in summary()["images"]] == ["wide", "tall", "square"]
     assert summary()["options"]["titles"] is True
     assert written() == {"grid.png", "grid.npz", "overlay.png", "overlay.npz", "attention.json"}
@@ -185,8 +185,11 @@ def test_a_panorama_beyond_memory_is_told_what_fits(here, capsys, monkeypatch):
         (["--layer", "2"], "--layer is 2; expected 0 to 1"),
         (["--xca_layer", "-3"], "--xca_layer is -3; expected 0 to 1"),
         (["--threshold", "1"], "--threshold is 1.0; expected a share between 0 and 1"),
-        (["--width", "nips"], "--width is 'nips'; expected inches from 0.5 to 100, or one of neurips"),
-        (["--point", "0.5"], "--point is (0.5,); expected two shares"),
+        (["--width", "nips"], "--width is 'nips'; expected inches from 1 to 20, or one of neurips"),
+        (["--figures", "similarity", "--point", "0.5"], "--point is (0.5,); expected two shares"),
+        (["--point", "0.5", "0.5"], "--point is (0.5, 0.5); expected none without --figures similarity"),
+        (["--fps", "3"], "--fps is 3.0; expected no rate without --frames"),
+        (["--names", "a", "--names", "a", "--weights", "colour.safetensors"], "expected different names"),
         (["--figures", "models"], "--figures is ('models',); expected no models with one --weights"),
         (["--figures", "hedas"], "--figures"),
         (["--weights", "colour.safetensors", "--html"], "one with --html or --masks"),
@@ -268,7 +271,7 @@ def test_a_frame_of_another_size_ends_that_video_only(here, capsys):
     Path("frames").mkdir()
     for i, size in enumerate([(32, 48), (32, 48), (48, 32)]):
         Image.fromarray(picture(*size)).save(f"frames/{i}.png")
-    assert attention("--frames", "--figures", "overlay", "frames", "photos/wide.png") == 2
+    assert attention("--frames", "frames", "photos/wide.png") == 2
     assert "frames: frame 2 is not as large as those before" in capsys.readouterr().err
     assert "overlay.png" in written()
 

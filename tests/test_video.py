@@ -231,7 +231,6 @@ def test_a_gif_is_a_video_if_it_moves(ending, tmp_path):
 def one_line(path):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
         read(path)
-    assert str(path) in str(refusal.value)
     return str(refusal.value)
 
 

@@ -1,0 +1,99 @@
+"""Attention maps of large images: time and memory by the number of pixels, each size in a process of its own.
+
+    python eval/speed/attention.py [--arch xcit_s12_p16 --sides 512 1024 2048 4096 --repeats 3 --output FILE]
+
+One pass, one square image, float32: every head of the last class-attention layer, as `dino-xcit attention` makes them. The
+exponents are the slopes of straight lines through the logarithms: 1 is linear in the number of pixels. Memory is the largest
+resident size on a CPU, over that of a process that has seen an image of one patch; on a GPU what torch allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dino_xcit.attention import bytes_per_pixel, look
+from dino_xcit.xcit import XCiT
+
+
+def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
+    """Seconds and bytes of one pass."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    backbone = XCiT(arch).to(device).eval()
+    look(backbone, torch.randn(1, 3, backbone.patch_size, backbone.patch_size, device=device))
+    image = torch.randn(1, 3, side, side, device=device)
+    before, times = peak(device), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        attention = look(backbone, image).attention
+        assert bool(attention.isfinite().all())  # and waits for the GPU
+        times.append(time.perf_counter() - start)
+    return {
+        "side": side,
+        "seconds": statistics.median(times),
+        "bytes": peak(device) - before,
+        "estimate": int(bytes_per_pixel(backbone) * side**2),
+    }
+
+
+def peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["xcit_s12_p16", "xcit_s12_p8"])
+    parser.add_argument("--sides", nargs="+", type=int, default=[512, 1024, 2048, 4096])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--one", action="store_true", help="measure here; without it, each size in a process of its own")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.arch[0], options.sides[0], options.repeats)))
+        return
+    report = {}
+    for arch in options.arch:
+        rows = []
+        for side in options.sides:
+            command = [sys.executable, __file__, "--one", "--arch", arch, "--sides", str(side), "--repeats"]
+            done = subprocess.run([*command, str(options.repeats)], capture_output=True, text=True)
+            if done.returncode:
+                print(f"{arch}, {side} px: failed: {done.stderr.strip().splitlines()[-1:]}")
+                continue
+            rows.append(json.loads(done.stdout))
+            row, mib = rows[-1], 2**20
+            print(
+                f"{arch}, {side:5} px: {row['seconds']:7.2f} s, {1e6 * row['seconds'] / side**2:.2f} us a pixel, "
+                f"{row['bytes'] / mib:6.0f} MiB (estimate {row['estimate'] / mib:.0f})"
+            )
+        pixels = np.log([row["side"] ** 2 for row in rows])
+        slopes = {
+            name: float(np.polyfit(pixels, np.log([row[name] for row in rows]), 1)[0]) for name in ("seconds", "bytes")
+        }
+        print(f"{arch}: exponents {slopes['seconds']:.2f} of time, {slopes['bytes']:.2f} of memory")
+        report[arch] = {"rows": rows, "exponents": slopes}
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    report |= {"machine": machine, "torch": torch.__version__, "repeats": options.repeats}
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
