@@ -1,6 +1,6 @@
 """Draw a scene of many embedded shapes on a plain ground, as a picture that a network of the demo never saw the like of.
 
-    python eval/scene.py eval/images/scene.png [--width 640 --height 384 --seed 0]
+python eval/scene.py eval/images/scene.png [--width 640 --height 384 --seed 0]
 """
 
 from __future__ import annotations

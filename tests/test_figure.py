@@ -555,6 +555,14 @@ def test_a_picture_far_taller_than_wide_is_centred_in_a_cell_of_bounded_height(t
     assert (square == 153).all(-1).all(1).sum() == pytest.approx(side, abs=2)
 
 
+def test_a_picture_of_another_shape_than_its_row_keeps_its_own_in_the_middle_of_its_cell(tmp_path):
+    rows = [[plain_cell(0.2, height=10, width=10), plain_cell(0.6, height=10, width=40)]]
+    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    filled = np.flatnonzero((seen[:, 150] == 153).all(-1))
+    assert len(filled) == pytest.approx(99 / 4, abs=2)
+    assert (filled[0] + filled[-1]) / 2 == pytest.approx(len(seen) / 2, abs=1)
+
+
 def test_a_sheet_too_narrow_for_its_columns_is_refused():
     with pytest.raises(ValueError, match="--width 1 is too narrow for 9 pictures side by side"):
         draw(sheet(1, 9), 1.0, True)

@@ -416,7 +416,7 @@ def test_weights_without_a_run_have_no_images_of_their_own(weights):
 @pytest.mark.parametrize(("fit", "size"), [("crop", (24, 28)), ("pad", (24, 30))])
 def test_a_view_is_what_the_backbone_sees_of_the_normalised_image(fit, size, tmp_path):
     path = weights_of(tmp_path / "w.safetensors", mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
-    eye = eye_of(path, image_size=30, layer=0, xca_layer=1)
+    eye = eye_of(path, image_size=30, layer=0, xca_layer=0)
     view = look_at("cat", noise(72, 90), eye, Frame([eye], fit), features=True, xca=True)
     assert view.name == "cat"
     assert view.patch == 4
@@ -424,12 +424,30 @@ def test_a_view_is_what_the_backbone_sees_of_the_normalised_image(fit, size, tmp
     pixels, _ = framing(4, 30, fit).framed(noise(72, 90))
     np.testing.assert_array_equal(view.image, pixels[:, : size[0], : size[1]].permute(1, 2, 0).numpy())
     x = (pixels.double() / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.4, 0.3])[:, None, None]
-    expected = look(eye.backbone, x[None].float(), layer=0, xca_layer=1, features=True)
+    expected = look(eye.backbone, x[None].float(), layer=0, xca_layer=0, features=True)
     for name, maps in expected._asdict().items():
         np.testing.assert_allclose(getattr(view, name), maps[0].numpy(), rtol=1e-3, atol=1e-5)
     assert view.attention.shape == (4, 6, -(-size[1] // 4))
     plain = look_at("cat", noise(72, 90), eye, Frame([eye], fit))
     assert plain.queries is plain.keys is plain.covariance is plain.features is None
+
+
+def test_backbones_of_one_frame_keep_their_own_patches(tmp_path):
+    eyes = [eye_of(weights_of(tmp_path / f"{patch}.safetensors", arch=f"xcit_pico2_p{patch}")) for patch in (4, 8)]
+    frame = Frame(eyes, "crop")
+    seen = [look_at("cat", noise(32, 44), eye, frame) for eye in eyes]
+    assert [view.patch for view in seen] == [4, 8]
+    assert [view.attention.shape for view in seen] == [(4, 4, 8), (4, 2, 4)]  # 32 x 23 is cropped to 32 x 16 for both
+    np.testing.assert_array_equal(seen[0].image, seen[1].image)
+
+
+def test_too_large_an_image_is_not_looked_at(weights, monkeypatch):
+    eye = eye_of(weights)
+    frame = Frame([eye], "crop")
+    frame.there = 10
+    monkeypatch.setattr(views, "look", lambda *_, **__: pytest.fail("looked"))
+    with pytest.raises(ValueError, match="32 x 32 pixels need about"):
+        look_at("cat", noise(32, 32), eye, frame)
 
 
 def test_one_channel_weights_see_grey_images(tmp_path):
