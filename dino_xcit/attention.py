@@ -20,7 +20,7 @@ from dino_xcit.xcit import CLASS_ATTENTION_LAYERS, XCiT
 
 FEATURE_PARTS = 3  # principal components that become red, green and blue
 CLIPPED = 0.01  # share of patches beyond either end of each colour channel
-SPARE = 1.25  # buffers of the convolutions, what the allocator keeps
+SPARE = 2.0  # what the allocator keeps (`machine.keep_freed_memory`), buffers of the convolutions
 
 
 class Sight(NamedTuple):
@@ -63,7 +63,9 @@ def look(backbone: XCiT, images: Tensor, *, layer: int = -1, xca_layer: int | No
         return Sight(attention, None, None, None, patches)
     q, k = _queries_and_keys(xca, inputs[0])
     lengths = [t.norm(dim=-1).mT.unflatten(-1, (H, W)) for t in (q, k)]  # (B, h, H, W)
-    return Sight(attention, lengths[0], lengths[1], torch.einsum("bnhi,bnhj->bhij", q, k), patches)
+    with torch.autocast(images.device.type, enabled=False):
+        covariance = torch.einsum("bnhi,bnhj->bhij", q, k)
+    return Sight(attention, lengths[0], lengths[1], covariance, patches)
 
 
 def class_attention(backbone: XCiT, images: Tensor, layer: int = -1) -> Tensor:

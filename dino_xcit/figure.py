@@ -251,8 +251,8 @@ def _draw_bar(figure: Figure, bar: Bar, ticks: Sequence[str], top: float, room: 
     middle.set_verticalalignment("center")
     high.set_verticalalignment("top")
     axes.tick_params(length=1.5, width=0.5, pad=1.5)
-    middle_height = (1 - top / total) / 2
-    figure.text(1 - 0.02 / width, middle_height, bar.label, rotation=90, ha="right", va="center")
+    label = fitted(bar.label, total - top)
+    figure.text(1 - 0.02 / width, (1 - top / total) / 2, label, rotation=90, ha="right", va="center")
 
 
 def write(sheet: Sheet, folder: Path, formats: Sequence[str], *, width: float, titles: bool, dpi: int) -> list[Path]:

@@ -21,10 +21,12 @@ from torch import Tensor
 from dino_xcit import shapes
 from dino_xcit.attention import jaccard, mass_mask
 from dino_xcit.config import AttentionConfig
+from dino_xcit.data import EXTENSIONS
 from dino_xcit.figure import Cell, Sheet, cut_out, scaled
 from dino_xcit.figure import cell as figure_cell
 from dino_xcit.machine import progress
 from dino_xcit.report import cell, scores, table
+from dino_xcit.video import any_size
 from dino_xcit.views import Eye, Frame, Source, shown
 from dino_xcit.weights import build, read_run
 
@@ -66,13 +68,19 @@ def scenes_of_files(config: AttentionConfig, eye: Eye, frame: Frame, sources: It
     folder = Path(config.masks or "")
     if not folder.is_dir():
         raise ValueError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
-    files = {path.stem: path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            files.setdefault(path.stem, []).append(path)
 
     def scene(source: Source) -> Scene:
-        stem = Path(source.where).stem
-        if stem not in files:
-            raise ValueError(f"no mask named {stem} in --masks {folder}")
-        truth, counted = read_mask(files[stem])
+        where = Path(source.where)
+        found = files.get(where.stem, [])
+        if len(found) > 1:  # frames of several films: that in a folder of the same name
+            found = [path for path in found if path.parent.name == where.parent.name] or found
+        if len(found) != 1:
+            raise ValueError(f"{len(found) or 'no'} mask{'s' * (len(found) > 1)} named {where.stem} in --masks {folder}")
+        truth, counted = read_mask(found[0])
         return _scene(frame, source.read(len(eye.offset)), truth, counted)
 
     return [(source.where, functools.partial(scene, source)) for source in sources]
@@ -85,7 +93,7 @@ def read_mask(path: Path) -> tuple[Tensor, Tensor]:
     white, or shades between them (a soft edge, JPEG), what is brighter than half is object.
     """
     try:
-        with Image.open(path) as file:
+        with any_size(), Image.open(path) as file:
             if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != (VOID, VOID):
                 raise ValueError(f"mask {path} is transparent; expected grey or a palette")
             values = np.array(file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")).astype(np.int64)

@@ -21,7 +21,7 @@ from dino_xcit.attention import entropy
 from dino_xcit.config import AttentionConfig, validate_attention
 from dino_xcit.figure import Sheet, head_colours, inches, overlay, rgb, write
 from dino_xcit.layouts import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet, ends, options_of
-from dino_xcit.machine import device_of, progress, require_folder
+from dino_xcit.machine import device_of, keep_freed_memory, progress, require_folder
 from dino_xcit.page import Exhibit, write_page
 from dino_xcit.report import table, write_json
 from dino_xcit.run_folder import printable, replacing
@@ -46,6 +46,7 @@ def show_attention(config: AttentionConfig) -> list[str]:
     folder = Path(config.output_dir)
     require_folder(folder, "output_dir")
     device = device_of(config)
+    keep_freed_memory()
     eyes = open_eyes(config, device)
     kinds = config.figures or (OF_SEVERAL if len(eyes) > 1 else () if config.masks else ALONE)
     checkpoints = open_checkpoints(config, device) if "training" in kinds else []
@@ -80,7 +81,7 @@ def _score(config: AttentionConfig, eye: Eye, frame: Frame, sources: Sequence[So
         content, sheet, problems = masks.score(config, eye, scenes)
     except ValueError as error:
         return [str(error)]
-    write_json(folder / "masks.json", {**content, "problems": problems})
+    write_json(folder / "masks.json", {**content, "problems": problems, "options": json.loads(options_of(config))})
     _write(sheet, config, folder)
     print(masks.listed(content, eye.title))
     print(f"{content['images']} images: {folder}/masks.json, masks.{config.format[0]}")

@@ -25,10 +25,20 @@ def is_video(path: Path) -> bool:
     if path.suffix.lower() != ".gif":
         return path.suffix.lower() in EXTENSIONS
     try:
-        with Image.open(path) as file:
+        with any_size(), Image.open(path) as file:
             return getattr(file, "n_frames", 1) > 1
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def any_size() -> Iterator[None]:
+    """PIL refuses large images by its own measure; ours is the memory."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 class Clip:
@@ -61,8 +71,8 @@ class Clip:
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None:
-    """uint8 (H, W, 3) each -> an MP4 or GIF file, by the path's ending; a path without one is a folder of PNG files."""
-    if not path.suffix:
+    """uint8 (H, W, 3) each -> an MP4 or GIF file, by the path's ending; a path without these is a folder of PNG files."""
+    if path.suffix not in (".mp4", ".gif"):
         path.mkdir(parents=True, exist_ok=True)
         for old in path.glob("[0-9]*.png"):  # of a longer film
             old.unlink()

@@ -6,7 +6,6 @@ divide cropped or padded.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,7 +30,7 @@ from dino_xcit.crops import resize
 from dino_xcit.data import EXTENSIONS, ImageSet, decode, open_images
 from dino_xcit.features import HALF, SMALL
 from dino_xcit.machine import memory_there, resolve_precision
-from dino_xcit.video import Clip, is_video
+from dino_xcit.video import Clip, any_size, is_video
 from dino_xcit.weights import LAST, TEACHER, load_backbone, read_run, run_folder_of
 from dino_xcit.xcit import CLASS_ATTENTION_LAYERS, XCiT
 
@@ -67,7 +66,7 @@ class Eye:
     def __init__(self, title: str, weights: str, config: AttentionConfig, device: torch.device) -> None:
         """Raises ValueError if the weights do not load or have no such layer or head."""
         self.title, self.weights, self.config, self.device = title, weights, config, device
-        backbone = load_backbone(weights, config.arch)
+        backbone = load_backbone(weights, config.arch, config.checkpoint_key)
         try:
             require_class_attention(backbone)
         except ValueError as error:
@@ -81,6 +80,8 @@ class Eye:
     def use(self, backbone: XCiT) -> None:
         self.backbone = backbone.to(self.device).eval()
         about = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
+        if len(about["mean"]) != backbone.in_chans:
+            raise ValueError(f"--weights {self.weights} do not say how their {backbone.in_chans} channels are normalised")
         self.offset, self.scale = (torch.tensor(about[key], device=self.device)[:, None, None] for key in ("mean", "std"))
         crop, asked = about["global_crops_size"], self.config.image_size
         self.long_side = asked if asked is not None else crop if crop < SMALL else OFFICIAL_SIZE
@@ -248,7 +249,7 @@ class Frame:
         data = path.read_bytes()
         if not data:
             raise ValueError("an empty file (0 bytes)")
-        with _no_size_limit():
+        with any_size():
             try:
                 with Image.open(io.BytesIO(data)) as file:
                     width, height = file.size
@@ -265,12 +266,21 @@ class Frame:
     def check(self, height: int, width: int) -> None:
         """Raises ValueError if an image of so many pixels cannot be looked at, with the size that can."""
         h, w = scaled(height, width, self.long_side)
-        needed = self.per_pixel * h * w
+        needed = self._needed(height, width, self.long_side)
         if needed > self.there:
             aspect = min(height, width) / max(height, width)
-            fits = int(math.sqrt(self.there / self.per_pixel / aspect)) // self.patch * self.patch
+            estimate = min(int(math.sqrt(self.there / self.per_pixel / aspect)), max(h, w)) // self.patch
+            sides = (side * self.patch for side in range(estimate, 0, -1))
+            fits = next((side for side in sides if self._needed(height, width, side) <= self.there), None)
             advice = f"--image_size {fits} fits" if fits else "no size fits"
             raise ValueError(f"{w} x {h} pixels need about {_gib(needed)}, there are {_gib(self.there)}; {advice}")
+
+    def _needed(self, height: int, width: int, long_side: int) -> float:
+        """Bytes of a pass over an image of so many pixels."""
+        h, w = scaled(height, width, long_side)
+        if self.fit == "pad":
+            h, w = (-(-side // self.patch) * self.patch for side in (h, w))
+        return self.per_pixel * h * w
 
     def framed(self, image: Tensor, mode: str = "bicubic") -> tuple[Tensor, tuple[int, int]]:
         """uint8 (C, H, W) -> the pixels that go in, sides multiples of the patch, and how many of them are the image's."""
@@ -298,16 +308,6 @@ def scaled(height: int, width: int, long_side: int) -> tuple[int, int]:
         return height, width
     longest = max(height, width)
     return max(1, round(height * long_side / longest)), max(1, round(width * long_side / longest))
-
-
-@contextlib.contextmanager
-def _no_size_limit() -> Iterator[None]:
-    """PIL refuses large images by its own measure; ours is the memory."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _gib(size: float) -> str:

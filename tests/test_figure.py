@@ -566,3 +566,14 @@ def test_a_picture_of_another_shape_than_its_row_keeps_its_own_in_the_middle_of_
 def test_a_sheet_too_narrow_for_its_columns_is_refused():
     with pytest.raises(ValueError, match="--width 1 is too narrow for 9 pictures side by side"):
         draw(sheet(1, 9), 1.0, True)
+
+
+def test_the_label_of_a_colour_bar_is_inside_a_low_sheet():
+    bar = Bar(colormap="inferno", low=0, high=1, label="cosine of query and key")
+    one = Sheet(name="low", rows=[[cell(np.full((8, 8, 3), 0.2), "head")] * 9], bar=bar)
+    with matplotlib.rc_context(STYLE):
+        figure = draw(one, 5.5, True)
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        label = next(text for text in figure.texts if text.get_rotation() == 90).get_window_extent(renderer)
+    assert label.y0 >= 0
+    assert label.y1 <= figure.bbox.height

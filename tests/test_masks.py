@@ -99,6 +99,34 @@ def test_transparent_masks_are_refused(tmp_path):
         read_mask(tmp_path / "mask.png")
 
 
+def test_numbers_of_a_palette_may_be_high(tmp_path):
+    image = Image.frombytes("P", (2, 2), bytes([0, 200, 255, 100]))
+    image.putpalette([i % 256 for i in range(768)])
+    image.save(tmp_path / "mask.png")
+    truth, counted = read_mask(tmp_path / "mask.png")
+    assert truth.tolist() == [[False, True], [False, True]]
+    assert counted.tolist() == [[True, True], [False, True]]
+
+
+def test_of_a_mask_with_soft_edges_what_is_brighter_than_half_is_object(tmp_path):
+    truth, counted = read_mask(saved(tmp_path / "mask.png", [[0, 100, 127], [128, 200, 255]], "L"))
+    assert truth.tolist() == [[False, False, False], [True, True, True]]
+    assert counted.all()
+
+
+def test_numbers_of_16_bits_are_no_shades(tmp_path):
+    Image.fromarray(np.array([[0, 5, 200], [255, 300, 0]], np.uint16)).save(tmp_path / "mask.png")
+    truth, counted = read_mask(tmp_path / "mask.png")
+    assert truth.tolist() == [[False, True, True], [False, True, False]]
+    assert counted.tolist() == [[True, True, True], [False, True, True]]
+
+
+def test_a_transparent_mask_is_refused(tmp_path):
+    Image.fromarray(np.full((2, 2, 4), (255, 255, 255, 0), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask.png is transparent; expected grey or a palette$"):
+        read_mask(tmp_path / "mask.png")
+
+
 def test_an_empty_mask_counts_everywhere_and_holds_nothing(tmp_path):
     truth, counted = read_mask(saved(tmp_path / "mask.png", np.zeros((2, 2)), "L"))
     assert not truth.any()
@@ -441,3 +469,32 @@ def test_an_eye_that_looks_at_the_object_beats_the_blobs(weights, monkeypatch):
     content, _, _ = score(config, eye, scenes)
     assert content["results"]["best_head"] > 75
     assert content["results"]["best_head"] > content["baselines"]["centred blobs"]["best_head"] + 10
+
+
+def test_images_of_one_name_have_the_masks_of_their_own_folders(tmp_path, weights):
+    made = {f"{film}/0001": (noise(16, 16), box(16, 16, 0, 0, side, side)) for film, side in (("a", 4), ("b", 12))}
+    _, _, scenes = scenes_in(tmp_path, made, weights, image_size=0)
+    assert [int(read().truth.sum()) for _, read in scenes] == [16, 144]
+
+
+def test_other_files_beside_the_masks_are_no_masks(tmp_path, weights):
+    scenes_in(tmp_path, {"a": (noise(16, 16), box(16, 16, 0, 0, 4, 4))}, weights, image_size=0)
+    (tmp_path / "masks" / "a.txt").write_text("notes")
+    config, eye, frame = eye_and_frame(weights, images=(str(tmp_path / "images"),), masks=str(tmp_path / "masks"))
+    assert scenes_of_files(config, eye, frame, find(config, frame)[0])[0][1]().truth.any()
+
+
+def test_large_masks_are_not_for_pil_to_refuse(tmp_path, monkeypatch):
+    Image.fromarray(box(10, 10, 2, 2, 4, 4)).save(tmp_path / "mask.png")
+    for limit in (60, 20):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert read_mask(tmp_path / "mask.png")[0].sum() == 4
+
+
+def test_weights_that_are_called_as_a_baseline_are_scored(weights):
+    config, eye, _ = eye_and_frame(weights)
+    expected = score(config, eye, as_scenes(random_scenes(4)))[0]["results"]
+    eye.title = "untrained"
+    content = score(config, eye, as_scenes(random_scenes(4)))[0]
+    assert content["results"] == expected
+    assert len(listed(content, "untrained").splitlines()) == 5

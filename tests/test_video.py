@@ -92,6 +92,20 @@ def test_gif_comes_back_with_its_frames_and_its_rate_and_goes_round(fps, millise
             assert file.info["duration"] == milliseconds
 
 
+@pytest.mark.parametrize("fps", [Fraction(24), Fraction(30000, 1001), Fraction(60), Fraction(240)], ids=str)
+def test_a_gif_lasts_as_long_as_the_film_and_no_frame_too_short_for_browsers(fps, tmp_path):
+    """They play frames of less than 20 ms five times as long, and GIF counts in hundredths of a second."""
+    frames = [np.full((8, 8, 3), number, np.uint8) for number in range(120)]
+    with Image.open(written(tmp_path / "film.gif", frames, fps)) as file:
+        durations = []
+        for number in range(file.n_frames):
+            file.seek(number)
+            durations.append(file.info["duration"])
+    assert min(durations) >= 20
+    assert sum(durations) == pytest.approx(120_000 / fps, abs=10)
+    assert len(durations) == (120 if fps <= 50 else {60: 60, 240: 24}[int(fps)])
+
+
 def test_a_path_without_an_ending_is_a_folder_of_lossless_frames(tmp_path):
     frames = film(12, 31, 45)
     folder = written(tmp_path / "deep" / "film", frames)
@@ -100,6 +114,13 @@ def test_a_path_without_an_ending_is_a_folder_of_lossless_frames(tmp_path):
     for file, frame in zip(files, frames, strict=True):
         with Image.open(file) as image:
             np.testing.assert_array_equal(np.asarray(image), frame)
+
+
+def test_frames_of_a_longer_film_do_not_stay_in_the_folder(tmp_path):
+    folder = written(tmp_path / "film", film(5))
+    (folder / "notes.txt").touch()
+    written(folder, film(2))
+    assert sorted(file.name for file in folder.iterdir()) == ["000000.png", "000001.png", "notes.txt"]
 
 
 @pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film"])
@@ -272,3 +293,16 @@ def test_a_video_cut_short_is_refused(share, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     assert "cannot be read as a video" in one_line(path)
+
+
+def test_a_folder_of_frames_may_have_a_dot_in_its_name(tmp_path):
+    write_video(tmp_path / "my.film_attention", iter([np.zeros((8, 8, 3), np.uint8)] * 2), Fraction(25))
+    assert len(list((tmp_path / "my.film_attention").iterdir())) == 2
+
+
+def test_large_gifs_are_not_for_pil_to_refuse(tmp_path, monkeypatch):
+    frames = [Image.fromarray(np.full((10, 10), grey, np.uint8)) for grey in (0, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    for limit in (60, 20):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert is_video(tmp_path / "a.gif")

@@ -354,6 +354,37 @@ def test_files_of_one_name_get_names_of_their_own(tmp_path):
     assert [one.name for one in (*sources, *films)] == ["dog", "dog_2", "cat_2", "cat"]
 
 
+def test_names_differ_by_more_than_their_case_and_are_not_made_twice(tmp_path):
+    for name in ("a/cat.png", "b/Cat.png", "c/cat_2.png"):
+        save(tmp_path / name, noise(8, 8))
+    sources, _, _ = found(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert len({source.name.casefold() for source in sources}) == 3
+    assert [source.name for source in sources] == ["cat", "Cat_2", "cat_2_2"]
+
+
+def test_long_names_leave_room_for_what_is_put_before_and_behind(tmp_path):
+    for ending in ("png", "tif"):
+        save(tmp_path / f"{'ä' * 125}.{ending}", noise(8, 8))
+    sources, _, _ = found(tmp_path)
+    assert [len(source.name.encode()) for source in sources] == [200, 202]
+    assert sources[1].name == f"{'ä' * 100}_2"
+
+
+def test_figures_among_the_images_are_not_looked_at_again(tmp_path):
+    for name in ("cat.png", "figures/heads_cat.png", "figures2/dog.png"):
+        save(tmp_path / name, noise(8, 8))
+    sources, _, _ = found(tmp_path, output_dir=str(tmp_path / "figures"))
+    assert [source.name for source in sources] == ["cat", "dog"]
+    sources, _, _ = found(tmp_path, output_dir=str(tmp_path))
+    assert [source.name for source in sources] == ["cat", "heads_cat", "dog"]
+
+
+def test_a_run_folder_among_the_images_is_told(tmp_path):
+    sources, _, problems = found(run_folder(tmp_path / "run"))
+    assert sources == []
+    assert problems[0].endswith("a run folder, not images; several weights have a flag each: --weights A --weights B")
+
+
 def test_what_cannot_be_found_is_told_and_the_rest_goes_on(tmp_path):
     save(tmp_path / "good.png", noise(8, 8))
     (tmp_path / "empty").mkdir()
@@ -492,7 +523,7 @@ def test_heads_and_layers_that_are_not_there_are_refused(options, told, weights)
 
 
 def test_weights_of_another_network_are_refused(monkeypatch):
-    monkeypatch.setattr(views, "load_backbone", lambda *_: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(views, "load_backbone", lambda *_, **__: torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^--weights timm:vit: Linear has no class-attention layers"):
         eye_of("timm:vit")
 
@@ -522,6 +553,7 @@ def test_backbones_are_titled_by_their_names_folders_or_files(tmp_path):
     assert titles(run, f"{run}/teacher.safetensors", names=("x", "y")) == ["x", "y"]
     assert titles(run, a) == ["run", "one.safetensors"]
     assert titles(a, same) == [a, same]  # file names alone would not tell them apart
+    assert len(set(titles(a, a))) == 2
 
 
 # -- checkpoints over training -----------------------------------------------------------------------------------------
@@ -535,12 +567,10 @@ def kept(tmp_path, monkeypatch):
     (run / "checkpoints").mkdir()
     load = views.load_backbone
 
-    def load_any(path, arch=None):
-        return (
-            load(weights_of(tmp_path / "loaded.safetensors", seed=int(re.findall(r"\d+", str(path))[-1])), arch)
-            if str(path).endswith(".ckpt")
-            else load(path, arch)
-        )
+    def load_any(path, *rest):
+        if str(path).endswith(".ckpt"):
+            path = weights_of(tmp_path / "loaded.safetensors", seed=int(re.findall(r"\d+", str(path))[-1]))
+        return load(path, *rest)
 
     monkeypatch.setattr(views, "load_backbone", load_any)
     return run
@@ -564,10 +594,29 @@ def test_the_teacher_is_left_out_where_the_last_checkpoint_holds_it(kept):
     assert [eye.title for eye in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)] == ["epoch 5", "epoch 20"]
 
 
+def test_without_a_last_one_the_checkpoints_alone_are_shown(kept):
+    (kept / "teacher.safetensors").unlink()
+    (kept / "metrics.csv").touch()
+    for name in ("epoch0005.ckpt", "epoch0020.ckpt", "epoch_best.ckpt"):
+        (kept / "checkpoints" / name).touch()
+    assert [eye.title for eye in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)] == ["epoch 5", "epoch 20"]
+
+
 def test_a_run_without_checkpoints_is_told_how_to_keep_them(kept, weights):
     for given in (str(kept), weights):
         with pytest.raises(ValueError, match=rf"{re.escape(given)} is not a run folder that kept .* --saveckp_freq N keeps"):
             open_checkpoints(AttentionConfig(weights=(given,)), CPU)
+
+
+def test_other_failures_are_not_taken_for_want_of_memory(weights, monkeypatch):
+    eye = eye_of(weights)
+
+    def fail(*_, **__):
+        raise RuntimeError("a kernel is not there")
+
+    monkeypatch.setattr(views, "look", fail)
+    with pytest.raises(RuntimeError, match="a kernel is not there"):
+        look_at("name", noise(24, 32), eye, Frame([eye], "crop"))
 
 
 def test_memory_of_the_device_and_of_the_machine_are_asked_apart(weights, monkeypatch):
@@ -576,3 +625,29 @@ def test_memory_of_the_device_and_of_the_machine_are_asked_apart(weights, monkey
     eye = eye_of(weights)
     Frame([SimpleNamespace(device=torch.device("meta"), backbone=eye.backbone, long_side=32)], "crop")
     assert asked == ["meta", "cpu"]
+
+
+def test_covariance_in_half_precision_is_float32(weights):
+    seen = {}
+    for precision in ("bf16-mixed", "32-true"):
+        eye = eye_of(weights, precision=precision)
+        seen[precision] = look_at("cat", noise(32, 32), eye, Frame([eye], "crop"), xca=True).covariance
+    assert seen["bf16-mixed"].dtype == np.float32
+    np.testing.assert_allclose(seen["bf16-mixed"], seen["32-true"], atol=0.05)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (1, 4000), (4, 4000), (30, 4000)])
+@pytest.mark.parametrize("there", [10, 300, 5000])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_the_size_that_is_told_to_fit_fits(size, there, fit):
+    with pytest.raises(ValueError, match=r"--image_size|no size fits") as refusal:
+        framing(8, 8000, fit, per_pixel=1.0, there=there).check(*size)
+    if "no size fits" in str(refusal.value):
+        assert there < 64  # one patch
+        return
+    told = int(str(refusal.value).split("--image_size ")[1].split(" ")[0])
+    assert told > 0  # 0 would keep the size
+    smaller = framing(8, told, fit, per_pixel=1.0, there=there)
+    smaller.check(*size)
+    if fit == "pad":
+        assert np.prod(smaller.framed(torch.zeros(1, *size, dtype=torch.uint8))[0].shape) <= there

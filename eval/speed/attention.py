@@ -23,12 +23,14 @@ import numpy as np
 import torch
 
 from dino_xcit.attention import bytes_per_pixel, look
+from dino_xcit.machine import keep_freed_memory
 from dino_xcit.xcit import XCiT
 
 
 def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
     """Seconds and bytes of one pass."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
     torch.manual_seed(0)
     backbone = XCiT(arch).to(device).eval()
     look(backbone, torch.randn(1, 3, backbone.patch_size, backbone.patch_size, device=device))
