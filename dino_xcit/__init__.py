@@ -19,6 +19,7 @@ _ROOMS = {
     "KnnConfig": "config",
     "LinearConfig": "config",
     "AttentionConfig": "config",
+    "ExportConfig": "config",
     "load_backbone": "weights",
     "class_attention": "attention",
     "knn_classify": "knn",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dino_xcit import __version__
-from dino_xcit.config import AttentionConfig, KnnConfig, LinearConfig, PretrainConfig
+from dino_xcit.config import AttentionConfig, ExportConfig, KnnConfig, LinearConfig, PretrainConfig
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
@@ -107,11 +107,20 @@ def run_attention(config: AttentionConfig) -> int:
     return 2 if problems else 0
 
 
+def run_export(config: ExportConfig) -> int:
+    from dino_xcit.export import export
+
+    for path in export(config):
+        print(path)
+    return 0
+
+
 COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
     "pretrain": ("pretrain an XCiT backbone with DINO, without labels", PretrainConfig, run_pretrain),
     "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
     "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
     "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
+    "export": ("write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export", ExportConfig, run_export),
 }
 
 

@@ -65,6 +65,8 @@ class PretrainConfig:
     # Backbone
     arch: str = "xcit_s12_p16"
     """architecture and patch size: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}; official and timm names too"""
+    init_weights: str | None = None
+    """what student and teacher start from: anything that --weights of the evaluations takes. Default: random numbers"""
     drop_path_rate: float = 0.1
     """stochastic depth of the student, the same in every layer"""
     grad_checkpointing: bool = False
@@ -168,9 +170,12 @@ class EvalConfig:
     """Options of every evaluation of a frozen backbone."""
 
     weights: str | None = None
-    """run folder, .ckpt, .safetensors, or timm:NAME"""
+    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
+    dino_xcit_small_12_p16, ..."""
     arch: str | None = None
     """architecture, where the weights do not say it"""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """which network of a checkpoint that holds both"""
     baselines: bool = False
     """also evaluate raw pixels (of at most 32 x 32) and the same network untrained"""
 
@@ -261,6 +266,26 @@ class LinearConfig(EvalConfig):
     """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a backbone as the files that other tools read."""
+
+    weights: str | None = None
+    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
+    dino_xcit_small_12_p16, ..."""
+    arch: str | None = None
+    """architecture, where the weights do not say it"""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """which network of a checkpoint that holds both"""
+    format: tuple[Literal["timm", "hf", "official", "onnx", "torch_export"], ...] = ("timm",)
+    """timm: a folder for timm's local-dir:; hf: the same with a model card, to upload; official: a .pth under official
+    DINO's names; onnx, torch_export: graphs for any batch and image size"""
+    attention: bool = False
+    """onnx, torch_export: the last layer's class-attention maps as a second output"""
+    output_dir: str = "export"
+    """folder of the files"""
+
+
 Interpolation = Literal["nearest", "bicubic"]
 FigureKind = Literal["heads", "grid", "overlay", "training", "models", "magnitude", "covariance", "similarity", "pca"]
 
@@ -272,9 +297,12 @@ class AttentionConfig:
     images: tuple[str, ...] = ()
     """image files, folders of images, videos. Default: validation images of the run's own data"""
     weights: tuple[str, ...] = ()
-    """run folder, .ckpt, .safetensors, or timm:NAME; several for --figures models: --weights A --weights B"""
+    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
+    dino_xcit_small_12_p16, ...; several for --figures models: --weights A --weights B"""
     arch: str | None = None
     """architecture, where the weights do not say it"""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """which network of a checkpoint that holds both"""
     output_dir: str = "figures"
     """folder of the figures"""
 
@@ -468,6 +496,16 @@ def validate_evaluation(config: EvalConfig) -> None:
         require(bool(shares) and all(0 < share <= 1 for share in shares), "train_fraction", "shares over 0, up to 1")
         for flag in ("epochs", "batch_size", "num_seeds"):
             require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+
+
+def validate_export(config: ExportConfig) -> None:
+    """Raise ValueError, naming the flag, for values that no export can use."""
+    require = _Requirements(config)
+    if not config.weights:
+        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
+    require(bool(config.format), "format", "at least one of timm, hf, official, onnx, torch_export")
+    graphs = {"onnx", "torch_export"} & set(config.format)
+    require(not config.attention or bool(graphs), "attention", "false without --format onnx or torch_export")
 
 
 def validate_attention(config: AttentionConfig) -> None:

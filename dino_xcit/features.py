@@ -451,7 +451,7 @@ def subjects(config: Config, fabric: Fabric) -> Iterator[tuple[Config, list[Any]
         yield config, [files], files.classes
         return
     assert config.weights is not None
-    backbone = load_backbone(config.weights, config.arch)
+    backbone = load_backbone(config.weights, config.arch, config.checkpoint_key)
     config, images_seed = resolve(config, backbone.metadata)
     images, classes = open_splits(dataclasses.replace(config, seed=images_seed))
     transform = Transform(config.image_size, config.resize_size, config.mean, config.std)  # type: ignore[arg-type]

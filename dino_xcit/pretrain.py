@@ -34,7 +34,7 @@ from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.schedules import Schedules
 from dino_xcit.strip import AttentionStrip
-from dino_xcit.weights import LAST, TEACHER, save_backbone
+from dino_xcit.weights import LAST, TEACHER, save_backbone, start_from
 from dino_xcit.xcit import resolve_architecture
 
 SECONDS_BETWEEN_CHECKPOINTS = 600
@@ -80,6 +80,8 @@ def pretrain(config: PretrainConfig) -> Outcome:
     checkpoint = prepare_folder(folder, config)
     L.seed_everything(config.seed, verbose=False)
     module = DINOModule(config, schedules)
+    if config.init_weights is not None and checkpoint is None:
+        say(start_from(config.init_weights, module.student, module.teacher, module.loss))
     rank_zero_only(draw_crop_sheet)(folder, module, images)
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))

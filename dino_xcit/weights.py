@@ -1,34 +1,39 @@
-"""Files of this toolkit, or timm's weights -> backbone; backbone -> file.
+"""Whatever names weights -> backbone; backbone -> file.
 
-Files are safetensors with timm's parameter names; what the tensors do not say (architecture, channels, ablations, how images
-were normalised) is in their metadata as JSON, under `dino_xcit`.
+Our files are safetensors with timm's parameter names; what the tensors do not say (architecture, channels, ablations, how
+images were normalised) is in their metadata as JSON, under `dino_xcit`. Files of others: `formats.py`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.run_folder import CONFIG, METRICS, from_plain, read_config
-from dino_xcit.xcit import ABLATIONS, XCiT, resolve_architecture
+from dino_xcit.formats import Checkpoint, backbone_metadata, describe, fill, read_checkpoint
+from dino_xcit.run_folder import CONFIG, METRICS, read_config, replacing
+from dino_xcit.xcit import ABLATIONS, XCiT
 
 TEACHER = "teacher.safetensors"
 LAST = "checkpoints/last.ckpt"
-TIMM = "timm:"
-KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
-
-
-def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
-    """What a reader of the weights needs to know: plain values."""
-    return {"arch": resolve_architecture(config.arch)[0], **{name: getattr(config, name) for name in KEPT_OPTIONS}}
+TIMM, HUB = "timm:", "hf-hub:"
+# The checkpoints that the DINO authors published; the archive says no hashes.
+PUBLISHED = {
+    name: f"https://dl.fbaipublicfiles.com/dino/{name}_pretrain/{name}_pretrain.pth"
+    for name in ("dino_xcit_small_12_p16", "dino_xcit_small_12_p8", "dino_xcit_medium_24_p16", "dino_xcit_medium_24_p8")
+}
+EXPECTED = (
+    "a run folder, a .ckpt, .safetensors or .pth file, timm:NAME, hf-hub:ORG/NAME, or a published checkpoint: "
+    f"{', '.join(PUBLISHED)}"
+)
 
 
 def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
@@ -37,35 +42,70 @@ def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(backbone_metadata(config))})
 
 
-def load_backbone(weights: str | Path, arch: str | None = None) -> Any:
-    """A run folder, its .ckpt, a .safetensors file or timm:NAME -> the (teacher's) backbone in eval mode, on CPU.
+def load_backbone(weights: str | Path, arch: str | None = None, checkpoint_key: str = "teacher") -> Any:
+    """Weights by whatever names them -> the backbone in eval mode, on CPU: images (B, C, H, W) -> features (B, D).
 
-    An `XCiT`, or with timm:NAME whatever network timm has under that name: images (B, C, H, W) -> features (B, D).
-    arch is needed where the file does not say it. The backbone's `metadata` has what the file says about it.
-    Raises ValueError if there is nothing to load, the file is none of these, or tensors are missing or left over.
+    weights: a run folder, a file of ours, of official DINO or XCiT or of anyone with timm's names, timm:NAME,
+    hf-hub:ORG/NAME, or the name of a published DINO checkpoint. An `XCiT`, or with timm: and hf-hub: whatever that is.
+    arch is needed where neither the file nor its shapes say it. checkpoint_key: `teacher` or `student`, where a file holds
+    both. The backbone's `metadata` has what is known beside the tensors.
+    Raises ValueError in one line if there is nothing to load, the file is something else, or tensors do not fit one to one.
     """
-    if str(weights).startswith(TIMM):
-        return _from_timm(str(weights).removeprefix(TIMM))
-    path = Path(weights)
-    if path.is_dir():
-        found = next((path / name for name in (TEACHER, LAST) if (path / name).exists()), None)
-        if found is None:
-            raise ValueError(f"--weights {weights} is a folder without {TEACHER} or {LAST}; expected a run folder")
-        path = found
-    if not path.exists():
-        raise ValueError(
-            f"--weights {weights} does not exist; expected a run folder, a .ckpt, a .safetensors file or timm:NAME"
-        )
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    if arch is None and "arch" not in metadata:
-        raise ValueError(f"--weights {weights} does not say its architecture; name it with --arch")
-    metadata = {**metadata, "arch": arch or metadata["arch"]}
+    weights = str(weights)
+    if weights.startswith((TIMM, HUB)):
+        return _from_timm(weights)
+    checkpoint = open_checkpoint(weights, (checkpoint_key,))
+    metadata = {**checkpoint.metadata, **({"arch": arch} if arch else {})}
+    if "arch" not in metadata:
+        raise ValueError(f"--weights {weights}: its shapes are of no architecture known here; name one with --arch")
     backbone = build(metadata)
     try:
-        backbone.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"--weights {weights} does not fit {metadata['arch']}: {' '.join(str(error).split())}") from None
+        fill(backbone, checkpoint.backbone)
+    except ValueError as error:
+        raise ValueError(f"--weights {weights} does not fit {metadata['arch']}: {error}") from None
     return backbone.eval()
+
+
+def open_checkpoint(weights: str, networks: Sequence[str], flag: str = "weights") -> Checkpoint:
+    """What a run folder, a file or a published name holds of the first of these networks that is there.
+
+    Raises ValueError, naming the flag, as `load_backbone` does.
+    """
+    try:
+        path = _download(weights) if weights in PUBLISHED else _file(weights)
+        return read_checkpoint(path, networks)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--{flag} {weights} {error}") from None
+
+
+def start_from(weights: str, student: Any, teacher: Any, loss: Any) -> str:
+    """Fill the networks of a run that begins, each with a `backbone` and a `head` -> a line that tells what was taken.
+
+    Student and teacher take their own where the file has both, else the same. Heads and center are taken where the file has
+    them in this run's shapes. Raises ValueError if the weights do not load or are of another backbone.
+    """
+    taken = ["backbone"]
+    for networks, network in ((("student", "teacher"), student), (("teacher", "student"), teacher)):
+        if weights.startswith((TIMM, HUB)):
+            checkpoint = Checkpoint(backbone=_from_timm(weights, "init_weights").state_dict(), metadata={})
+        else:
+            checkpoint = open_checkpoint(weights, networks, "init_weights")
+        try:
+            fill(network.backbone, checkpoint.backbone)
+        except ValueError as error:
+            raise ValueError(f"--init_weights {weights} does not fit --arch {network.backbone.arch}: {error}") from None
+        if _shapes(network.head.state_dict()) == _shapes(checkpoint.head):
+            fill(network.head, checkpoint.head)
+            taken.append(f"the {networks[0]}'s head")
+    if checkpoint.center is not None and checkpoint.center.shape == loss.center.shape:
+        loss.center.copy_(checkpoint.center)
+        taken.append("center")
+    anew = [part for part in ("the student's head", "the teacher's head", "center") if part not in taken]
+    return f"starting from {weights}: {', '.join(taken)}; anew: {', '.join([*anew, 'optimizer', 'schedules'])}"
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def build(metadata: dict[str, Any]) -> XCiT:
@@ -77,7 +117,7 @@ def build(metadata: dict[str, Any]) -> XCiT:
 
 def run_folder_of(weights: str) -> Path | None:
     """The run folder in which these weights are, or which they name; None if there is none."""
-    if weights.startswith(TIMM):
+    if weights.startswith((TIMM, HUB)) or weights in PUBLISHED:
         return None
     path = Path(weights)
     for folder in (path, *list(path.parents)[:2]):
@@ -93,41 +133,52 @@ def read_run(weights: str) -> PretrainConfig | None:
     return None if folder is None else read_config(folder)
 
 
-def _from_timm(name: str) -> Any:
+def _file(weights: str) -> Path:
+    path = Path(weights)
+    if path.is_dir():
+        found = next((path / name for name in (TEACHER, LAST) if (path / name).exists()), None)
+        if found is None:
+            raise ValueError(f"is a folder without {TEACHER} or {LAST}; expected a run folder")
+        path = found
+    if not path.exists():
+        raise ValueError(f"does not exist; expected {EXPECTED}")
+    return path
+
+
+def _download(name: str) -> Path:
+    """A published checkpoint in torch.hub's cache: fetched once, with progress, and as long as its server says."""
+    url = PUBLISHED[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as beside:
+            with urllib.request.urlopen(url) as answer:
+                length = int(answer.headers["Content-Length"])
+            torch.hub.download_url_to_file(url, str(beside))
+            if beside.stat().st_size != length:
+                raise OSError(f"{beside.stat().st_size} bytes came of {length}")
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise ValueError(f"could not be fetched ({error}); put {url} at {path}") from None
+    return path
+
+
+def _from_timm(weights: str, flag: str = "weights") -> Any:
     import timm
 
     network: Any
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
+        network = timm.create_model(weights.removeprefix(TIMM), pretrained=True, num_classes=0)
     except Exception as error:  # timm, Hugging Face and the network each have their own
-        raise ValueError(f"--weights timm:{name} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"--{flag} {weights} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     data = timm.data.resolve_data_config({}, model=network)
     channels, size, _ = data["input_size"]
     metadata = {"in_chans": channels, "global_crops_size": size, "mean": list(data["mean"]), "std": list(data["std"])}
-    if not name.startswith("xcit_"):
+    if not isinstance(network, timm.models.xcit.Xcit):
         network.metadata = metadata
         return network.eval()
-    backbone = build({**metadata, "arch": resolve_architecture(name)[0]})
-    backbone.load_state_dict(network.state_dict(), strict=True)
+    tensors = network.state_dict()
+    backbone = build({**metadata, "arch": describe(tensors)["arch"]})
+    fill(backbone, tensors)
     return backbone.eval()
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("dino_xcit", "{}")
-            names: list[str] = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(described)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"--weights {path} is not a readable safetensors file: {error}") from None
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        prefix = "teacher.backbone."
-        tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        config = from_plain(checkpoint["config"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"--weights {path} is not a checkpoint of `dino-xcit pretrain`: {type(error).__name__}") from None
-    return tensors, backbone_metadata(config)

@@ -18,7 +18,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,19 +106,20 @@ class FourierPositions(nn.Module):
         self.temperature = temperature
         self._waves: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    @torch.inference_mode(False)  # what is kept must serve training too
     def waves(self, H: int, W: int, device: torch.device) -> Tensor:
         """(H * W, 2 * hidden_dim) of constants: the vertical code, then the horizontal one."""
+        if torch.compiler.is_exporting():
+            return self._compute(H, W, device)  # H and W are symbols
         key = (H, W, device)
         if key not in self._waves:
-            self._waves[key] = torch.cat(
-                [
-                    self._axis(H, device)[:, None].expand(H, W, self.hidden_dim),
-                    self._axis(W, device)[None, :].expand(H, W, self.hidden_dim),
-                ],
-                dim=-1,
-            ).reshape(H * W, 2 * self.hidden_dim)
+            with torch.inference_mode(False):  # what is kept must serve training too
+                self._waves[key] = self._compute(H, W, device)
         return self._waves[key]
+
+    def _compute(self, H: int, W: int, device: torch.device) -> Tensor:
+        rows = self._axis(H, device)[:, None].expand(H, W, self.hidden_dim)
+        columns = self._axis(W, device)[None, :].expand(H, W, self.hidden_dim)
+        return torch.cat([rows, columns], dim=-1).reshape(H * W, 2 * self.hidden_dim)
 
     def _axis(self, size: int, device: torch.device) -> Tensor:
         position = torch.arange(1, size + 1, device=device, dtype=torch.float32)
@@ -338,6 +339,21 @@ class XCiT(nn.Module):
 
         Raises ValueError if the image does not have this network's channels or the patch size does not divide it.
         """
+        for layer in self._layers(images):  # noqa: B007
+            pass
+        return layer
+
+    def patch_tokens_of(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Images -> tokens after these XCA layers, from 0, as images (B, C, H, W)."""
+        after = {
+            layer: tokens.mT.unflatten(-1, (H, W))
+            for layer, (tokens, H, W) in enumerate(self._layers(images))
+            if layer in layers
+        }
+        return [after[layer] for layer in layers]
+
+    def _layers(self, images: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """Tokens (B, N, C) and the grid, after each XCA layer."""
         self._check(images)
         tokens, H, W = self.patch_embed(images)
         tokens = tokens + self.pos_embed(H, W)
@@ -347,7 +363,7 @@ class XCiT(nn.Module):
                 tokens = checkpoint(block, tokens, H, W, use_reentrant=False, context_fn=recompute)
             else:
                 tokens = block(tokens, H, W)
-        return tokens, H, W
+            yield tokens, H, W
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images -> every token of the last layer, normed, class token first (B, 1 + N, C), as in timm."""
@@ -363,7 +379,7 @@ class XCiT(nn.Module):
         mean of the last layer's patch tokens.
         """
         tokens = self.patch_tokens(images)[0]
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1 + N, C)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # (B, 1 + N, C)
         class_tokens = []
         for block in self.cls_attn_blocks:
             x, _ = block(x, class_token_only=False)
@@ -380,7 +396,7 @@ class XCiT(nn.Module):
     def attend(self, tokens: Tensor, class_token_only: bool) -> tuple[Tensor, list[Tensor]]:
         """Patch tokens after the XCA layers (B, N, C) -> the class-attention layers' output, not normed, class token first
         (B, 1 + N, C), or that token alone (B, 1, C); and each layer's softmax weights (B, h, 1 + N)."""
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1 + N, C)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # (B, 1 + N, C)
         attentions = []
         for block in self.cls_attn_blocks:
             x, attention = block(x, class_token_only and block is self.cls_attn_blocks[-1])

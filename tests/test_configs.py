@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dino_xcit.cli import COMMANDS, parse
-from dino_xcit.config import PretrainConfig, validate, validate_attention, validate_evaluation
+from dino_xcit.config import PretrainConfig, validate, validate_attention, validate_evaluation, validate_export
 from dino_xcit.run_folder import write_config
 from dino_xcit.schedules import Schedules
 from dino_xcit.xcit import resolve_architecture
@@ -79,7 +79,9 @@ def check(command: str) -> None:
         with pytest.raises(SystemExit, match="0"):
             parse(name, config_class, arguments)
     else:
-        validation = {"pretrain": validate, "attention": validate_attention}.get(name, validate_evaluation)
+        validation = {"pretrain": validate, "attention": validate_attention, "export": validate_export}.get(
+            name, validate_evaluation
+        )
         validation(parse(name, config_class, arguments))
 
 

@@ -232,7 +232,7 @@ def test_classes_of_one_split_only(run, tmp_path, capsys):
         (["knn-eval", "--weights", "RUN", "--resize_size", "12"], ["--resize_size 12", "--image_size 16"]),
         (["knn-eval", "--weights", "RUN", "--n_last_blocks", "3"], ["--n_last_blocks 3", "2 layers"]),
         (["knn-eval", "--weights", "RUN", "--in_chans", "1"], ["--mean", "--in_chans 1"]),
-        (["knn-eval", "--weights", "RUN/teacher.safetensors", "--arch", "xcit_n12_p8"], ["xcit_n12_p8", "Missing"]),
+        (["knn-eval", "--weights", "RUN/teacher.safetensors", "--arch", "xcit_n12_p8"], ["xcit_n12_p8", "missing"]),
         (["knn-eval", "--weights", "RUN", "--accelerator", "abacus"], ["--accelerator abacus"]),
         (["knn-eval", "--weights", "RUN", "--data_path", "unlabelled"], ["have no labels"]),
         (["knn-eval", "--weights", "RUN", "--data_path", "noval"], ["no validation images", "val/"]),

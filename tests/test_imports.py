@@ -10,13 +10,14 @@ import dino_xcit
 FLOORS = (
     ("config", "shapes"),
     ("schedules", "xcit", "dino", "photometric", "run_folder"),
+    ("formats", "dense"),
     ("crops", "attention", "figure", "video", "page"),
     ("data", "machine"),
     ("module", "weights"),
     ("features", "report"),
     ("knn", "linear", "plan", "views"),
     ("layouts", "masks"),
-    ("strip", "show"),
+    ("strip", "show", "export"),
     ("pretrain",),
     ("cli",),
 )

@@ -1,0 +1,37 @@
+"""`torch.hub.load("OWNER/dino_xcit", "xcit_small_12_p16", weights="runs/s12_p16")`: each backbone by its official name.
+
+weights: anything that `dino_xcit.load_backbone` takes; none gives random numbers. `dino_xcit_small_12_p16` and its like
+fetch what the DINO authors published.
+"""
+
+dependencies = ["torch", "timm", "safetensors", "yaml"]
+
+from dino_xcit.weights import PUBLISHED as _PUBLISHED  # noqa: E402
+from dino_xcit.weights import load_backbone as _load_backbone  # noqa: E402
+from dino_xcit.xcit import ARCHITECTURES as _ARCHITECTURES  # noqa: E402
+from dino_xcit.xcit import PATCH_SIZES as _PATCH_SIZES  # noqa: E402
+from dino_xcit.xcit import XCiT as _XCiT  # noqa: E402
+
+
+def _backbone(name):
+    def entry(weights=None, **options):
+        return _XCiT(name, **options) if weights is None else _load_backbone(weights, name)
+
+    entry.__name__, entry.__doc__ = name, f"{name}: images (B, C, H, W) -> features (B, D)"
+    return entry
+
+
+def _published(name):
+    def entry():
+        return _load_backbone(name)
+
+    entry.__name__, entry.__doc__ = name, f"{name}, pretrained by the DINO authors"
+    return entry
+
+
+for _architecture in _ARCHITECTURES.values():
+    for _patch in _PATCH_SIZES:
+        _name = f"{_architecture.official}_p{_patch}"
+        globals()[_name] = _backbone(_name)
+for _name in _PUBLISHED:
+    globals()[_name] = _published(_name)

@@ -1,0 +1,153 @@
+"""What `dino-xcit export` writes, read back by the tools that it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from dino_xcit.attention import class_attention
+from dino_xcit.cli import main
+from dino_xcit.config import KnnConfig, PretrainConfig
+from dino_xcit.knn import knn_eval
+from dino_xcit.pretrain import pretrain
+from dino_xcit.weights import load_backbone, save_backbone
+from dino_xcit.xcit import XCiT
+
+NANO = PretrainConfig(arch="xcit_n12_p16", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64)
+
+
+@pytest.fixture(scope="module")
+def nano() -> XCiT:
+    torch.manual_seed(0)
+    backbone = XCiT("xcit_n12_p16", in_chans=1).eval()
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        if tensor.is_floating_point():
+            tensor.data += 0.02 * torch.rand_like(tensor)
+    return backbone
+
+
+@pytest.fixture
+def here(nano, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_backbone(nano, NANO, Path("w.safetensors"))
+    return tmp_path
+
+
+def export(*arguments: str) -> int:
+    return main(["export", "--weights", "w.safetensors", *arguments])
+
+
+def same_features(nano, other, size=(32, 48), batch=2):
+    images = torch.randn(batch, 1, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), nano(images), rtol=1e-4, atol=1e-5)
+
+
+def test_timm_opens_the_folder_with_its_size_and_normalisation(here, nano):
+    assert export("--format", "timm") == 0
+    network = timm.create_model("local-dir:export/xcit_n12_p16_timm", pretrained=True).eval()
+    same_features(nano, network)
+    data = timm.data.resolve_data_config({}, model=network)
+    assert (data["input_size"], data["mean"], data["std"]) == ((1, 64, 64), [0.3], [0.2])
+    assert network.pretrained_cfg["crop_pct"] == 1  # below 96 pixels nothing is cut off
+    again = load_backbone("timm:local-dir:export/xcit_n12_p16_timm")
+    assert all(torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_official_names_come_back(here, nano):
+    assert export("--format", "official", "--output_dir", "out") == 0
+    tensors = torch.load("out/dino_xcit_nano_12_p16.pth", weights_only=True)
+    assert "pos_embeder.token_projection.weight" in tensors
+    assert tensors["cls_attn_blocks.1.attn.qkv.weight"].shape == (3 * 128, 128)
+    assert not any(name.startswith(("pos_embed.", "head")) for name in tensors)
+    again = load_backbone("out/dino_xcit_nano_12_p16.pth")
+    assert all(torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_torch_export_takes_any_batch_and_size(here, nano):
+    assert export("--format", "torch_export") == 0
+    program = torch.export.load("export/xcit_n12_p16.pt2").module()
+    same_features(nano, program)
+    same_features(nano, program, size=(32, 160), batch=1)
+
+
+def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export("--format", "onnx", "--attention") == 0
+    assert [path.name for path in Path("export").iterdir()] == ["xcit_n12_p16.onnx"]  # weights inside
+    session = onnxruntime.InferenceSession("export/xcit_n12_p16.onnx", providers=["CPUExecutionProvider"])
+    for batch, size in ((1, (16, 16)), (3, (80, 32))):
+        images = torch.randn(batch, 1, *size)
+        features, maps = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(features, nano(images), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(maps, class_attention(nano, images), rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_becomes_a_folder_for_the_hub_with_its_recipe_scores_and_figure(tiny, tmp_path):
+    config = dataclasses.replace(tiny, arch="xcit_n12_p8", epochs=1, num_images=16)
+    folder = pretrain(config).folder
+    report = knn_eval(KnnConfig(weights=str(folder), nb_knn=(5,), accelerator="cpu", no_cache=True, num_workers=0))
+    out = tmp_path / "out"
+    assert main(["export", "--weights", str(folder), "--format", "hf", "--output_dir", str(out)]) == 0
+    place = out / "xcit_n12_p8_hf"
+    assert [path.name for path in out.iterdir()] == [place.name]
+    files = {"README.md", "config.json", "model.safetensors", "config.yaml", "attention.png", "knn.json"}
+    assert {path.name for path in place.iterdir()} == files
+    card = (place / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert f"| {report['results'][0]['top1']:.1f} |" in card
+    assert "arch: xcit_n12_p8" in card
+    assert "![" in card
+    network = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
+    images = torch.randn(1, 3, 24, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), load_backbone(folder)(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "ablation", "told"),
+    [("xcit_pico2_p4", {}, "timm has no xcit_pico2_p4"), ("xcit_n12_p16", {"lpi": False}, "timm has no XCiT without lpi")],
+)
+def test_networks_that_timm_lacks_are_refused(here, capsys, arch, ablation, told):
+    config = dataclasses.replace(NANO, arch=arch, **ablation)
+    save_backbone(XCiT(arch, in_chans=1, **ablation), config, Path("w.safetensors"))
+    assert export() == 2
+    assert told in capsys.readouterr().err
+    assert list(Path("export").iterdir()) == []
+    assert export("--format", "torch_export") == 0
+
+
+def test_a_file_that_is_not_the_same_takes_no_place(here, monkeypatch):
+    monkeypatch.setattr("dino_xcit.export.to_official_names", lambda tensors: {k: 2 * v for k, v in tensors.items()})
+    with pytest.raises(RuntimeError, match="gives other features"):
+        export("--format", "official")
+    assert list(Path("export").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--format", "tensorrt"], "--format"),
+        (["--attention"], "--attention is True; expected false without --format onnx or torch_export"),
+        (["--weights", "gone.pth"], "--weights gone.pth does not exist; expected a run folder"),
+        (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(here, capsys, arguments, told):
+    assert export(*arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(here, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export("--format", "onnx") == 2
+    assert "--format onnx needs onnxruntime: pip install 'dino_xcit[export]'" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""`dino-xcit pretrain --init_weights`: where student and teacher start from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dino_xcit.formats import to_official_names
+from dino_xcit.module import DINOModule
+from dino_xcit.pretrain import pretrain
+from dino_xcit.schedules import Schedules
+from dino_xcit.weights import LAST, TEACHER, start_from
+
+
+@pytest.fixture
+def quiet(tiny):
+    return dataclasses.replace(tiny, epochs=1, trainer={"enable_progress_bar": False})
+
+
+@pytest.fixture
+def module(quiet):
+    """A run of other random numbers."""
+    torch.manual_seed(123)
+    return DINOModule(quiet, Schedules(config=quiet, steps_per_epoch=6, total_batch=8))
+
+
+def start(weights, module):
+    return start_from(str(weights), module.student, module.teacher, module.loss)
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def of(path, prefix):
+    state = torch.load(path, weights_only=True)["state_dict"]
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def test_our_own_checkpoint_gives_both_networks_heads_and_center(quiet, module):
+    last = pretrain(quiet).folder / LAST
+    told = start(last, module)
+    for name in ("student", "teacher"):
+        network = getattr(module, name)
+        assert same(network.backbone.state_dict(), of(last, f"{name}.backbone."))
+        assert same(network.head.state_dict(), of(last, f"{name}.head."))
+    assert not same(module.student.backbone.state_dict(), module.teacher.backbone.state_dict())
+    assert torch.equal(module.loss.center, of(last, "loss.")["center"])
+    assert module.loss.center.abs().max() > 0
+    assert told.endswith("backbone, the student's head, the teacher's head, center; anew: optimizer, schedules")
+
+
+def official_file(last, path, **changes):
+    """As main_dino.py saves a run."""
+    content = {"epoch": 1, "dino_loss": {"center": of(last, "loss.")["center"]}, "optimizer": {"state": {}}}
+    for name, wrapper in (("student", "module."), ("teacher", "")):
+        backbone = to_official_names(of(last, f"{name}.backbone."))
+        content[name] = {f"{wrapper}backbone.{k}": v for k, v in backbone.items()}
+        content[name] |= {f"{wrapper}head.{k}": v for k, v in of(last, f"{name}.head.").items()}
+    torch.save({**content, **changes}, path)
+
+
+def test_a_full_official_checkpoint_gives_the_same(quiet, module, tmp_path):
+    last = pretrain(quiet).folder / LAST
+    official_file(last, tmp_path / "checkpoint.pth")
+    told = start(tmp_path / "checkpoint.pth", module)
+    for name in ("student", "teacher"):
+        network = getattr(module, name)
+        assert same(network.backbone.state_dict(), of(last, f"{name}.backbone."))
+        assert same(network.head.state_dict(), of(last, f"{name}.head."))
+    assert torch.equal(module.loss.center, of(last, "loss.")["center"])
+    assert "center; anew: optimizer, schedules" in told
+
+
+def test_a_file_of_one_network_serves_both_and_says_what_begins_anew(quiet, module, tmp_path):
+    folder = pretrain(quiet).folder
+    before = {name: tensor.clone() for name, tensor in module.student.head.state_dict().items()}
+    told = start(folder / TEACHER, module)
+    assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
+    assert same(module.teacher.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
+    assert same(module.student.head.state_dict(), before)
+    assert told.endswith(": backbone; anew: the student's head, the teacher's head, center, optimizer, schedules")
+    official_file(folder / LAST, tmp_path / "one.pth", student=None)
+    start(tmp_path / "one.pth", module)
+    assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
+
+
+def test_heads_of_other_shapes_begin_anew(quiet, module):
+    last = pretrain(dataclasses.replace(quiet, out_dim=16)).folder / LAST
+    assert "anew: the student's head, the teacher's head, center" in start(last, module)
+
+
+def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
+    first = pretrain(quiet).folder
+    config = dataclasses.replace(quiet, init_weights=str(first), output_dir=str(tmp_path / "second"), lr=0.0, min_lr=0.0)
+    folder = pretrain(config).folder
+    assert "starting from" in capsys.readouterr().err
+    before, after = (of(path / LAST, "teacher.backbone.") for path in (first, folder))
+    trained = {name for name in before if "running" not in name and "num_batches" not in name}
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in trained)
+    pretrain(config)
+    assert "starting from" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"arch": "xcit_pico2_p8"},
+            "does not fit --arch xcit_pico2_p8: missing|does not fit --arch xcit_pico2_p8: left over",
+        ),
+        ({"in_chans": 1, "mean": (0.5,), "std": (0.5,)}, "does not fit --arch .*of another shape: patch_embed"),
+        ({"init_weights": "gone.pth"}, "--init_weights gone.pth does not exist; expected a run folder"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(quiet, tmp_path, changes, told):
+    first = pretrain(quiet).folder
+    config = dataclasses.replace(quiet, init_weights=str(first), output_dir=str(tmp_path / "second"))
+    with pytest.raises(ValueError, match=told):
+        pretrain(dataclasses.replace(config, **changes))
+    assert not (tmp_path / "second" / "checkpoints").exists()
