@@ -202,7 +202,7 @@ def draw(sheet: Sheet, width: float, titles: bool) -> Figure:
             left = number * (cell_width + GAP)
             w, h = _within(cell.picture, cell_width, height)
             x, y = left + (cell_width - w) / 2, top + (height - h) / 2
-            page.imshow(cell.picture, extent=(x, x + w, y + h, y), interpolation="auto")
+            page.imshow(cell.picture, extent=(x, x + w, y + h, y), interpolation="antialiased")
             for line, (text, colour) in enumerate(((cell.note, "#555555"), (cell.title, "black"))[2 - lines :]):
                 place = (left + cell_width / 2, top - 0.04 - line * TITLE_INCHES)
                 page.text(*place, fitted(text, cell_width), ha="center", color=colour, parse_math=False)
