@@ -53,7 +53,7 @@ def test_timm_opens_the_folder_with_its_size_and_normalisation(here, nano):
     network = timm.create_model("local-dir:export/xcit_n12_p16_timm", pretrained=True).eval()
     same_features(nano, network)
     data = timm.data.resolve_data_config({}, model=network)
-    assert (data["input_size"], data["mean"], data["std"]) == ((1, 64, 64), [0.3], [0.2])
+    assert [list(data[name]) for name in ("input_size", "mean", "std")] == [[1, 64, 64], [0.3], [0.2]]
     assert network.pretrained_cfg["crop_pct"] == 1  # below 96 pixels nothing is cut off
     again = load_backbone("timm:local-dir:export/xcit_n12_p16_timm")
     assert all(torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items())
