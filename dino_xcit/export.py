@@ -196,7 +196,7 @@ def write_onnx(backbone: XCiT, folder: Path, config: ExportConfig) -> Path:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--format onnx needs {error.name}: pip install 'dino_xcit[export]'") from None
+        raise ValueError(f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime") from None
     path = folder / f"{backbone.arch}.onnx"
     outputs = ["features", "attention"] if config.attention else ["features"]
     with replacing(path) as beside:

@@ -150,4 +150,4 @@ def test_missing_packages_are_named(here, capsys, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export("--format", "onnx") == 2
-    assert "--format onnx needs onnxruntime: pip install 'dino_xcit[export]'" in capsys.readouterr().err
+    assert "--format onnx needs onnxruntime: pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
