@@ -18,6 +18,7 @@ _ROOMS = {
     "PretrainConfig": "config",
     "KnnConfig": "config",
     "LinearConfig": "config",
+    "SegConfig": "config",
     "AttentionConfig": "config",
     "ExportConfig": "config",
     "load_backbone": "weights",

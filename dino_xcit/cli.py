@@ -16,11 +16,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dino_xcit import __version__
-from dino_xcit.config import AttentionConfig, ExportConfig, KnnConfig, LinearConfig, PretrainConfig
+from dino_xcit.config import AttentionConfig, ExportConfig, KnnConfig, LinearConfig, PretrainConfig, SegConfig
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
-RESUMABLE = ("knn-eval", "linear-eval")  # pretraining tells it by itself
+RESUMABLE = ("knn-eval", "linear-eval", "seg-eval")  # pretraining tells it by itself
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +97,13 @@ def run_linear_eval(config: LinearConfig) -> int:
     return 0
 
 
+def run_seg_eval(config: SegConfig) -> int:
+    from dino_xcit.segmentation import seg_eval
+
+    seg_eval(config)
+    return 0
+
+
 def run_attention(config: AttentionConfig) -> int:
     from dino_xcit.run_folder import printable
     from dino_xcit.show import show_attention
@@ -119,6 +126,7 @@ COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
     "pretrain": ("pretrain an XCiT backbone with DINO, without labels", PretrainConfig, run_pretrain),
     "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
     "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
+    "seg-eval": ("segment images by a linear layer on frozen patch tokens", SegConfig, run_seg_eval),
     "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
     "export": ("write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export", ExportConfig, run_export),
 }

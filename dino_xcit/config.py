@@ -202,18 +202,12 @@ class EvalConfig:
     """seed of everything random"""
 
     # Features
-    n_last_blocks: int | None = None
-    """class tokens to concatenate, of the last n class-attention layers (XCiT has 2). Default: 1"""
-    avgpool_patchtokens: bool | None = None
-    """append the mean of the last layer's patch tokens. Default: false"""
     feature_dtype: Literal["auto", "float32", "float16"] = "auto"
     """numbers in which features are stored; auto: float32, float16 where --precision is half"""
     cache_dir: str | None = None
     """folder in which features are kept for the next evaluation. Default: dino_xcit in $XDG_CACHE_HOME or ~/.cache"""
     no_cache: bool = False
     """forget the features at the end"""
-    load_features: str | None = None
-    """folder of trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth to evaluate instead of --weights"""
 
     # Machine
     batch_size_per_gpu: int = 128
@@ -230,7 +224,19 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig(EvalConfig):
+class ClassificationConfig(EvalConfig):
+    """Options of evaluations with one class an image."""
+
+    n_last_blocks: int | None = None
+    """class tokens to concatenate, of the last n class-attention layers (XCiT has 2). Default: 1"""
+    avgpool_patchtokens: bool | None = None
+    """append the mean of the last layer's patch tokens. Default: false"""
+    load_features: str | None = None
+    """folder of trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth to evaluate instead of --weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(ClassificationConfig):
     """Weighted k-nearest-neighbour classification on frozen features, as official eval_knn.py."""
 
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
@@ -242,7 +248,7 @@ class KnnConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(EvalConfig):
+class LinearConfig(ClassificationConfig):
     """Linear classification on frozen features."""
 
     protocol: Literal["heads", "dino", "logistic"] = "heads"
@@ -264,6 +270,23 @@ class LinearConfig(EvalConfig):
     """repetitions with other seeds: subset, held-out images, initial weights, order"""
     evaluate: str | None = None
     """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegConfig(EvalConfig):
+    """Semantic segmentation by one linear layer on frozen patch tokens.
+
+    --data_path: images/ beside masks/ (or annotations/), each with train/ and val/ inside, as ADE20K, or a folder of VOC.
+    """
+
+    lr: float = 0.01
+    """peak learning rate of AdamW, which falls to 0 on a cosine"""
+    epochs: int = 10
+    """passes over the images"""
+    batch_size: int = 64
+    """images per step, of all processes together"""
+    ignore_label: tuple[int, ...] = (255,)
+    """numbers in the masks that are no class: neither trained on nor scored (ADE20K: 0 255)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,14 +492,11 @@ def validate(config: PretrainConfig) -> None:
 def validate_evaluation(config: EvalConfig) -> None:
     """Raise ValueError, naming the flag, for values that no evaluation can use."""
     require = _Requirements(config)
-    if (config.weights is None) == (config.load_features is None):
-        found = "both are given" if config.weights else "neither is"
-        raise ValueError(f"expected --weights or --load_features, {found}")
-    if config.load_features is not None:
-        for flag in ("baselines", "data_path", "dataset", "num_images", "image_size", "n_last_blocks"):
-            if getattr(config, flag):
-                raise ValueError(f"--{flag} has no meaning with --load_features, which brings features instead of images")
-    for flag in ("num_images", "in_chans", "image_size", "resize_size", "n_last_blocks", "batch_size_per_gpu"):
+    if isinstance(config, ClassificationConfig):
+        _validate_features(config, require)
+    elif config.weights is None:
+        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
+    for flag in ("num_images", "in_chans", "image_size", "resize_size", "batch_size_per_gpu"):
         require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
     require(config.seed >= 0, "seed", "0 or more")
     require(config.num_workers is None or config.num_workers >= 0, "num_workers", "0 or more")
@@ -496,6 +516,22 @@ def validate_evaluation(config: EvalConfig) -> None:
         require(bool(shares) and all(0 < share <= 1 for share in shares), "train_fraction", "shares over 0, up to 1")
         for flag in ("epochs", "batch_size", "num_seeds"):
             require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    if isinstance(config, SegConfig):
+        require(config.lr > 0, "lr", "a positive number")
+        for flag in ("epochs", "batch_size"):
+            require(getattr(config, flag) >= 1, flag, "at least 1")
+        require(all(0 <= label <= 255 for label in config.ignore_label), "ignore_label", "numbers from 0 to 255")
+
+
+def _validate_features(config: ClassificationConfig, require: _Requirements) -> None:
+    if (config.weights is None) == (config.load_features is None):
+        found = "both are given" if config.weights else "neither is"
+        raise ValueError(f"expected --weights or --load_features, {found}")
+    if config.load_features is not None:
+        for flag in ("baselines", "data_path", "dataset", "num_images", "image_size", "n_last_blocks"):
+            if getattr(config, flag):
+                raise ValueError(f"--{flag} has no meaning with --load_features, which brings features instead of images")
+    require(config.n_last_blocks is None or config.n_last_blocks >= 1, "n_last_blocks", "at least 1")
 
 
 def validate_export(config: ExportConfig) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import dino_xcit
-from dino_xcit.config import EvalConfig, PretrainConfig
+from dino_xcit.config import ClassificationConfig, EvalConfig, PretrainConfig
 from dino_xcit.crops import resize
 from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_ctrl_c_to_the_parent, open_images
 from dino_xcit.machine import progress, require_folder, resolve_precision, say, summed
@@ -64,10 +64,10 @@ def default_resize(image_size: int) -> int:
     return image_size * 8 // 7 if image_size >= SMALL else image_size
 
 
-def centre_crop(image: Tensor, size: int, short_side: int) -> Tensor:
-    """uint8 (C, H, W) -> uint8 (C, size, size): the short side resized, then the centre."""
+def centre_crop(image: Tensor, size: int, short_side: int, resized: Callable[[Tensor, int, int], Tensor] = resize) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, size, size): the short side resized, then the centre. resized: (1, C, H, W) to a size."""
     _, H, W = image.shape
-    image = resize(image[None], H * short_side // min(H, W), W * short_side // min(H, W))[0]
+    image = resized(image[None], H * short_side // min(H, W), W * short_side // min(H, W))[0]
     top, left = (round((side - size) / 2) for side in image.shape[1:])  # halves to the even number, as in torchvision
     return image[:, top : top + size, left : left + size]
 
@@ -92,12 +92,30 @@ class EvalDataset(Dataset[tuple[Tensor, bool]]):
 # -- backbone --------------------------------------------------------------------------------------------------------
 
 
-class Frozen:
-    """A backbone as a function: framed uint8 images (B, C, S, S), on any device -> float32 features (B, P, C) on its own."""
+Take = Callable[[Any, Tensor], Tensor]
 
-    def __init__(self, backbone: nn.Module, transform: Transform, device: torch.device, precision: str = "32-true") -> None:
+
+def class_features(network: Any, x: Tensor) -> Tensor:
+    """What classifiers see: `XCiT.layer_features`, or the one feature of another network (B, 1, C)."""
+    return network.layer_features(x) if isinstance(network, XCiT) else network(x)[:, None]
+
+
+class Frozen:
+    """A backbone as a function: framed uint8 images (B, C, S, S), on any device -> float32 features (B, P, C) on its own.
+
+    take: (backbone, normalised images) -> features.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        transform: Transform,
+        device: torch.device,
+        precision: str = "32-true",
+        take: Take = class_features,
+    ) -> None:
         self.backbone = backbone.to(device).eval()
-        self.transform, self.device, self.precision = transform, device, precision
+        self.transform, self.device, self.precision, self.take = transform, device, precision, take
         self.offset = torch.tensor(transform.mean, device=device)[:, None, None]
         self.scale = torch.tensor(transform.std, device=device)[:, None, None]
 
@@ -106,8 +124,7 @@ class Frozen:
         x = self.normalised(images)
         half = HALF.get(self.precision)
         with torch.autocast(self.device.type, half, enabled=half is not None):
-            features = self.backbone.layer_features(x) if isinstance(self.backbone, XCiT) else self.backbone(x)[:, None]
-        return features.float()
+            return self.take(self.backbone, x).float()
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 -> what the backbone takes."""
@@ -274,7 +291,7 @@ class Subject:
     @functools.cached_property
     def key(self) -> str:
         """Differs between subjects whose training features do."""
-        return _digest(self._described("train"))
+        return digest_of(self._described("train"))
 
     def labels(self, split: str) -> Tensor:
         """Of the images whose features have been made, else of all images of the split."""
@@ -293,7 +310,7 @@ class Subject:
         images, fabric = self.images[split], self.fabric
         described = self._described(split)
         dtype = described["dtype"]
-        folder = self.cache / _digest(described)
+        folder = self.cache / digest_of(described)
         shape = (len(images), *self.shape)
         if fabric.is_global_zero:
             try:
@@ -353,6 +370,7 @@ class Subject:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return {
             "backbone": digest.hexdigest(),
+            "features": self.frozen.take.__name__,
             "images": fingerprint(self.images[split]),
             "transform": list(self.frozen.transform),
             "precision": self.frozen.precision,
@@ -362,7 +380,7 @@ class Subject:
         }
 
 
-def _digest(described: Any) -> str:
+def digest_of(described: Any) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
 
 
@@ -371,7 +389,7 @@ class FromFiles:
 
     made, seconds, unreadable = 0, 0.0, 0
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: ClassificationConfig) -> None:
         self.folder = Path(config.load_features or "")
         self.name = str(self.folder)
         self.splits = {name: self._load(*files) for name, files in OFFICIAL_FILES.items()}
@@ -392,7 +410,7 @@ class FromFiles:
     @property
     def key(self) -> str:
         stats = [(self.folder / name).stat() for files in OFFICIAL_FILES.values() for name in files]
-        return _digest([str(self.folder.resolve()), [(s.st_size, s.st_mtime_ns) for s in stats]])
+        return digest_of([str(self.folder.resolve()), [(s.st_size, s.st_mtime_ns) for s in stats]])
 
     def labels(self, split: str) -> Tensor:
         return self.splits[split].labels
@@ -441,21 +459,25 @@ def dump_features(subject: Subject, parts: slice, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def subjects(config: Config, fabric: Fabric) -> Iterator[tuple[Config, list[Any], dict[int, str]]]:
+def subjects(config: Config, fabric: Fabric, task: Task | None = None) -> Iterator[tuple[Config, list[Any], dict[int, str]]]:
     """The resolved config, what is to be evaluated (the weights, then the baselines), and the classes' names by label.
 
+    task: else `CLASSIFICATION`.
     Raises ValueError, naming the flag, for weights that do not load and images that are not there or have no labels.
     """
-    if config.load_features is not None:
+    if isinstance(config, ClassificationConfig) and config.load_features is not None:
         files = FromFiles(config)
         yield config, [files], files.classes
         return
     assert config.weights is not None
     backbone = load_backbone(config.weights, config.arch, config.checkpoint_key)
     config, images_seed = resolve(config, backbone.metadata)
-    images, classes = open_splits(dataclasses.replace(config, seed=images_seed))
+    task = task or CLASSIFICATION
+    images, classes = task.open(dataclasses.replace(config, seed=images_seed))
     transform = Transform(config.image_size, config.resize_size, config.mean, config.std)  # type: ignore[arg-type]
-    named = [(str(config.weights), backbone), *(baselines(config, backbone) if config.baselines else [])]
+    named = [(str(config.weights), backbone)]
+    if config.baselines:
+        named += baselines(config, backbone, task.pixels(backbone))
     with contextlib.ExitStack() as stack:
         if not config.no_cache:
             cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
@@ -467,7 +489,7 @@ def subjects(config: Config, fabric: Fabric) -> Iterator[tuple[Config, list[Any]
         yield (
             config,
             [
-                Subject(name, config, fabric, images, Frozen(network, transform, fabric.device, precision), cache)
+                Subject(name, config, fabric, images, Frozen(network, transform, fabric.device, precision, task.take), cache)
                 for name, network in named
             ],
             {label: name for name, label in classes.items()},
@@ -479,9 +501,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_xcit"
 
 
-def baselines(config: EvalConfig, backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+def baselines(config: EvalConfig, backbone: nn.Module, pixels: nn.Module) -> list[tuple[str, nn.Module]]:
     """What a pretrained network must beat."""
-    rows: list[tuple[str, nn.Module]] = [("raw pixels", Pixels())]
+    rows: list[tuple[str, nn.Module]] = [("raw pixels", pixels)]
     if isinstance(backbone, XCiT):
         torch.manual_seed(config.seed)
         rows.append((f"{backbone.arch}, untrained", build(backbone.metadata)))
@@ -544,3 +566,17 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
     if len(unseen):
         say(f"{len(unseen)} classes of the validation images have no training images: they count as wrong")
     return images, classes
+
+
+class Task(NamedTuple):
+    """What kinds of evaluation differ in."""
+
+    open: Callable[[Any], tuple[dict[str, Any], dict[str, int]]]
+    """a config -> the images of both splits, and the classes' labels by name"""
+    take: Take
+    """what of a network is evaluated"""
+    pixels: Callable[[Any], nn.Module]
+    """a backbone -> the network whose features are raw pixels"""
+
+
+CLASSIFICATION = Task(open_splits, class_features, lambda backbone: Pixels())

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor
 
 import dino_xcit
-from dino_xcit.config import EvalConfig
+from dino_xcit.config import ClassificationConfig, EvalConfig
 from dino_xcit.machine import require_folder
 from dino_xcit.run_folder import plain, printable, replacing
 from dino_xcit.weights import run_folder_of
@@ -32,7 +32,7 @@ def output_folder(config: EvalConfig) -> Path:
     """`--output_dir`, else the run folder of the weights, else runs/NAME or the folder of the features."""
     if config.output_dir is not None:
         folder = Path(config.output_dir)
-    elif config.load_features is not None:
+    elif isinstance(config, ClassificationConfig) and config.load_features is not None:
         folder = Path(config.load_features)
     else:
         weights = config.weights or ""
@@ -74,7 +74,7 @@ def describe(config: EvalConfig, subjects: list[Any], precision: str) -> dict[st
     first = subjects[0]
     labels = {name: first.labels(name) for name in ("train", "validation")}
     return {
-        "weights": config.weights or str(config.load_features),
+        "weights": config.weights or first.name,
         "data": {
             **{name: len(of_split) for name, of_split in labels.items()},
             "classes": len(torch.unique(torch.cat(list(labels.values())))),

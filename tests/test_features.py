@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from dino_xcit import features, shapes
-from dino_xcit.config import EvalConfig
+from dino_xcit.config import ClassificationConfig
 from dino_xcit.data import open_images
 from dino_xcit.features import (
     DONE,
@@ -53,7 +53,7 @@ SIDE = 16
 TRANSFORM = Transform(SIDE, SIDE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 FOLDER = [f"{split}/{name}/{i}.png" for split, count in (("train", 3), ("val", 2)) for name in "ab" for i in range(count)]
 TRAIN_IMAGES, IMAGES = 6, 10  # in FOLDER
-CPU_ONLY = EvalConfig(
+CPU_ONLY = ClassificationConfig(
     accelerator="cpu", devices="1", precision="32-true", feature_dtype="float32", num_workers=0, batch_size_per_gpu=4
 )
 
@@ -168,17 +168,17 @@ def test_pixels_are_averaged_down_to_32_and_never_up():
 
 def test_baselines_are_pixels_and_the_same_network_untrained():
     backbone = backbone_of(seed=1, config=dataclasses.replace(TINY, l2_norm=False, in_chans=1, mean=(0.5,), std=(0.5,)))
-    (pixels, _), (name, untrained) = baselines(CPU_ONLY, backbone)
+    (pixels, _), (name, untrained) = baselines(CPU_ONLY, backbone, Pixels())
     assert (pixels, name) == ("raw pixels", "xcit_pico2_p4, untrained")
     assert not untrained.blocks[0].attn.l2_norm
     assert untrained.in_chans == 1
-    again = baselines(CPU_ONLY, backbone)[1][1]
-    other = baselines(dataclasses.replace(CPU_ONLY, seed=1), backbone)[1][1]
+    again = baselines(CPU_ONLY, backbone, Pixels())[1][1]
+    other = baselines(dataclasses.replace(CPU_ONLY, seed=1), backbone, Pixels())[1][1]
     weight = [network.blocks[0].attn.qkv.weight for network in (untrained, again, other, backbone)]
     assert torch.equal(weight[0], weight[1])
     assert not torch.equal(weight[0], weight[2])
     assert not torch.equal(weight[0], weight[3])
-    assert [name for name, _ in baselines(CPU_ONLY, nn.Flatten())] == ["raw pixels"]
+    assert [name for name, _ in baselines(CPU_ONLY, nn.Flatten(), Pixels())] == ["raw pixels"]
 
 
 @pytest.mark.parametrize(
@@ -901,7 +901,7 @@ def test_dumped_features_load_again(config, fabric, tmp_path):
             folder = tmp_path / f"dump {number}"
             dump_features(subject, parts, folder)
             assert {path.name for path in folder.iterdir()} == {f for files in OFFICIAL_FILES.values() for f in files}
-            loaded = FromFiles(EvalConfig(load_features=str(folder)))
+            loaded = FromFiles(ClassificationConfig(load_features=str(folder)))
             for name in ("train", "validation"):
                 expected = F.normalize(subject.split(name).features[:, parts].flatten(1), dim=1)
                 torch.testing.assert_close(loaded.split(name).features, expected[:, None])

@@ -15,7 +15,7 @@ FLOORS = (
     ("data", "machine"),
     ("module", "weights"),
     ("features", "report"),
-    ("knn", "linear", "plan", "views"),
+    ("knn", "linear", "segmentation", "plan", "views"),
     ("layouts", "masks"),
     ("strip", "show", "export"),
     ("pretrain",),

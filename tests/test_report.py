@@ -234,7 +234,7 @@ def test_names_of_folders_that_are_not_utf8_are_drawn(tmp_path):
 def test_results_go_to_the_folder_that_is_named(tmp_path):
     named = EvalConfig(weights="timm:resnet10t", output_dir=str(tmp_path / "results"))
     assert output_folder(named) == tmp_path / "results"
-    assert output_folder(EvalConfig(load_features="dump", output_dir=str(tmp_path))) == tmp_path
+    assert output_folder(KnnConfig(load_features="dump", output_dir=str(tmp_path))) == tmp_path
 
 
 @pytest.mark.parametrize("weights", ["", "checkpoints/last.ckpt", "teacher.safetensors"])
@@ -260,7 +260,7 @@ def test_results_of_two_sets_of_weights_of_timm_do_not_share_a_folder(tmp_path, 
 
 
 def test_results_of_loaded_features_go_beside_them(tmp_path):
-    assert output_folder(EvalConfig(load_features=str(tmp_path / "dump"))) == tmp_path / "dump"
+    assert output_folder(KnnConfig(load_features=str(tmp_path / "dump"))) == tmp_path / "dump"
 
 
 @pytest.mark.parametrize("options", [{"load_features": "typo"}, {"weights": "typo"}])
