@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.photometric import Draw
+from dino_xcit.xcit import BRANCHES, resolve_architecture
 
 GLOBAL_CROPS = 2
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -30,10 +31,14 @@ class Views:
     """uint8 (G, C, S, S)"""
     global_draws: Tensor
     """float32 (G, len(Draw))"""
+    global_paths: Tensor
+    """float32 (G, layers, 3): stochastic depth, the factor of each residual branch, 0 or 1 / (1 - rate)"""
     local_crops: Tensor
     """uint8 (L, C, s, s)"""
     local_draws: Tensor
     """float32 (L, len(Draw))"""
+    local_paths: Tensor
+    """float32 (L, layers, 3)"""
 
 
 class MultiCrop:
@@ -47,6 +52,7 @@ class MultiCrop:
         self.scale_low, self.scale_high = np.array(scales).T
         self.blur_prob = self._per_view(config.blur_prob)
         self.solarize_prob = self._per_view(config.solarize_prob)
+        self.layers = resolve_architecture(config.arch)[1].depth
 
     def _per_view(self, values: tuple[float, float, float]) -> np.ndarray:
         return np.array([values[0], values[1], *[values[2]] * self.config.local_crops_number])
@@ -56,12 +62,15 @@ class MultiCrop:
         rng = np.random.default_rng(key)
         boxes = draw_boxes(rng, image.shape[1], image.shape[2], self.scale_low, self.scale_high)
         draws = torch.from_numpy(self.draw_photometric(rng))
+        paths = torch.from_numpy(self.draw_paths(rng))
         c, g = self.config, GLOBAL_CROPS
         return Views(
             global_crops=cut(image, boxes[:g], c.global_crops_size),
             global_draws=draws[:g],
+            global_paths=paths[:g],
             local_crops=cut(image, boxes[g:], c.local_crops_size),
             local_draws=draws[g:],
+            local_paths=paths[g:],
         )
 
     def draw_photometric(self, rng: np.random.Generator) -> np.ndarray:
@@ -78,6 +87,12 @@ class MultiCrop:
         draws[:, Draw.SIGMA] = rng.uniform(*c.blur_sigma, V) * (rng.random(V) < self.blur_prob)
         draws[:, Draw.SOLARIZE] = rng.random(V) < self.solarize_prob
         return draws.astype(np.float32)
+
+    def draw_paths(self, rng: np.random.Generator) -> np.ndarray:
+        """float32 (V, layers, 3). The rate is the same in every layer, as published."""
+        rate = self.config.drop_path_rate
+        kept = rng.random((self.views, self.layers, BRANCHES)) >= rate
+        return kept.astype(np.float32) / max(1 - rate, 1e-9)
 
 
 def draw_boxes(

@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
@@ -51,12 +50,11 @@ COLUMNS = (
 class Network(nn.Module):
     """Backbone and projection head; the student is one, the teacher another."""
 
-    def __init__(self, config: PretrainConfig, drop_path: float) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.backbone = XCiT(
             config.arch,
             in_chans=config.in_chans,
-            drop_path=drop_path,
             grad_checkpointing=config.grad_checkpointing,
             **{switch: getattr(config, switch) for switch in ABLATIONS},
         )
@@ -69,9 +67,17 @@ class Network(nn.Module):
             norm_last_layer=config.norm_last_layer,
         )
 
-    def forward(self, groups: list[Tensor]) -> Tensor:
-        """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K)."""
-        features = [self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in groups]
+    def forward(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Tensor:
+        """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K).
+
+        paths: stochastic depth of each group, (B, views, layers, 3), or None.
+        """
+        features = [
+            self.backbone(views.flatten(0, 1), None if of_group is None else of_group.flatten(0, 1)).unflatten(
+                0, views.shape[:2]
+            )
+            for views, of_group in zip(groups, paths, strict=False)
+        ]
         views = torch.cat(features, dim=1)  # (B, V, D)
         return self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
@@ -87,8 +93,8 @@ class DINOModule(L.LightningModule):
     def __init__(self, config: PretrainConfig, schedules: Schedules) -> None:
         super().__init__()
         self.config, self.schedules = config, schedules
-        self.student = Network(config, drop_path=config.drop_path_rate)
-        self.teacher = Network(config, drop_path=0.0).requires_grad_(False)
+        self.student = Network(config)
+        self.teacher = Network(config).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.loss = DINOLoss(config.out_dim, config.student_temp, config.center_momentum)
         self.register_buffer("_broken", torch.zeros(()), persistent=False)  # 1 once a loss or gradient was not finite
@@ -110,23 +116,23 @@ class DINOModule(L.LightningModule):
         groups = ["global", "local"] if self.config.local_crops_number else ["global"]
         return [self._augment(batch.views[f"{group}_crops"], batch.views[f"{group}_draws"]) for group in groups]
 
+    def paths(self, batch: Batch) -> list[Tensor | None]:
+        """Stochastic depth of the student on each group of views."""
+        drops = self.config.drop_path_rate > 0
+        return [batch.views[f"{group}_paths"] if drops else None for group in ("global", "local")]
+
     def _augment(self, crops: Tensor, draws: Tensor) -> Tensor:
         c = self.config
         with torch.autocast(crops.device.type, enabled=False):  # eight bits of a picture need more than bfloat16 has
             views = photometric(crops.flatten(0, 1), draws.flatten(0, 1), c.mean, c.std, c.blur_sigma[1])
         return views.unflatten(0, crops.shape[:2])
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Stochastic depth is the only randomness of a step; seeding it here makes the step a function of its number.
-        seeds = np.random.SeedSequence((self.config.seed, batch_idx, self.global_rank))
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         groups = self.views(batch)
         temperature = self.schedules.teacher_temp(self.global_step)
         with torch.no_grad():
             teacher = self.teacher(groups[:1])
-        student = self.student(groups)
+        student = self.student(groups, self.paths(batch))
         loss = self.loss(student, teacher, temperature)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         if self._logs(self.global_step):

@@ -78,7 +78,7 @@ def memory_estimate(config: PretrainConfig) -> int:
     """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass keeps for the
     backward pass, all float32. Counted on the meta device: nothing is computed."""
     with torch.device("meta"):
-        student = Network(dataclasses.replace(config, grad_checkpointing=False), config.drop_path_rate)
+        student = Network(dataclasses.replace(config, grad_checkpointing=False))
         B, C = config.batch_size_per_gpu, config.in_chans
         groups = [torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)]
         if config.local_crops_number:

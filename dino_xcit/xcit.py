@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
 CLASS_ATTENTION_LAYERS = 2
+BRANCHES = 3  # residual branches of an XCA layer: XCA, LPI, MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +206,9 @@ class XCA(nn.Module):
 class XCABlock(nn.Module):
     """XCA, LPI and MLP, each a residual branch with LayerScale. The norms are numbered as in the official code."""
 
-    def __init__(
-        self, architecture: Architecture, drop_path: float, xca: bool, lpi: bool, l2_norm: bool, learned_temperature: bool
-    ) -> None:
+    def __init__(self, architecture: Architecture, xca: bool, lpi: bool, l2_norm: bool, learned_temperature: bool) -> None:
         super().__init__()
         dim = architecture.dim
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.has_xca, self.has_lpi = xca, lpi
         if xca:
             self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
@@ -224,12 +222,18 @@ class XCABlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.gamma2 = nn.Parameter(architecture.eta * torch.ones(dim))
 
-    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+    def forward(self, x: Tensor, H: int, W: int, paths: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, C); paths (B, 3): factors of the three branches, by sample."""
+        xca, lpi, mlp = (None,) * BRANCHES if paths is None else paths.to(x.dtype)[..., None, None].unbind(1)  # (B, 1, 1)
         if self.has_xca:
-            x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
+            x = _add(x, self.gamma1 * self.attn(self.norm1(x)), xca)
         if self.has_lpi:
-            x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), H, W))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+            x = _add(x, self.gamma3 * self.local_mp(self.norm3(x), H, W), lpi)
+        return _add(x, self.gamma2 * self.mlp(self.norm2(x)), mlp)
+
+
+def _add(x: Tensor, update: Tensor, factor: Tensor | None) -> Tensor:
+    return x + update if factor is None else x + factor * update
 
 
 class ClassAttention(nn.Module):
@@ -297,9 +301,10 @@ class ClassAttentionBlock(nn.Module):
 class XCiT(nn.Module):
     """Backbone: images (B, in_chans, H, W) -> class token (B, C) of the last layer.
 
+    Stochastic depth, in the XCA layers alone as published, comes with the images: `paths` of `patch_tokens`.
+
     arch: any name that `resolve_architecture` knows.
     in_chans: channels of the images.
-    drop_path: stochastic depth, the same in every XCA layer as published; none in class attention.
     grad_checkpointing: recompute each XCA layer in the backward pass: less memory, about a third more time.
     xca, lpi, l2_norm, learned_temperature: the paper's ablations (table 4), each off when False.
     """
@@ -309,7 +314,6 @@ class XCiT(nn.Module):
         arch: str,
         *,
         in_chans: int = 3,
-        drop_path: float = 0.0,
         grad_checkpointing: bool = False,
         xca: bool = True,
         lpi: bool = True,
@@ -327,19 +331,20 @@ class XCiT(nn.Module):
         self.pos_embed = FourierPositions(self.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.blocks = nn.ModuleList(
-            XCABlock(architecture, drop_path, xca, lpi, l2_norm, learned_temperature) for _ in range(architecture.depth)
+            XCABlock(architecture, xca, lpi, l2_norm, learned_temperature) for _ in range(architecture.depth)
         )
         self.cls_attn_blocks = nn.ModuleList(ClassAttentionBlock(architecture) for _ in range(CLASS_ATTENTION_LAYERS))
         self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(_initialise)
 
-    def patch_tokens(self, images: Tensor) -> tuple[Tensor, int, int]:
+    def patch_tokens(self, images: Tensor, paths: Tensor | None = None) -> tuple[Tensor, int, int]:
         """Images -> tokens after the XCA layers (B, N, C) and the grid H, W.
 
+        paths: stochastic depth (B, layers, 3), the factors of each layer's three residual branches; none: 1.
         Raises ValueError if the image does not have this network's channels or the patch size does not divide it.
         """
-        for layer in self._layers(images):  # noqa: B007
+        for layer in self._layers(images, paths):  # noqa: B007
             pass
         return layer
 
@@ -352,25 +357,26 @@ class XCiT(nn.Module):
         }
         return [after[layer] for layer in layers]
 
-    def _layers(self, images: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    def _layers(self, images: Tensor, paths: Tensor | None = None) -> Iterator[tuple[Tensor, int, int]]:
         """Tokens (B, N, C) and the grid, after each XCA layer."""
         self._check(images)
         tokens, H, W = self.patch_embed(images)
         tokens = tokens + self.pos_embed(H, W)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            of_layer = None if paths is None else paths[:, layer]
             if self.grad_checkpointing and self.training:
                 recompute = lambda block=block: (contextlib.nullcontext(), _frozen_statistics(block))  # noqa: E731
-                tokens = checkpoint(block, tokens, H, W, use_reentrant=False, context_fn=recompute)
+                tokens = checkpoint(block, tokens, H, W, of_layer, use_reentrant=False, context_fn=recompute)
             else:
-                tokens = block(tokens, H, W)
+                tokens = block(tokens, H, W, of_layer)
             yield tokens, H, W
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images -> every token of the last layer, normed, class token first (B, 1 + N, C), as in timm."""
         return self.norm(self.attend(self.patch_tokens(images)[0], class_token_only=False)[0])
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.attend(self.patch_tokens(images)[0], class_token_only=True)[0][:, 0])
+    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        return self.norm(self.attend(self.patch_tokens(images, paths)[0], class_token_only=True)[0][:, 0])
 
     def layer_features(self, images: Tensor) -> Tensor:
         """Images -> what linear probes choose from, each normed: (B, class-attention layers + 1, C).

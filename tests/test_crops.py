@@ -1,5 +1,6 @@
 """Boxes and drawn numbers against torchvision's RandomResizedCrop and the configured probabilities; pixels against PIL."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -252,3 +253,21 @@ def test_views_are_drawn_independently():
     draws = many_draws()
     for column in (Draw.FLIP, Draw.GRAYSCALE, Draw.BRIGHTNESS):
         assert np.abs(np.corrcoef(draws[..., column].T) - np.eye(5)).max() < 0.1
+
+
+def test_stochastic_depth_is_drawn_with_its_rate_and_keeps_the_mean():
+    crop = MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=0.25))
+    paths = np.stack([crop.draw_paths(np.random.default_rng(i)) for i in range(400)])
+    assert paths.shape[1:] == (crop.views, crop.layers, 3)
+    assert set(np.unique(paths)) == {0, np.float32(1 / 0.75)}
+    assert paths.mean() == pytest.approx(1, abs=0.02)
+    assert (crop.draw_paths(np.random.default_rng(0)) == paths[0]).all()
+    assert (MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=1.0)).draw_paths(np.random.default_rng(0)) == 0).all()
+
+
+def test_stochastic_depth_does_not_change_the_crops():
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    one, other = (MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=rate))(image, (0, 1, 2)) for rate in (0.0, 0.5))
+    assert torch.equal(one.global_crops, other.global_crops)
+    assert torch.equal(one.local_draws, other.local_draws)
+    assert not torch.equal(one.local_paths, other.local_paths)

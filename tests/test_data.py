@@ -255,7 +255,7 @@ def test_workers_change_nothing(workers):
     reference = [CropDataset(images, TINY)[position][0] for chunk in Order(TINY, len(images)) for position in chunk]
     loader = CropLoader(CropDataset(images, TINY), Order(TINY, len(images)), num_workers=workers, pin_memory=False)
     seen = [batch.views for batch in loader]
-    for name in ("global_crops", "global_draws", "local_crops", "local_draws"):
+    for name in ("global_crops", "global_draws", "global_paths", "local_crops", "local_draws", "local_paths"):
         assert torch.equal(torch.cat([views[name] for views in seen]), torch.stack([vars(v)[name] for v in reference]))
 
 

@@ -41,7 +41,7 @@ def test_a_run_on_the_device_starts_with_the_loss_of_cpu(tmp_path, precision):
         folder = tmp_path / accelerator
         on_gpu = accelerator == "gpu"
         config = dataclasses.replace(TINY, accelerator=accelerator, precision=precision if on_gpu else "32-true")
-        pretrain(dataclasses.replace(config, drop_path_rate=0.0, output_dir=str(folder)))
+        pretrain(dataclasses.replace(config, output_dir=str(folder)))
         table = list(csv.DictReader(Path(folder / "metrics.csv").read_text().splitlines()))
         assert len(table) == 12
         losses.append(float(table[0]["loss"]))

@@ -17,7 +17,7 @@ CONFIG = PretrainConfig(arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, he
 
 
 def decayed_and_spared(**options):
-    network = Network(replace(CONFIG, **options), drop_path=0.0)
+    network = Network(replace(CONFIG, **options))
     name_of = {parameter: name for name, parameter in network.named_parameters()}
     groups = parameter_groups(network)
     return groups, *({name_of[p] for p in group["params"]} for group in groups), network

@@ -131,7 +131,7 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys):
 def test_the_memory_estimate_grows_with_the_batch_and_counts_the_weights(tiny):
     one = memory_estimate(tiny)
     two = memory_estimate(dataclasses.replace(tiny, batch_size_per_gpu=2 * tiny.batch_size_per_gpu))
-    weights = sum(p.numel() for p in Network(tiny, 0.0).parameters()) * 4
+    weights = sum(p.numel() for p in Network(tiny).parameters()) * 4
     kept = two - one  # by the forward pass of one batch more
     assert one > 5 * weights
     assert one - 5 * weights == pytest.approx(kept, rel=0.2)
@@ -263,7 +263,7 @@ def frozen_batch_norm(monkeypatch):
 
 @pytest.mark.usefixtures("frozen_batch_norm")
 def test_accumulated_passes_equal_one_pass_of_the_total_batch(tiny):
-    whole = dataclasses.replace(tiny, drop_path_rate=0.0)
+    whole = tiny
     parts = dataclasses.replace(whole, batch_size_per_gpu=2, accumulate_grad_batches=4, output_dir=f"{tiny.output_dir}_4")
     for config in (whole, parts):
         pretrain(config)

@@ -263,10 +263,10 @@ def test_grad_checkpointing_changes_nothing_but_memory():
     images = torch.randn(3, 3, 32, 48)
     results = []
     for grad_checkpointing in (False, True):
-        (backbone,) = fill(pico(grad_checkpointing=grad_checkpointing, drop_path=0.5))
+        (backbone,) = fill(pico(grad_checkpointing=grad_checkpointing))
+        paths = torch.randint(0, 2, (3, len(backbone.blocks), 3), generator=torch.Generator().manual_seed(0)) * 2.0
         for step in range(2):  # the second shows that the first left batch norm tracking
-            torch.manual_seed(step)
-            output = backbone(images)
+            output = backbone(images, paths.roll(step, 0))
             output[:, :9].sum().backward()
         results.append([output, [p.grad for p in backbone.parameters()], list(backbone.buffers())])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
@@ -280,11 +280,27 @@ def test_training_works_after_inference_mode_on_the_same_grid():
     assert backbone.pos_embed.token_projection.weight.grad.isfinite().all()
 
 
-def test_stochastic_depth_acts_in_training_only():
-    images = torch.randn(4, 3, 32, 32)
-    plain, (deep,) = fill(pico())[0], fill(pico(drop_path=0.5))
-    torch.testing.assert_close(deep.eval()(images), plain.eval()(images), rtol=0, atol=0)
-    assert not torch.allclose(deep.train()(images), plain.train()(images), atol=1e-2)
+def test_stochastic_depth_scales_one_branch_of_one_sample():
+    images = torch.randn(3, 3, 32, 32)
+    (backbone,) = fill(pico())
+    backbone.eval()
+    whole = backbone(images)
+    paths = torch.ones(3, len(backbone.blocks), 3)
+    torch.testing.assert_close(backbone(images, paths), whole, rtol=0, atol=0)
+    for branch, gamma in enumerate(("gamma1", "gamma3", "gamma2")):
+        for factor in (0.0, 2.0):
+            scaled = paths.clone()
+            scaled[1, -1, branch] = factor
+            found = backbone(images, scaled)
+            weight = getattr(backbone.blocks[-1], gamma)
+            with torch.no_grad():
+                kept = weight.clone()
+                weight.mul_(factor)
+                expected = backbone(images)[1]
+                weight.copy_(kept)
+            torch.testing.assert_close(found[1], expected)
+            torch.testing.assert_close(found[[0, 2]], whole[[0, 2]])
+            assert not torch.allclose(expected, whole[1], atol=1e-3)
 
 
 # -- errors and names --------------------------------------------------------------------------------------------
