@@ -1,6 +1,7 @@
 """`dino-xcit <command>`: parses the command line, then imports the one room that the command needs.
 
-Exit code 0: done; 2: something that the user can put right, told in one line; 1: the run failed; 130: Ctrl-C.
+Exit code 0: done, or SLURM will start it again; 2: something that the user can put right, told in one line; 1: the run
+failed; 128 + a signal's number: stopped by it and saved (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1).
 """
 
 from __future__ import annotations
@@ -71,13 +72,13 @@ def run_pretrain(config: PretrainConfig) -> int:
     from dino_xcit.pretrain import pretrain
 
     outcome = pretrain(config)
-    if outcome.interrupted:
+    if outcome.stopped_by is not None:
         print(
             f"stopped at step {outcome.step} of {outcome.steps}, saved; go on with: "
             f"{PROGRAM} pretrain --config {outcome.folder}/config.yaml",
             file=sys.stderr,
         )
-        return 130
+        return 0 if outcome.requeued else 128 + outcome.stopped_by
     if not config.dry_run:
         print(f"step {outcome.step} of {outcome.steps}: {outcome.folder}/teacher.safetensors")
     return 0

@@ -150,7 +150,9 @@ class PretrainConfig:
     resume: bool = True
     """continue the run in --output_dir if it holds one of the same options; false refuses instead"""
     checkpoint_every_n_steps: int | None = None
-    """steps between checkpoints, besides one at every epoch's end and one every 10 minutes"""
+    """steps between checkpoints, besides those at every epoch's end and by --checkpoint_every_n_minutes"""
+    checkpoint_every_n_minutes: float = 10
+    """minutes after which the next step is saved"""
     saveckp_freq: int = 20
     """epochs between checkpoints that are kept; 0 keeps the last one only"""
     log_every_n_steps: int = 50
@@ -402,10 +404,13 @@ class AttentionConfig:
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
-# Options that a resumed run may change: they say where it runs and what it tells, not what it computes.
+# Options that a resumed run may change: they say where it runs and what it tells, not what it computes. (Of the images per
+# process only the sum over all processes matters, which is compared on loading.)
 FREE_ON_RESUME = frozenset(
     {
         "accelerator",
+        "batch_size_per_gpu",
+        "checkpoint_every_n_minutes",
         "checkpoint_every_n_steps",
         "compile",
         "data_path",
@@ -484,6 +489,7 @@ def validate(config: PretrainConfig) -> None:
         config.strategy == "auto" or config.strategy.startswith("ddp"), "strategy", "auto or ddp (every process is whole)"
     )
     require(config.eval_num_images >= 1, "eval_num_images", "at least 1")
+    require(config.checkpoint_every_n_minutes >= 0, "checkpoint_every_n_minutes", "0 or more")
     for flag in ("num_images", "checkpoint_every_n_steps"):
         value = getattr(config, flag)
         require(value is None or value >= 1, flag, "at least 1")

@@ -11,9 +11,11 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from dino_xcit import shapes
 from dino_xcit.config import PretrainConfig
 from dino_xcit.crops import MultiCrop, Views
+from dino_xcit.machine import say
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -36,6 +39,11 @@ REPLACEMENTS_TRIED = 20
 JPEG_OR_PNG = (b"\xff\xd8", b"\x89PNG")
 IMAGES_LOOKED_AT = 16  # for a set's fingerprint
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Those of the extensions: PIL goes by the content, and would start Ghostscript for a file that holds PostScript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SECONDS_TO_READ = 60  # an image, after which it counts as unreadable: a file system that hangs must not hang the run
+T = TypeVar("T")
+WORKER_DEATHS = 5  # without a batch between them, after which the run ends
 
 
 class ImageOptions(Protocol):
@@ -113,10 +121,11 @@ class TimmSet:
         return len(self.dataset)
 
     def read(self, index: int) -> Tensor:
-        if self.reader is None:  # torchvision's sets hand out PIL images
-            return _from_pil(self.dataset[index][0], self.channels)
-        with self.reader[index][0] as file:
-            return decode(file.read(), self.channels)
+        with in_time(SECONDS_TO_READ):
+            if self.reader is None:  # torchvision's sets hand out PIL images
+                return _from_pil(self.dataset[index][0], self.channels)
+            with self.reader[index][0] as file:
+                return decode(file.read(), self.channels)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True)) if self.reader else f"image {index}"
@@ -235,20 +244,53 @@ def _labels(dataset: Any) -> np.ndarray | None:
 def decode(data: bytes, channels: int) -> Tensor:
     """The bytes of an image file -> uint8 (C, H, W), upright, in the channels asked for.
 
-    torchvision decodes JPEG and PNG, PIL the rest. Raises ValueError if neither can.
+    torchvision decodes JPEG and PNG, PIL the rest. Raises ValueError if neither can, or if there are more than 179 million
+    pixels, which is PIL's limit.
     """
     if decode_image is not None and channels in (1, 3) and data.startswith(JPEG_OR_PNG):
+        _open(data).close()  # reads the size alone: torchvision would take the memory for any
         mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
         with contextlib.suppress(RuntimeError):
             image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
             return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with _open(data) as file:
             return _from_pil(ImageOps.exif_transpose(file), channels)
-    except UnidentifiedImageError:
-        raise ValueError("not an image") from None
+    except ValueError:
+        raise
     except Exception as error:  # PIL lets through whatever the reader of a format raises
         raise ValueError(_one_line(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Raises ValueError if these are not the bytes of an image, or of too large a one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit; twice a warning is an error
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as error:
+        raise ValueError(_one_line(error)) from error
+
+
+@contextlib.contextmanager
+def in_time(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError if this takes longer. Elsewhere than in the main thread, where no signal comes: no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not read within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _from_pil(image: Image.Image, channels: int) -> Tensor:
@@ -335,6 +377,33 @@ class Order(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(index)) for index in permutation[start : start + share]]
 
 
+def surviving(loaded_from: Callable[[int], Iterator[T]]) -> Iterator[T]:
+    """The items of a loader that can start at any of them. A worker that dies takes nothing with it: others start where the
+    items stopped. Raises ValueError if they die too."""
+    done = deaths = 0
+    while True:
+        try:
+            items = loaded_from(done)
+            if threading.current_thread() is threading.main_thread():
+                # torch would tell of the death by an exception in the middle of whatever runs; so it is told by the loader.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for item in items:
+                done, deaths = done + 1, 0
+                yield item
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            deaths += 1
+            reason = _one_line(error).rstrip(".")
+            if deaths > WORKER_DEATHS:
+                raise ValueError(
+                    f"{deaths} loader workers died one after the other ({reason}); if the machine is out of memory, "
+                    "lower --num_workers, else look for an image that a decoder cannot bear with --num_workers 0"
+                ) from error
+            say(f"{reason}; others start in its place")
+
+
 class CropLoader(DataLoader[Batch]):
     """Loads the run's batches in order. Lightning saves and restores how many were handed out."""
 
@@ -347,17 +416,21 @@ class CropLoader(DataLoader[Batch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=collate,
-            worker_init_fn=leave_ctrl_c_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self.handed_out = self.order.passes_done
         try:
-            for batch in super().__iter__():
+            for batch in surviving(self._from):
                 self.handed_out += 1
                 yield batch
         except ValueError as error:  # from a worker it comes with the traceback in its text
             raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
+
+    def _from(self, number: int) -> Iterator[Batch]:
+        self.order.passes_done = self.handed_out
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         return {"passes": self.handed_out}
@@ -372,8 +445,10 @@ def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
     )
 
 
-def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Of Ctrl-C, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all, the run makes its own end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def default_workers() -> int:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 import dino_xcit
 from dino_xcit.config import ClassificationConfig, EvalConfig, PretrainConfig
 from dino_xcit.crops import resize
-from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_ctrl_c_to_the_parent, open_images
+from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_signals_to_the_parent, open_images, surviving
 from dino_xcit.machine import progress, require_folder, resolve_precision, say, summed
 from dino_xcit.run_folder import replacing
 from dino_xcit.weights import build, load_backbone, read_run
@@ -235,15 +235,19 @@ def extract(
     # Shared first: what is not done changes while other processes work.
     batches = [batch[store.state[batch] != DONE] for batch in batches[share[0] :: share[1]]]
     batches = [batch for batch in batches if len(batch)]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[rows[batch].tolist() for batch in batches],  # type: ignore[arg-type]
-        num_workers=min(num_workers, len(batches)),
-        worker_init_fn=leave_ctrl_c_to_the_parent,
-    )
+
+    def loaded_from(number: int) -> Iterator[Any]:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[rows[batch].tolist() for batch in batches[number:]],  # type: ignore[arg-type]
+            num_workers=min(num_workers, len(batches)),
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        return iter(loader)
+
     made = sum(map(len, batches))
     with progress(made, description or "", "images", shown=description is not None and made > 0) as bar:
-        for batch, (images, readable) in zip(batches, loader, strict=True):
+        for batch, (images, readable) in zip(batches, surviving(loaded_from), strict=True):
             with np.errstate(over="ignore"):
                 features = frozen(images).cpu().numpy().astype(store.features.dtype)
             if not np.isfinite(features).all():

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_xcit.config import LinearConfig, validate_evaluation
 from dino_xcit.crops import cut, draw_boxes
-from dino_xcit.data import ImageSet, default_workers, leave_ctrl_c_to_the_parent
+from dino_xcit.data import ImageSet, default_workers, leave_signals_to_the_parent
 from dino_xcit.features import Frozen, Split, part_slice, subjects
 from dino_xcit.machine import float64_device, launch, progress, resolve_precision, say, summed
 from dino_xcit.report import TOP, cell, describe, draw_classes, hits, output_folder, scores, table, write_json
@@ -523,7 +523,7 @@ def dino_protocol(work: Work) -> Head:
     images = subject.images["train"]
     crops = AugmentedCrops(images, frozen.transform.image_size, len(frozen.transform.mean), work.seed)
     workers = default_workers() if config.num_workers is None else config.num_workers
-    loader = iter(DataLoader(crops, batch_sampler=passes, num_workers=workers, worker_init_fn=leave_ctrl_c_to_the_parent))
+    loader = iter(DataLoader(crops, batch_sampler=passes, num_workers=workers, worker_init_fn=leave_signals_to_the_parent))
     batch = passes.batch
     last = len(work.rows) - (passes.per_epoch - 1) * batch  # images of an epoch's last step
     in_a_step, in_last = (len(passes.of_step(np.zeros(images), 0)) for images in (batch, last))

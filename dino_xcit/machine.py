@@ -32,6 +32,11 @@ class MachineOptions(Protocol):
     def precision(self) -> str: ...
 
 
+def is_first_process() -> bool:
+    """Of all machines. Known before they have met: from what torchrun, SLURM or Lightning left in the environment."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @rank_zero_only
 def say(message: str) -> None:
     """A line on the terminal that leaves the progress bar whole."""

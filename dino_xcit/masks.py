@@ -21,7 +21,7 @@ from torch import Tensor
 from dino_xcit import shapes
 from dino_xcit.attention import jaccard, mass_mask
 from dino_xcit.config import AttentionConfig
-from dino_xcit.data import EXTENSIONS
+from dino_xcit.data import EXTENSIONS, FORMATS
 from dino_xcit.figure import Cell, Sheet, cut_out, scaled
 from dino_xcit.figure import cell as figure_cell
 from dino_xcit.machine import progress
@@ -93,7 +93,7 @@ def read_mask(path: Path) -> tuple[Tensor, Tensor]:
     white, or shades between them (a soft edge, JPEG), what is brighter than half is object.
     """
     try:
-        with any_size(), Image.open(path) as file:
+        with any_size(), Image.open(path, formats=FORMATS) as file:
             if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != (VOID, VOID):
                 raise ValueError(f"mask {path} is transparent; expected grey or a palette")
             values = np.array(file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")).astype(np.int64)

@@ -43,6 +43,7 @@ COLUMNS = (
     "grad_norm",
     "images_per_second",
     "knn_top1",
+    "rankme",
 )
 """Columns of metrics.csv. `step` counts finished optimizer steps; entropy and KL are in nats, k-NN in percent."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -16,28 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
-from dino_xcit.data import BadImage, Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
-from dino_xcit.features import DONE, WORTH_WORKERS, EvalDataset, Frozen, Store, Transform, default_resize, extract
-from dino_xcit.knn import knn_classify, top1
-from dino_xcit.machine import parse_devices, refusal, resolve_precision, say
+from dino_xcit.data import Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
+from dino_xcit.machine import parse_devices, refusal, require_folder, resolve_precision, say
 from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
+from dino_xcit.probe import Probe, StoppedError
+from dino_xcit.saving import Agreement, DurableIO, StopSignals, locked, newest_whole, requeue, take_its_place
 from dino_xcit.schedules import Schedules
 from dino_xcit.strip import AttentionStrip
 from dino_xcit.weights import LAST, TEACHER, save_backbone, start_from
 from dino_xcit.xcit import resolve_architecture
 
-SECONDS_BETWEEN_CHECKPOINTS = 600
+SECONDS_BETWEEN_TRIES, LAST_TRIES = 60, 60  # to save the last step of a run
 NOT_FOR_THE_TRAINER = {
     "fast_dev_run",
     "gradient_clip_val",
@@ -46,8 +44,6 @@ NOT_FOR_THE_TRAINER = {
     "sync_batchnorm",
 }
 BAD_SHARE_TO_LOOK_AT = 0.01
-PROBE_NEIGHBOURS = 20
-PROBE_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +55,21 @@ class Outcome:
     """optimizer steps done"""
     steps: int
     """optimizer steps of the whole run"""
-    interrupted: bool
+    stopped_by: signal.Signals | None = None
+    """what asked it to stop, if something did"""
+    requeued: bool = False
+    """whether SLURM will start it again"""
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
 
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run, or continue, the run in `config.output_dir`.
 
-    Raises ValueError, naming the flag, for what the user can put right, and FloatingPointError if the loss is not finite.
+    Raises ValueError, naming the flag, for what the user can put right, FloatingPointError if the loss is not finite, and
+    OSError if the last step cannot be saved.
     """
     validate(config)
     resolve_architecture(config.arch)
@@ -73,9 +77,18 @@ def pretrain(config: PretrainConfig) -> Outcome:
     torch.set_flush_denormal(True)  # denormals slow CPU training several times over
     images = open_images(config, "train")
     assert images is not None
-    trainer = make_trainer(config)
+    io = DurableIO()
+    trainer = make_trainer(config, io)
     order = Order(config, len(images), world_size=trainer.world_size)
     schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
+    folder = Path(config.output_dir)
+    require_folder(folder, "output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _run(config, images, trainer, schedules, io)
+
+
+def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules: Schedules, io: DurableIO) -> Outcome:
     folder = Path(config.output_dir)
     checkpoint = prepare_folder(folder, config)
     L.seed_everything(config.seed, verbose=False)
@@ -85,31 +98,40 @@ def pretrain(config: PretrainConfig) -> Outcome:
     rank_zero_only(draw_crop_sheet)(folder, module, images)
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
-        return Outcome(folder=folder, step=0, steps=schedules.steps, interrupted=False)
+        return Outcome(folder=folder, step=0, steps=schedules.steps)
     if trainer.strategy.root_device.type == "cpu":
         refuse_what_does_not_fit(config, trainer.precision)
     if config.compile:
         for network in (module.student, module.teacher):
             for block in network.backbone.blocks:
                 block.compile(dynamic=False)
-    saver = RunFolder(config, folder, images)
+    signals = StopSignals()
+    saver = RunFolder(config, folder, images, signals, io)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
-    with warnings.catch_warnings(), saver.listening():
+    with warnings.catch_warnings(), signals.listening():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own
         try:
             trainer.fit(module, datamodule=CropData(config, images), ckpt_path=checkpoint, weights_only=True)
+        except SIGTERMException:  # a signal that Lightning's handler saw before; the step is saved
+            saver.stopped = True
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"out of memory at --batch_size_per_gpu {config.batch_size_per_gpu}; lower it and raise "
                 f"--accumulate_grad_batches, or set --grad_checkpointing true ({str(error).split('. ')[0]})"
             ) from error
-    return Outcome(folder=folder, step=trainer.global_step, steps=schedules.steps, interrupted=saver.interrupted)
+    stopped_by = (signals.asked or signal.SIGTERM) if saver.stopped else None  # of another process: as if by SIGTERM
+    return Outcome(
+        folder=folder,
+        step=trainer.global_step,
+        steps=schedules.steps,
+        stopped_by=stopped_by,
+        requeued=saver.requeued,
+    )
 
 
 @rank_zero_only
 def _write_config(folder: Path, config: PretrainConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config, folder)
 
 
@@ -118,25 +140,23 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
 
     Raises ValueError if the folder holds a run that this config must not continue.
     """
-    checkpoint = folder / LAST
-    if checkpoint.exists():
+    checkpoint = newest_whole(folder)
+    if checkpoint is not None:
         if not config.resume:
             raise ValueError(f"--output_dir {folder} holds a run and --resume is false; name another --output_dir")
         differing = differing_options(run_folder.read_config(folder), config)
         if differing:
             listed = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in differing.items())
             raise ValueError(f"--output_dir {folder} holds a run of other options: {listed}; name another --output_dir")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; expected a folder")
-    if not config.dry_run or not checkpoint.exists():
+    if not config.dry_run or checkpoint is None:
         _write_config(folder, config)
-    return checkpoint if checkpoint.exists() else None
+    return checkpoint
 
 
 # -- machine ---------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(config: PretrainConfig) -> L.Trainer:
+def make_trainer(config: PretrainConfig, io: DurableIO) -> L.Trainer:
     """Lightning's trainer for one long epoch: the loader hands out every batch of the run."""
     devices = parse_devices(config.devices)
     options: dict[str, Any] = {
@@ -149,6 +169,7 @@ def make_trainer(config: PretrainConfig) -> L.Trainer:
         "max_epochs": 1,
         "logger": make_loggers(config),
         "callbacks": [Progress(config)] if config.trainer.get("enable_progress_bar", True) else [],
+        "plugins": [io],
         "use_distributed_sampler": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -206,173 +227,153 @@ class CropData(L.LightningDataModule):
 # -- what happens besides the steps ----------------------------------------------------------------------------------
 
 
-class KnnProbe:
-    """k-NN accuracy of a backbone on the run's own images, a seeded sample of them."""
-
-    def __init__(self, config: PretrainConfig, train: ImageSet, validation: ImageSet | None) -> None:
-        """Without a validation set, every tenth training image is held out of the neighbours."""
-        self.config = config
-        order = np.random.default_rng((config.seed, 0)).permutation(len(train))
-        self.train, self.validation = train, validation or train
-        if validation is None:
-            held_out = max(1, len(order) // 10)
-            order, self.queries = order[held_out:], order[:held_out]
-        else:
-            self.queries = np.random.default_rng((config.seed, 1)).permutation(len(validation))
-        self.neighbours = order[: config.eval_num_images]
-        self.queries = self.queries[: config.eval_num_images]
-
-    @classmethod
-    def of(cls, config: PretrainConfig, images: ImageSet, validation: ImageSet | None) -> KnnProbe | None:
-        """The probe of a run; None if its images have no labels."""
-        if images.labels is None:
-            return None
-        return cls(config, images, validation if validation is not None and validation.labels is not None else None)
-
-    def __call__(self, backbone: nn.Module, device: torch.device) -> float:
-        """Top-1 in percent. The backbone's mode is put back afterwards."""
-        training, size = backbone.training, self.config.global_crops_size
-        transform = Transform(size, default_resize(size), self.config.mean, self.config.std)
-        frozen = Frozen(backbone, transform, device)
-        features, labels = [], []
-        for images, indices in ((self.train, self.neighbours), (self.validation, self.queries)):
-            store = Store.in_memory((len(indices), *frozen.shape()))
-            workers = default_workers() if len(indices) >= WORTH_WORKERS else 0
-            extract(frozen, EvalDataset(images, transform), indices, store, batch_size=PROBE_BATCH, num_workers=workers)
-            readable = store.state == DONE
-            if not readable.any():
-                raise ValueError(f"none of {len(indices)} images to evaluate on can be read, {images.name(0)} for one")
-            assert images.labels is not None
-            features.append(torch.from_numpy(store.features[readable, 0]))
-            labels.append(torch.from_numpy(images.labels[indices][readable]))
-        backbone.train(training)
-        k = min(PROBE_NEIGHBOURS, len(labels[0]))
-        return top1(knn_classify(features[0], labels[0], features[1], [k])[k], labels[1])
-
-
 class RunFolder(L.Callback):
-    """Writes the run folder while the run goes on, and stops the run when it is asked to."""
+    """Writes the run folder while the run goes on, and stops the run when it is asked to.
 
-    def __init__(self, config: PretrainConfig, folder: Path, images: ImageSet) -> None:
-        self.config, self.folder = config, folder
+    What cannot be written is told, and tried again; the run goes on.
+    """
+
+    def __init__(self, config: PretrainConfig, folder: Path, images: ImageSet, signals: StopSignals, io: DurableIO) -> None:
+        self.config, self.folder, self.signals, self.io = config, folder, signals, io
         validation = open_images(config, "validation", images.classes)
-        self.probe = KnnProbe.of(config, images, validation)
+        self.probe = Probe(config, images, validation)
         self.pictured = validation or images
         self.watch = CollapseWatch(config)
-        self.interrupted = False
-        self.saved_at = time.monotonic()
+        self.stopped = self.requeued = False
+        self.save_at = time.monotonic() + 60 * config.checkpoint_every_n_minutes
         self.bad_images = run_folder.read_bad_images(folder)
         self.images_seen = self.bad_images_seen = 0
         self.saved_step = -1
         self.told_of_bad_images = False
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Ctrl-C asks for a stop after the step instead of breaking into it."""
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.signals.listen()  # Lightning has put its own handlers in their place, which end a run with exit code 0
+        self.agreement = Agreement()
+        step = trainer.global_step
         if trainer.is_global_zero:
-            self.metrics = run_folder.Metrics(self.folder, COLUMNS, trainer.global_step)
-            self.strip = AttentionStrip(self.config, self.pictured, self.folder, trainer.global_step)
-            if not trainer.global_step:
+            self.metrics = run_folder.Metrics(self.folder, COLUMNS, step)
+            self.strip = AttentionStrip(self.config, self.pictured, self.folder, step)
+            if not step:
                 self.strip.add(0, module.teacher.backbone, module.device)
-        if trainer.global_step:
-            say(f"continuing {self.folder} from step {trainer.global_step}")
+        if not step:
+            return
+        say(f"continuing {self.folder} from step {step}")
+        if trainer.strategy.broadcast(trainer.is_global_zero and self._was_stopped_in_evaluating(module, step)):
+            self._evaluate(trainer, module, step)
 
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nstopping at the next chance; Ctrl-C again stops at once, without saving", file=sys.stderr, flush=True)
+    def _was_stopped_in_evaluating(self, module: Any, step: int) -> bool:
+        last = self.metrics.rows[-1] if self.metrics.rows else {}
+        return self._evaluates(module, step) and last.get("step") == str(step) and not last.get("rankme")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self._note_bad_images(batch)
         if (batch_idx + 1) % self.config.accumulate_grad_batches:
             return  # in the middle of a step
-        step = trainer.global_step
+        step, every = trainer.global_step, self.config.checkpoint_every_n_steps
+        ends_epoch = not step % module.schedules.steps_per_epoch
+        if module.row:
+            self._write_row(trainer, {"step": step, **module.row})
+        self.stopped, overdue = self.agreement(self.signals.asked is not None, time.monotonic() >= self.save_at)
+        if self.stopped or overdue or ends_epoch or (every is not None and step % every == 0):
+            self.save(trainer, module)
+        if self._evaluates(module, step) and not self.stopped:
+            self._evaluate(trainer, module, step)
+        if self.stopped:
+            trainer.should_stop = True
+
+    def _evaluates(self, module: Any, step: int) -> bool:
         epoch, into_epoch = divmod(step, module.schedules.steps_per_epoch)
-        row = dict(module.row)
-        evaluates = not into_epoch and self._evaluates(epoch)
-        if evaluates and self.probe is not None:
-            row["knn_top1"] = self._knn(self.probe, trainer, module)
-        if row:
-            self._write_row(trainer, {"step": step, **row})
-        if evaluates and trainer.is_global_zero:
-            self.strip.add(step, module.teacher.backbone, module.device)
-            run_folder.draw_curves(self.folder)
-        self._save_or_stop(trainer, module, epoch if not into_epoch else None)
-        if evaluates:
-            module.restart_clock()
-
-    def _evaluates(self, epoch: int) -> bool:
         every = self.config.eval_every_n_epochs
-        return epoch == self.config.epochs or (every > 0 and epoch % every == 0)
+        return not into_epoch and (epoch == self.config.epochs or (every > 0 and epoch % every == 0))
 
-    def _knn(self, probe: KnnProbe, trainer: L.Trainer, module: Any) -> float:
-        """The teacher's k-NN accuracy, computed by one process while the others wait."""
-        accuracy = probe(module.teacher.backbone, module.device) if trainer.is_global_zero else 0.0
-        return trainer.strategy.broadcast(accuracy)
+    def _evaluate(self, trainer: L.Trainer, module: Any, step: int) -> None:
+        """By one process while the others wait. The step is saved by then: an interrupted evaluation is made up for."""
+        with contextlib.suppress(StoppedError):
+            if trainer.is_global_zero:
+                found = self.probe(module.teacher.backbone, module.device, lambda: self.signals.asked is not None)
+                values = {name: value for name, value in found._asdict().items() if value is not None}
+                with self._telling("metrics.csv"):
+                    self.metrics.amend(values)
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step)
+                with self._telling("attention.png and curves.png"):
+                    self.strip.add(step, module.teacher.backbone, module.device)
+                    run_folder.draw_curves(self.folder)
+        trainer.strategy.barrier()
+        module.restart_clock()
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            say(f"{self.folder}: {what} cannot be written now ({error.strerror or error}); the run goes on")
 
     def _write_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        self.metrics.write(row)
+        with self._telling(run_folder.METRICS):
+            self.metrics.write(row)
         for logger in trainer.loggers:
             logger.log_metrics({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
         warning = self.watch(row)
         if warning:
             say(f"step {row['step']}: {warning}")
 
-    def _save_or_stop(self, trainer: L.Trainer, module: Any, ended_epoch: int | None) -> None:
-        step, every = trainer.global_step, self.config.checkpoint_every_n_steps
-        due = ended_epoch is not None or (every is not None and step % every == 0)
-        stop = self.interrupted
-        if trainer.world_size > 1:
-            # Clocks and signals differ between processes; they agree when they meet to log anyway.
-            stop = bool(module.row) and trainer.strategy.reduce_boolean_decision(stop, all=False)
-            overdue = bool(module.row) and trainer.strategy.reduce_boolean_decision(self._is_overdue(), all=False)
-        else:
-            overdue = self._is_overdue()
-        if due or overdue or stop:
-            self.save(trainer, module, ended_epoch)
-        if stop:
-            self.interrupted = trainer.should_stop = True
-
-    def _is_overdue(self) -> bool:
-        return time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
-
-    def save(self, trainer: L.Trainer, module: Any, ended_epoch: int | None) -> None:
-        """checkpoints/last.ckpt and teacher.safetensors; every `saveckp_freq` epochs a checkpoint that stays."""
+    def save(self, trainer: L.Trainer, module: Any) -> bool:
+        """checkpoints/last.ckpt and teacher.safetensors; every `saveckp_freq` epochs a checkpoint that stays -> whether that
+        worked. If not, it is tried again after a minute."""
         module.stop_if_broken()
-        last = self.folder / LAST
-        beside = last.with_name(".last.writing.ckpt")
+        beside = (self.folder / LAST).with_name(".last.writing.ckpt")
         trainer.save_checkpoint(beside)
-        if trainer.is_global_zero:
-            os.replace(beside, last)
-            with run_folder.replacing(self.folder / TEACHER) as path:
-                save_backbone(module.teacher.backbone, self.config, path)
-            if ended_epoch and self.config.saveckp_freq and ended_epoch % self.config.saveckp_freq == 0:
-                with run_folder.replacing(last.with_name(f"epoch{ended_epoch:04}.ckpt")) as path:
-                    shutil.copyfile(last, path)
-        self.saved_at = time.monotonic()
-        self.saved_step = trainer.global_step
+        error: Exception | None = self.io.error
+        if trainer.is_global_zero and error is None:
+            try:
+                self._put_in_place(beside, trainer, module)
+            except OSError as found:
+                error = found
+        saved = trainer.strategy.broadcast(error is None)
+        if error is not None:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            say(f"step {trainer.global_step} could not be saved in {self.folder} ({reason}); trying again in a minute")
+        self.save_at = time.monotonic() + 60 * (self.config.checkpoint_every_n_minutes if saved else 1)
+        self.saved_step = trainer.global_step if saved else self.saved_step
+        return saved
+
+    def _put_in_place(self, beside: Path, trainer: L.Trainer, module: Any) -> None:
+        if not (self.folder / run_folder.CONFIG).exists():  # somebody took the folder away
+            run_folder.write_config(self.config, self.folder)
+        if self.metrics.path.exists():
+            run_folder.sync(self.metrics.path)  # no checkpoint without the rows before it
+        take_its_place(beside, self.folder)
+        with run_folder.replacing(self.folder / TEACHER) as path:
+            save_backbone(module.teacher.backbone, self.config, path)
+        epoch, into_epoch = divmod(trainer.global_step, module.schedules.steps_per_epoch)
+        if not into_epoch and self.config.saveckp_freq and epoch % self.config.saveckp_freq == 0:
+            with run_folder.replacing((self.folder / LAST).with_name(f"epoch{epoch:04}.ckpt")) as path:
+                shutil.copyfile(self.folder / LAST, path)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        if self.saved_step != trainer.global_step:  # a limit given to the trainer ended it early
-            self.save(trainer, module, None)
+        self.agreement.settle()
+        tries = 0
+        while self.saved_step != trainer.global_step and not self.save(trainer, module):
+            tries += 1
+            # A scheduler that wants the machine back does not wait; a run that is done waits for room on the disk.
+            if trainer.strategy.broadcast(self.signals.asked is not None or tries > LAST_TRIES):
+                raise OSError(f"step {trainer.global_step} is not saved; {self.folder}/{LAST} is of an earlier step")
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        if self.stopped and self.signals.asked == signal.SIGUSR1:
+            self.requeued = trainer.strategy.broadcast(trainer.is_global_zero and requeue())
 
     def _note_bad_images(self, batch: Batch) -> None:
         self.images_seen += len(batch.views["global_crops"])
         self.bad_images_seen += len(batch.bad_images)
         for bad in batch.bad_images:
-            if bad.name not in self.bad_images:
-                self.bad_images.add(bad.name)
-                self._list_bad_image(bad)
+            name = run_folder.on_one_line(bad.name)
+            if name not in self.bad_images:
+                self.bad_images.add(name)
+                with self._telling(run_folder.BAD_IMAGES), (self.folder / run_folder.BAD_IMAGES).open("a") as file:
+                    file.write(f"{name}\t{bad.reason}\n")
         share = self.bad_images_seen / self.images_seen
         if share > BAD_SHARE_TO_LOOK_AT and self.images_seen >= 100 and not self.told_of_bad_images:
             self.told_of_bad_images = True
@@ -380,10 +381,6 @@ class RunFolder(L.Callback):
                 f"{self.bad_images_seen} of the first {self.images_seen} images could not be read ({share:.1%}); "
                 f"look at {self.folder / run_folder.BAD_IMAGES}"
             )
-
-    def _list_bad_image(self, bad: BadImage) -> None:
-        with (self.folder / run_folder.BAD_IMAGES).open("a") as file:
-            file.write(f"{bad.name}\t{bad.reason}\n")
 
 
 class Progress(TQDMProgressBar):

@@ -1,6 +1,7 @@
 """What a run leaves behind: names of its files, and how each is written and read.
 
-Every file is written beside its place and then renamed, except metrics.csv, which grows by a row at a time.
+Every file is written beside its place, brought to the disk and then renamed, except metrics.csv, which grows by a row at a
+time.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,9 +32,24 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.writing{path.suffix}")
     try:
         yield beside
+        sync(beside)
         os.replace(beside, path)
+        sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has this file, or the names in this folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_config(config: PretrainConfig, folder: Path) -> None:
@@ -70,20 +87,41 @@ def from_plain(options: dict[str, Any]) -> PretrainConfig:
 
 
 class Metrics:
-    """metrics.csv: a row per logged step. Columns without a value stay empty."""
+    """metrics.csv: a row per logged step. Columns without a value stay empty.
+
+    All rows are kept here too: what could not be written is written with the next row.
+    """
 
     def __init__(self, folder: Path, columns: Sequence[str], first_step: int) -> None:
         """Keeps the rows up to `first_step`, from which the run goes on; later ones will be written anew."""
         self.path, self.columns = folder / METRICS, columns
-        kept = [row for row in read_metrics(folder) if int(row["step"]) <= first_step]
-        with replacing(self.path) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(kept)
+        self.whole = False  # whether the file holds all rows
+        self.rows: list[dict[str, Any]] = [row for row in read_metrics(folder) if int(row["step"]) <= first_step]
+        self._rewrite()
 
     def write(self, row: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        """Raises OSError if the file cannot be written."""
+        self.rows.append(dict(row))
+        if self.whole and self.path.exists():
+            self.whole = False
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+            self.whole = True
+        else:
+            self._rewrite()
+
+    def amend(self, values: dict[str, float]) -> None:
+        """Add to the last row. Raises OSError if the file cannot be written."""
+        self.rows[-1].update(values)
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        self.whole = False
+        with replacing(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows({name: value for name, value in row.items() if name in self.columns} for row in self.rows)
+        self.whole = True
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
@@ -97,9 +135,15 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def read_bad_images(folder: Path) -> set[str]:
-    """Names of the unreadable images that bad_images.txt lists, one a line before a tab and the reason."""
+    """What bad_images.txt lists, one image a line before a tab and the reason, named as `on_one_line` names it."""
     path = folder / BAD_IMAGES
-    return {line.split("\t")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+    return {line.split("\t")[0] for line in path.read_text().split("\n") if line} if path.exists() else set()
+
+
+def on_one_line(name: str) -> str:
+    """Names of files may hold line ends, tabs and bytes that are no text; lists of them must not."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    return printable(escaped)
 
 
 def draw_curves(folder: Path) -> None:
@@ -112,13 +156,15 @@ def draw_curves(folder: Path) -> None:
         ("teacher_entropy", "teacher entropy, nats"),
         ("kl", "KL teacher to student, nats"),
         ("knn_top1", "k-NN top-1, %"),
+        ("rankme", "RankMe of teacher features"),
         ("lr", "learning rate"),
         ("weight_decay", "weight decay"),
         ("grad_norm", "gradient norm"),
+        ("center_norm", "norm of the center"),
         ("images_per_second", "images per second"),
     ]
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    for axes, (column, title) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+    figure = Figure(figsize=(17, 6), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(2, 5).flat, panels, strict=True):
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", color="#0072B2")

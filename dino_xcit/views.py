@@ -27,7 +27,7 @@ from torch import Tensor
 from dino_xcit.attention import Sight, bytes_per_pixel, check_layer, look, require_class_attention
 from dino_xcit.config import AttentionConfig, PretrainConfig
 from dino_xcit.crops import resize
-from dino_xcit.data import EXTENSIONS, ImageSet, decode, open_images
+from dino_xcit.data import EXTENSIONS, FORMATS, ImageSet, decode, open_images
 from dino_xcit.features import HALF, SMALL
 from dino_xcit.machine import memory_there, resolve_precision
 from dino_xcit.video import Clip, any_size, is_video
@@ -251,7 +251,7 @@ class Frame:
             raise ValueError("an empty file (0 bytes)")
         with any_size():
             try:
-                with Image.open(io.BytesIO(data)) as file:
+                with Image.open(io.BytesIO(data), formats=FORMATS) as file:
                     width, height = file.size
             except UnidentifiedImageError:
                 raise ValueError("not an image") from None

@@ -9,15 +9,15 @@ import dino_xcit
 
 FLOORS = (
     ("config", "shapes"),
-    ("schedules", "xcit", "dino", "photometric", "run_folder"),
+    ("schedules", "xcit", "dino", "photometric", "run_folder", "machine"),
     ("formats", "dense"),
     ("crops", "attention", "figure", "video", "page"),
-    ("data", "machine"),
+    ("data",),
     ("module", "weights"),
     ("features", "report"),
-    ("knn", "linear", "segmentation", "plan", "views"),
+    ("knn", "linear", "segmentation", "plan", "views", "saving"),
     ("layouts", "masks"),
-    ("strip", "show", "export"),
+    ("strip", "probe", "show", "export"),
     ("pretrain",),
     ("cli",),
 )

@@ -1,0 +1,242 @@
+"""Hours of pretraining with random kills: does anything get lost?
+
+    python eval/soak.py --hours 1 --output eval/results/soak.json
+
+Each round makes one run twice: once undisturbed, once stopped again and again by a random signal at a random moment, with
+another number of loader workers at each start, some of which are killed too. At the end both must have the same weights,
+center, optimizer state and rows of metrics.csv, bit for bit. The undisturbed run is watched for memory and file descriptors
+that grow. Linux only (it reads /proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import json
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dino_xcit
+from dino_xcit.saving import is_whole
+
+OPTIONS = (
+    "--arch xcit_pico2_p4 --dataset shapes --num_images 640 --in_chans 1 --mean 0.5 --std 0.25 --global_crops_size 16 "
+    "--local_crops_size 8 --local_crops_number 2 --drop_path_rate 0.1 --out_dim 64 --head_hidden_dim 64 "
+    "--head_bottleneck_dim 16 --batch_size_per_gpu 8 --warmup_epochs 1 --accelerator cpu --devices 1 --precision 32-true "
+    "--log_every_n_steps 5 --eval_num_images 200 --checkpoint_every_n_steps 20 --saveckp_freq 0 --eval_every_n_epochs 5"
+)
+STEPS_PER_EPOCH = 80
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+SECONDS_TRAINED = 5  # at most, between two kills
+ANY_TIME = 0.1  # share of the kills that come at any time, starting up included
+WORKER_KILLED = 0.2  # share of the starts in which a loader worker is killed first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=1, help="rounds begin until so much time is over")
+    parser.add_argument("--epochs", type=int, default=60, help=f"epochs of {STEPS_PER_EPOCH} steps in a round")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills, and of the first round's run")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    rounds: list[dict[str, Any]] = []
+    while not rounds or time.monotonic() - start < 3600 * arguments.hours:
+        with tempfile.TemporaryDirectory(prefix="dino_xcit_soak_") as folder:
+            rounds.append(one_round(Path(folder), arguments.epochs, arguments.seed + len(rounds)))
+            print(json.dumps(rounds[-1]), flush=True)
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "hours": round((time.monotonic() - start) / 3600, 2),
+            "kills": sum(sum(one["kills"].values()) for one in rounds),
+            "workers_killed": sum(one["workers_killed"] for one in rounds),
+            "steps": sum(one["steps"] for one in rounds),
+            "all_identical": all(one["identical"] for one in rounds),
+            "rounds": rounds,
+            "versions": {
+                "dino_xcit": dino_xcit.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    if not report["all_identical"]:
+        sys.exit("something was lost")
+
+
+def one_round(folder: Path, epochs: int, seed: int) -> dict[str, Any]:
+    flags = [*OPTIONS.split(), "--epochs", str(epochs), "--seed", str(seed)]
+    watched: list[tuple[int, int, int]] = []
+    undisturbed = threading.Thread(target=run_undisturbed, args=(folder / "undisturbed", flags, watched))
+    undisturbed.start()
+    kills, workers_killed, starts, repeated = run_killed(folder / "killed", flags, random.Random(seed))
+    undisturbed.join()
+    return {
+        "seed": seed,
+        "steps": epochs * STEPS_PER_EPOCH,
+        "starts": starts,
+        "kills": dict(kills),
+        "workers_killed": workers_killed,
+        "steps_made_again": repeated,
+        **same(folder / "undisturbed", folder / "killed"),
+        **growth(watched),
+    }
+
+
+def begin(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dino_xcit.cli", "pretrain", *flags, "--output_dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_undisturbed(folder: Path, flags: list[str], watched: list[tuple[int, int, int]]) -> None:
+    """watched: (step, resident KiB, open file descriptors), every few seconds."""
+    process = begin(folder, [*flags, "--num_workers", "1"])
+    drain = threading.Thread(target=lambda: process.stderr.read())  # type: ignore[union-attr]
+    drain.start()
+    while process.poll() is None:
+        time.sleep(2)
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            resident = int(status.split("VmRSS:")[1].split()[0])
+            descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
+        except (OSError, IndexError):
+            break
+        watched.append((step_of(folder), resident, descriptors))
+    assert process.wait() == 0, "the undisturbed run failed"
+
+
+def run_killed(folder: Path, flags: list[str], rng: random.Random) -> tuple[collections.Counter[str], int, int, int]:
+    kills: collections.Counter[str] = collections.Counter()
+    workers_killed = starts = repeated = 0
+    while True:
+        starts += 1
+        process = begin(folder, [*flags, "--num_workers", str(rng.choice([0, 1, 2]))])
+        before = step_of(folder)
+        if rng.random() < ANY_TIME:
+            time.sleep(rng.uniform(0, 10))
+        else:
+            while process.poll() is None and not is_training(folder, process.pid, before):
+                time.sleep(0.05)
+            if rng.random() < WORKER_KILLED:
+                time.sleep(rng.uniform(0, 1))
+                workers_killed += kill_a_worker(process.pid, rng)
+            time.sleep(rng.uniform(0, SECONDS_TRAINED))
+        number = rng.choice(SIGNALS)
+        reached = step_of(folder)
+        if process.poll() is None:
+            process.send_signal(number)
+        _, said = process.communicate(timeout=300)
+        if process.returncode == 0:
+            assert "stopping" not in said, f"{number.name}, but exit code 0"
+            return kills, workers_killed, starts, repeated
+        # A signal that comes before our handlers are there ends the process as it ends any.
+        assert process.returncode in (CODES[number], -number), (number, process.returncode, said[-3000:])
+        assert "Traceback" not in said or process.returncode != CODES[number], said[-3000:]
+        kills[number.name] += 1
+        checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+        there = [path for path in checkpoints if path.exists()]
+        assert not there or any(map(is_whole, there)), "no checkpoint is whole"
+        if there:
+            newest = next(path for path in there if is_whole(path))
+            saved = torch.load(newest, weights_only=True, mmap=True)["global_step"]
+            repeated += max(0, reached - saved)
+
+
+def is_training(folder: Path, pid: int, before: int) -> bool:
+    """Whether this process has the run, and has logged a step."""
+    try:
+        held = (folder / ".lock").read_text()
+    except OSError:
+        return False
+    return f"process {pid} " in held and step_of(folder) != before
+
+
+def kill_a_worker(pid: int, rng: random.Random) -> int:
+    """Loader workers are the children of a training process."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(rng.choice(children)), signal.SIGKILL)
+    except (OSError, IndexError, ProcessLookupError):
+        return 0
+    return 1
+
+
+def step_of(folder: Path) -> int:
+    """The last step that metrics.csv has."""
+    try:
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def same(one: Path, other: Path) -> dict[str, Any]:
+    """Whether two runs ended alike, and in what they differ."""
+    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (one, other)]
+    differing = [
+        f"{part}/{path}"
+        for part in ("state_dict", "optimizer_states", "global_step")
+        for path, (a, b) in paired(states[0][part], states[1][part]).items()
+        if not equal(a, b)
+    ]
+    tables = []
+    for folder in (one, other):
+        with (folder / "metrics.csv").open(newline="") as file:
+            tables.append([{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)])
+    if tables[0] != tables[1]:
+        differing.append("metrics.csv")
+    left = [path.name for path in (other / "checkpoints").iterdir() if path.name not in ("last.ckpt", "previous.ckpt")]
+    return {
+        "identical": not differing,
+        "differing": differing[:10],
+        "rows": len(tables[0]),
+        "files_left_over": left,
+    }
+
+
+def paired(one: Any, other: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(one, (dict, list)):
+        keys = one.keys() if isinstance(one, dict) else range(max(len(one), len(other)))
+        return {k: v for key in keys for k, v in paired(one[key], other[key], f"{path}.{key}").items()}
+    return {path: (one, other)}
+
+
+def equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def growth(watched: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Of the second half of the undisturbed run, by a straight line through what was seen."""
+    steps, resident, descriptors = np.array([row for row in watched if row[0] > watched[-1][0] / 2], float).T
+    slope = np.polyfit(steps, resident / 1024, 1)[0] * 1000
+    return {
+        "resident_mib": round(resident[-1] / 1024),
+        "resident_mib_per_1000_steps": round(slope, 2),
+        "file_descriptors_first_and_last": [int(descriptors[0]), int(descriptors[-1])],
+    }
+
+
+if __name__ == "__main__":
+    main()
