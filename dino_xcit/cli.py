@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             goes_on = "; the same command goes on from there (not with --no_cache)" if command in RESUMABLE else ""
             print(f"\n{PROGRAM} {command}: stopped{goes_on}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("DINO_XCIT_TRACEBACK"):
             raise
         # What the user can put right is the same in every process, so the first one tells it.
         if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, ArithmeticError) else 2
 
 
 def entry() -> None:

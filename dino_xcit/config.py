@@ -163,6 +163,8 @@ class PretrainConfig:
     """epochs between k-NN accuracies of the teacher, if the images have labels; 0 only at the end"""
     eval_num_images: int = 10000
     """images that this k-NN uses at most, of the training and of the validation set each"""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """what follows when the run has collapsed or diverges: a warning that says how, or the end of the run"""
     dry_run: bool = False
     """write crops.png, print the plan and stop"""
 
@@ -422,6 +424,7 @@ FREE_ON_RESUME = frozenset(
         "logger",
         "num_nodes",
         "num_workers",
+        "on_collapse",
         "output_dir",
         "resume",
         "saveckp_freq",

@@ -9,7 +9,6 @@ batches. With several processes a batch is the batch of all of them: torch's Syn
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -234,6 +233,17 @@ class DINOModule(L.LightningModule):
                 "--batch_size_per_gpu and --accumulate_grad_batches as before"
             )
 
+    def refuse_broken_weights(self) -> None:
+        """Raise FloatingPointError if a number in the student or the teacher is not finite. Waits for the device."""
+        tensors = {name: t for name, t in self.state_dict().items() if t.is_floating_point()}
+        sound = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
+        if not sound.all():
+            names = [name for name, one in zip(tensors, sound.tolist(), strict=True) if not one]
+            raise FloatingPointError(
+                f"by step {self.global_step}: {names[0]} and {len(names) - 1} more hold numbers that are not finite. "
+                "They are not saved; checkpoints/last.ckpt is from before: the same command goes on there"
+            )
+
     def stop_if_broken(self) -> None:
         """Raise FloatingPointError if a loss or gradient was not finite. Waits for the device."""
         broken = self._broken
@@ -247,43 +257,6 @@ class DINOModule(L.LightningModule):
                 "before it. Try --precision 32-true, a lower --lr, a longer --warmup_epochs, --clip_grad 0.3 or "
                 "--norm_last_layer true"
             )
-
-
-class CollapseWatch:
-    """Says in plain words that a run has collapsed, from the rows that it logs (DINO, section 5.3).
-
-    Young runs look the same as collapsed ones, so a warning needs `PATIENCE` rows in a row after the last layer is free.
-    """
-
-    PATIENCE = 10
-    NEAR_UNIFORM = 0.99  # of ln(prototypes)
-    NEAR_ZERO = 0.01  # of ln(prototypes)
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-        self.uniform = self.single = 0
-
-    def __call__(self, row: dict[str, float]) -> str | None:
-        """A logged row -> a warning, or None."""
-        if row["epoch"] < self.config.freeze_last_layer:
-            return None
-        limit = math.log(self.config.out_dim)
-        self.uniform = self.uniform + 1 if row["loss"] > self.NEAR_UNIFORM * limit else 0
-        self.single = self.single + 1 if row["teacher_entropy"] < self.NEAR_ZERO * limit else 0
-        if self.uniform and self.uniform % self.PATIENCE == 0:
-            return (
-                f"the loss has been at {row['loss']:.2f} for {self.uniform} rows, and ln({self.config.out_dim}) = "
-                f"{limit:.2f} is what a network earns that finds every prototype equally likely: collapse to uniform, or "
-                "nothing learned yet. Try a lower --teacher_temp and --warmup_teacher_temp (0.04), a higher --lr, or "
-                "--freeze_last_layer 2"
-            )
-        if self.single and self.single % self.PATIENCE == 0:
-            return (
-                f"the teacher's entropy has been at {row['teacher_entropy']:.3f} for {self.single} rows: every image goes "
-                "to the same few prototypes, collapse to one. Try a higher --warmup_teacher_temp, a lower "
-                "--center_momentum, a higher --momentum_teacher, a lower --lr or --norm_last_layer true"
-            )
-        return None
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:

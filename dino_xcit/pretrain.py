@@ -26,12 +26,23 @@ from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
 from dino_xcit.machine import parse_devices, refusal, require_folder, resolve_precision, say
-from dino_xcit.module import COLUMNS, CollapseWatch, DINOModule
+from dino_xcit.module import COLUMNS, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.probe import Probe, StoppedError
-from dino_xcit.saving import Agreement, DurableIO, StopSignals, locked, newest_whole, requeue, take_its_place
+from dino_xcit.saving import (
+    SOUND,
+    Agreement,
+    DurableIO,
+    StopSignals,
+    keep_as_sound,
+    locked,
+    newest_whole,
+    requeue,
+    take_its_place,
+)
 from dino_xcit.schedules import Schedules
 from dino_xcit.strip import AttentionStrip
+from dino_xcit.watch import CollapseError, CollapseWatch, Sign, does_not_sharpen
 from dino_xcit.weights import LAST, TEACHER, save_backbone, start_from
 from dino_xcit.xcit import resolve_architecture
 
@@ -44,6 +55,7 @@ NOT_FOR_THE_TRAINER = {
     "sync_batchnorm",
 }
 BAD_SHARE_TO_LOOK_AT = 0.01
+ROWS_LOOKED_AT = 100  # for signs of collapse, when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +80,8 @@ class Outcome:
 def pretrain(config: PretrainConfig) -> Outcome:
     """Run, or continue, the run in `config.output_dir`.
 
-    Raises ValueError, naming the flag, for what the user can put right, FloatingPointError if the loss is not finite, and
-    OSError if the last step cannot be saved.
+    Raises ValueError, naming the flag, for what the user can put right, FloatingPointError if the loss or a weight is not
+    finite, CollapseError with --on_collapse stop, and OSError if the last step cannot be saved.
     """
     validate(config)
     resolve_architecture(config.arch)
@@ -96,6 +108,11 @@ def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules
     if config.init_weights is not None and checkpoint is None:
         say(start_from(config.init_weights, module.student, module.teacher, module.loss))
     rank_zero_only(draw_crop_sheet)(folder, module, images)
+    if does_not_sharpen(config):
+        say(
+            f"--teacher_temp {config.teacher_temp:g} (--warmup_teacher_temp {config.warmup_teacher_temp:g}) is not below "
+            f"--student_temp {config.student_temp:g}: a teacher that does not sharpen collapses to uniform; try 0.04"
+        )
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps)
@@ -258,6 +275,8 @@ class RunFolder(L.Callback):
         if not step:
             return
         say(f"continuing {self.folder} from step {step}")
+        for row in trainer.strategy.broadcast(self.metrics.rows[-ROWS_LOOKED_AT:] if trainer.is_global_zero else []):
+            self.watch({name: float(value) for name, value in row.items() if value})
         if trainer.strategy.broadcast(trainer.is_global_zero and self._was_stopped_in_evaluating(module, step)):
             self._evaluate(trainer, module, step)
 
@@ -271,11 +290,15 @@ class RunFolder(L.Callback):
             return  # in the middle of a step
         step, every = trainer.global_step, self.config.checkpoint_every_n_steps
         ends_epoch = not step % module.schedules.steps_per_epoch
+        sign = None
         if module.row:
             self._write_row(trainer, {"step": step, **module.row})
+            sign = self.watch(module.row)
         self.stopped, overdue = self.agreement(self.signals.asked is not None, time.monotonic() >= self.save_at)
         if self.stopped or overdue or ends_epoch or (every is not None and step % every == 0):
             self.save(trainer, module)
+        if sign is not None:
+            self._tell(sign, step)
         if self._evaluates(module, step) and not self.stopped:
             self._evaluate(trainer, module, step)
         if self.stopped:
@@ -316,14 +339,21 @@ class RunFolder(L.Callback):
             self.metrics.write(row)
         for logger in trainer.loggers:
             logger.log_metrics({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
-        warning = self.watch(row)
-        if warning:
-            say(f"step {row['step']}: {warning}")
+
+    def _tell(self, sign: Sign, step: int) -> None:
+        """Raises CollapseError if that is what the run is to do."""
+        sound = f"{self.folder / SOUND} is from before the first sign of it" if (self.folder / SOUND).exists() else ""
+        if self.config.on_collapse == "stop":
+            raise CollapseError(
+                f"step {step}: {sign}. Stopped by --on_collapse stop; {sound or 'no checkpoint is from before'}"
+            )
+        say(f"step {step}: {sign}" + (f"; {sound}" if sound else ""))
 
     def save(self, trainer: L.Trainer, module: Any) -> bool:
         """checkpoints/last.ckpt and teacher.safetensors; every `saveckp_freq` epochs a checkpoint that stays -> whether that
         worked. If not, it is tried again after a minute."""
         module.stop_if_broken()
+        module.refuse_broken_weights()
         beside = (self.folder / LAST).with_name(".last.writing.ckpt")
         trainer.save_checkpoint(beside)
         error: Exception | None = self.io.error
@@ -346,6 +376,8 @@ class RunFolder(L.Callback):
         if self.metrics.path.exists():
             run_folder.sync(self.metrics.path)  # no checkpoint without the rows before it
         take_its_place(beside, self.folder)
+        if not self.watch.suspects:
+            keep_as_sound(self.folder)
         with run_folder.replacing(self.folder / TEACHER) as path:
             save_backbone(module.teacher.backbone, self.config, path)
         epoch, into_epoch = divmod(trainer.global_step, module.schedules.steps_per_epoch)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from dino_xcit.run_folder import sync
 from dino_xcit.weights import LAST
 
 PREVIOUS = "checkpoints/previous.ckpt"
+SOUND = "checkpoints/sound.ckpt"  # the last one before a sign of collapse
 DAMAGED = "checkpoints/damaged.ckpt"
 LOCK = ".lock"
 STOPPED_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
@@ -53,9 +55,28 @@ class DurableIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             sync(path)
         except (OSError, RuntimeError) as error:
-            self.error = error
+            self.error = _cause(error)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def keep_as_sound(folder: Path) -> None:
+    """last.ckpt under a second name, for which it takes no more room until there is a newer one."""
+    beside = (folder / SOUND).with_name(".sound.writing.ckpt")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(folder / LAST, beside)
+    except OSError:  # a file system without links
+        shutil.copyfile(folder / LAST, beside)
+    os.replace(beside, folder / SOUND)
+
+
+def _cause(error: BaseException) -> Exception:
+    """torch fails once more, by its own error, in closing the file that the disk had no room for."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error  # type: ignore[return-value]
 
 
 def take_its_place(beside: Path, folder: Path) -> None:

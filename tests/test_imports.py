@@ -9,7 +9,7 @@ import dino_xcit
 
 FLOORS = (
     ("config", "shapes"),
-    ("schedules", "xcit", "dino", "photometric", "run_folder", "machine"),
+    ("schedules", "xcit", "dino", "photometric", "run_folder", "machine", "watch"),
     ("formats", "dense"),
     ("crops", "attention", "figure", "video", "page"),
     ("data",),

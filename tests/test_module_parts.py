@@ -1,14 +1,12 @@
 """The parts of a step that are plain functions: what is decayed, how gradients are clipped, when a run has collapsed."""
 
-import re
-from dataclasses import fields, replace
-from math import log
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.module import CollapseWatch, Network, clip_per_parameter, parameter_groups
+from dino_xcit.module import Network, clip_per_parameter, parameter_groups
 
 CONFIG = PretrainConfig(arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
 
@@ -76,48 +74,3 @@ def test_limit_zero_leaves_gradients_alone():
     norms = clip_per_parameter(clipped, 0.0)
     torch.testing.assert_close(clipped, gradients(), rtol=0, atol=0)
     torch.testing.assert_close(norms, torch.stack([g.norm() for g in gradients()]))
-
-
-# -- collapse ----------------------------------------------------------------------------------------------------
-
-HEALTHY = {"epoch": 1, "loss": 0.7 * log(16), "teacher_entropy": 0.3 * log(16)}
-UNIFORM = {"epoch": 1, "loss": log(16), "teacher_entropy": log(16)}
-SINGLE = {"epoch": 1, "loss": 0.001, "teacher_entropy": 0.0}
-
-
-def warnings(rows):
-    watch = CollapseWatch(CONFIG)
-    return [watch(row) for row in rows]
-
-
-@pytest.mark.parametrize(("row", "text"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")])
-def test_collapse_is_told_after_patience_and_names_flags(row, text):
-    said = warnings([row] * CollapseWatch.PATIENCE)
-    assert said[:-1] == [None] * (CollapseWatch.PATIENCE - 1)
-    assert text in said[-1]
-    flags = set(re.findall(r"--(\w+)", said[-1]))
-    assert flags
-    assert flags <= {field.name for field in fields(PretrainConfig)}
-
-
-@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_collapse_is_told_again_but_not_at_every_row(row):
-    said = warnings([row] * (3 * CollapseWatch.PATIENCE))
-    assert [i + 1 for i, text in enumerate(said) if text] == [n * CollapseWatch.PATIENCE for n in (1, 2, 3)]
-
-
-def test_healthy_run_hears_nothing():
-    assert not any(warnings([HEALTHY] * 50))
-    assert not any(warnings([UNIFORM, HEALTHY, SINGLE, HEALTHY]))
-
-
-@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_young_run_hears_nothing(row):
-    young = {**row, "epoch": 0}
-    assert not any(warnings([young] * 50))
-    assert not any(warnings([young] * 50 + [row] * (CollapseWatch.PATIENCE - 1)))
-
-
-@pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_one_healthy_row_starts_the_count_anew(row):
-    assert not any(warnings(([row] * (CollapseWatch.PATIENCE - 1) + [HEALTHY]) * 3))

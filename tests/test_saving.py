@@ -1,0 +1,393 @@
+"""What happens to a run when its machine, its disk or its folder does not: nothing that was computed is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, as_flags
+from test_interruptions import LONG, rows, start, state, wait_for_step
+
+from dino_xcit import pretrain as pretrain_room
+from dino_xcit.cli import main
+from dino_xcit.module import DINOModule
+from dino_xcit.pretrain import pretrain
+from dino_xcit.probe import Probe, rankme
+from dino_xcit.run_folder import Metrics, read_metrics
+from dino_xcit.saving import LOCK, Agreement, is_whole, locked, newest_whole
+
+
+def same_end(one, other) -> None:
+    assert rows(one) == rows(other)
+    for name, value in state(one).items():
+        assert torch.equal(state(other)[name], value), name
+    moments = [
+        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"] for c in (one, other)
+    ]
+    torch.testing.assert_close(*moments, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 24 steps that nothing happened to."""
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path_factory.mktemp("whole") / "run"))
+    pretrain(config)
+    return config
+
+
+def during(monkeypatch, happenings) -> None:
+    """What happens before the training step of these numbers."""
+    step = DINOModule.training_step
+
+    def patched(self, batch, batch_idx):
+        happenings.get(self.global_step, lambda: None)()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DINOModule, "training_step", patched)
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_path, number, code):
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None, num_workers=1)
+    process = start(config)
+    wait_for_step(config, 5, process)
+    process.send_signal(number)
+    asked = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert time.monotonic() - asked < 10
+    assert "Traceback" not in err
+    assert f"stopped at step {len(rows(config))} of 24, saved" in err
+    assert len(rows(config)) < 24
+    pretrain(dataclasses.replace(config, num_workers=0))
+    same_end(whole, config)
+
+
+def test_under_slurm_the_job_is_asked_for_again(tmp_path):
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
+    asked = tmp_path / "asked"
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {asked}\n')
+    scontrol.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "dino",
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+    }
+    job |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    process = start(config, **job)
+    wait_for_step(config, 5, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert asked.read_text().split() == ["requeue", "77"]
+    assert "saved" in err
+
+
+def _vote(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    agreement = Agreement()
+    heard = [agreement(rank == 1 and step == 2, False) for step in range(5)]
+    agreement.settle()
+    torch.save(heard, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_learn_at_the_same_step_what_one_of_them_wants(tmp_path):
+    mp.start_processes(_vote, (str(tmp_path),), nprocs=2, start_method="spawn")
+    heard = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert heard[0] == heard[1]
+    assert [step for step, (stop, _) in enumerate(heard[0]) if stop] == [3]
+    assert not any(other for _, other in heard[0])
+
+
+def test_one_process_is_heard_at_once():
+    assert Agreement()(True, False) == [True, False]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def stopped_run(tmp_path) -> tuple[dataclasses.dataclass, Path]:
+    """A run of 24 steps that ended after 8, with checkpoints of the steps 6 and 8."""
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
+    pretrain(dataclasses.replace(config, trainer={"max_steps": 8}))
+    return config, tmp_path / "run/checkpoints"
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the largest tensor, where no format would notice."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), os.remove])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys, damage):
+    config, folder = stopped_run(tmp_path)
+    damage(folder / "last.ckpt")
+    outcome = pretrain(config)
+    assert outcome.step == 24
+    said = capsys.readouterr().err
+    assert "from step 6" in said
+    assert ("last.ckpt is damaged; trying checkpoints/previous.ckpt" in said) == (damage is not os.remove)
+    same_end(whole, config)
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
+    config, folder = stopped_run(tmp_path)
+    for name in ("last.ckpt", "previous.ckpt"):
+        truncate(folder / name)
+    before = rows(config)
+    assert main(["pretrain", *as_flags(config)]) == 2
+    assert "no checkpoint in --output_dir" in capsys.readouterr().err
+    assert rows(config) == before
+
+
+def test_a_checkpoint_that_would_run_code_is_no_whole_one(tmp_path):
+    class Bad:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "hacked"),)
+
+    torch.save({"state_dict": Bad()}, tmp_path / "last.ckpt")
+    assert not is_whole(tmp_path / "last.ckpt")
+    assert not (tmp_path / "hacked").exists()
+    torch.save({"state_dict": {"a": torch.zeros(3)}}, tmp_path / "good.ckpt")
+    assert is_whole(tmp_path / "good.ckpt")
+    assert newest_whole(tmp_path) is None  # a folder without checkpoints
+
+
+def test_checkpoints_by_the_clock(tmp_path):
+    config = dataclasses.replace(
+        TINY, output_dir=str(tmp_path / "run"), checkpoint_every_n_minutes=0, trainer={"max_steps": 4}, saveckp_freq=0
+    )
+    pretrain(config)
+    steps = [
+        torch.load(tmp_path / f"run/checkpoints/{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("previous", "last")
+    ]
+    assert steps == [3, 4]
+
+
+# -- disks and folders -----------------------------------------------------------------------------------------------
+
+
+def limit_files(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_does_not_stop_the_run_and_harms_nothing(whole, tmp_path, monkeypatch, capsys):
+    """Files cannot grow beyond 50 kB for a while: no checkpoint can be written."""
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    saved: list[int] = []
+
+    def look() -> None:
+        assert is_whole(last)
+        saved.append(torch.load(last, weights_only=True)["global_step"])
+
+    during(monkeypatch, {7: lambda: limit_files(50_000), 14: look, 16: lambda: limit_files(resource.RLIM_INFINITY)})
+    try:
+        pretrain(config)
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    assert saved == [6]
+    said = capsys.readouterr().err
+    assert f"step 9 could not be saved in {tmp_path}/run (File too large); trying again in a minute" in said
+    same_end(whole, config)
+
+
+def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_room, "SECONDS_BETWEEN_TRIES", 0)
+    monkeypatch.setattr(pretrain_room, "LAST_TRIES", 2)
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
+    during(monkeypatch, {22: lambda: limit_files(50_000)})
+    try:
+        assert main(["pretrain", *as_flags(config)]) == 2
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    assert "step 24 is not saved; " in capsys.readouterr().err
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 21
+
+
+def test_a_folder_deleted_in_mid_run_is_made_again(whole, tmp_path, monkeypatch):
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    during(monkeypatch, {10: lambda: shutil.rmtree(tmp_path / "run")})
+    outcome = pretrain(config)
+    assert outcome.step == 24
+    same_end(whole, config)
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "metrics.csv", "teacher.safetensors", "curves.png"} <= there
+
+
+def test_a_second_run_on_the_folder_is_refused_until_the_first_one_is_dead(tmp_path):
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), epochs=40, warmup_epochs=1)
+    first = start(config)
+    wait_for_step(config, 2, first)
+    second = start(config)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"--output_dir {tmp_path}/run is in use by process {first.pid} on " in err
+    assert len(err.strip().splitlines()) == 1
+    first.kill()
+    first.communicate()
+    there = len(rows(config))
+    third = start(config)
+    while f"process {third.pid} " not in (tmp_path / "run" / LOCK).read_text():
+        assert third.poll() is None
+    while int(rows(config)[-1]["step"]) <= there:  # rows after the checkpoint are cut off at first
+        assert third.poll() is None
+    third.send_signal(signal.SIGTERM)
+    third.communicate(timeout=60)
+    assert third.returncode == 143
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_lock_left_by_the_dead_is_no_lock(tmp_path):
+    (tmp_path / LOCK).write_text("process 1 on moon")
+    with locked(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / LOCK).read_text()
+    assert not (tmp_path / LOCK).exists()
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path):
+    metrics = Metrics(tmp_path, ("step", "loss", "knn"), first_step=0)
+    metrics.write({"step": 1, "loss": 0.5})
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        metrics.write({"step": 2, "loss": 0.25})
+    tmp_path.mkdir()
+    metrics.write({"step": 3, "loss": 0.125})
+    metrics.amend({"knn": 7.0})
+    assert [list(row.values()) for row in read_metrics(tmp_path)] == [
+        ["1", "0.5", ""],
+        ["2", "0.25", ""],
+        ["3", "0.125", "7.0"],
+    ]
+
+
+def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, monkeypatch):
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    evaluate = Probe.__call__
+
+    def killed(self, *_):
+        raise KeyboardInterrupt
+
+    for at, patched in ((24, killed), (24, evaluate)):
+        monkeypatch.setattr(Probe, "__call__", patched)
+        if patched is killed:
+            with pytest.raises(SystemExit):
+                pretrain(config)
+            assert not rows(config)[-1]["knn_top1"]
+        else:
+            assert pretrain(config).step == at
+    assert rows(config)[-1]["knn_top1"]
+    same_end(whole, config)
+
+
+def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
+    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), eval_every_n_epochs=1)
+    evaluate = Probe.__call__
+
+    def signalled(self, backbone, device, asked_to_stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, backbone, device, asked_to_stop)
+
+    monkeypatch.setattr(Probe, "__call__", signalled)
+    outcome = pretrain(config)
+    assert outcome.stopped_by == signal.SIGTERM
+    assert outcome.step == 13  # the evaluation after step 12 was given up
+    assert not rows(config)[11]["rankme"]
+
+
+# -- other numbers of processes --------------------------------------------------------------------------------------
+
+
+def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
+    base = dataclasses.replace(LONG, devices="2", batch_size_per_gpu=4)
+    ran, killed = (dataclasses.replace(base, output_dir=str(tmp_path / name)) for name in ("ran", "killed"))
+    process = start(ran)
+    process.communicate(timeout=200)
+    process = start(killed)
+    wait_for_step(killed, 8, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 120
+    while len(rows(killed)) < 24 and time.monotonic() < deadline:
+        process = start(killed)  # refused while the other process of the first start is still dying
+        process.communicate(timeout=200)
+    same_end(ran, killed)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
+    config = dataclasses.replace(LONG, devices="2", batch_size_per_gpu=4, output_dir=str(tmp_path / "run"), epochs=40)
+    process = start(config)
+    wait_for_step(config, 4, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill([process.pid, int(children[0])][asked], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "saved; go on with" in err
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert saved == len(rows(config))
+
+
+def test_another_number_of_processes_goes_on_to_float_rounding(whole, tmp_path, run_cli):
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    pretrain(dataclasses.replace(config, trainer={"max_steps": 9}))
+    finished = run_cli("pretrain", *as_flags(dataclasses.replace(config, devices="2", batch_size_per_gpu=4)))
+    assert finished.returncode == 0, finished.stderr
+    for one, other in zip(rows(whole), rows(config), strict=True):
+        for column in ("loss", "grad_norm", "center_norm"):
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=5e-3), (one["step"], column)
+
+
+# -- RankMe ----------------------------------------------------------------------------------------------------------
+
+
+def test_rankme_counts_the_directions_that_are_used():
+    orthogonal = torch.linalg.qr(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))[0]
+    assert rankme(orthogonal) == pytest.approx(6, rel=1e-3)
+    assert rankme(orthogonal[:, :1] @ torch.randn(1, 6)) == pytest.approx(1, rel=1e-3)
+    values = torch.tensor([3.0, 1.0])
+    share = values / 4
+    expected = torch.exp(-(share * share.log()).sum()).item()
+    assert rankme(orthogonal[:, :2] * values) == pytest.approx(expected, rel=1e-3)
+
+
+def test_images_without_labels_have_a_rankme_and_no_accuracy(tmp_path):
+    from PIL import Image
+
+    for i in range(40):
+        Image.effect_noise((20, 20), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
+    config = dataclasses.replace(
+        TINY, dataset=None, num_images=None, data_path=str(tmp_path), output_dir=str(tmp_path / "run")
+    )
+    pretrain(config)
+    last = rows(config)[-1]
+    assert last["knn_top1"] == ""
+    assert 1 <= float(last["rankme"]) <= 64
