@@ -391,11 +391,11 @@ def surviving(loaded_from: Callable[[int], Iterator[T]]) -> Iterator[T]:
                 done, deaths = done + 1, 0
                 yield item
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two: it died while handing over a batch
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             deaths += 1
-            reason = _one_line(error).rstrip(".")
+            reason = _one_line(error).rstrip(".") if isinstance(error, RuntimeError) else "a loader worker died"
             if deaths > WORKER_DEATHS:
                 raise ValueError(
                     f"{deaths} loader workers died one after the other ({reason}); if the machine is out of memory, "
