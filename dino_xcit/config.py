@@ -67,6 +67,8 @@ class PretrainConfig:
     """architecture and patch size: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}; official and timm names too"""
     init_weights: str | None = None
     """what student and teacher start from: anything that --weights of the evaluations takes. Default: random numbers"""
+    continue_from: str | None = None
+    """a full checkpoint of official DINO: goes on after its last epoch, with heads, center and optimizer"""
     drop_path_rate: float = 0.1
     """stochastic depth of the student, the same in every layer"""
     grad_checkpointing: bool = False
@@ -492,6 +494,11 @@ def validate(config: PretrainConfig) -> None:
         config.strategy == "auto" or config.strategy.startswith("ddp"), "strategy", "auto or ddp (every process is whole)"
     )
     require(config.eval_num_images >= 1, "eval_num_images", "at least 1")
+    require(
+        config.init_weights is None or config.continue_from is None,
+        "init_weights",
+        "nothing beside --continue_from, which brings weights",
+    )
     require(config.checkpoint_every_n_minutes >= 0, "checkpoint_every_n_minutes", "0 or more")
     for flag in ("num_images", "checkpoint_every_n_steps"):
         value = getattr(config, flag)

@@ -62,17 +62,22 @@ def read_checkpoint(path: Path, networks: Sequence[str] = ("teacher",)) -> Check
 
     Raises ValueError that says what the file is instead, if it does not hold an XCiT.
     """
-    content, metadata = _read_file(path)
+    content, metadata = read_file(path)
     tensors = _choose(content, networks)
     if "config" in content and "pytorch-lightning_version" in content:
         metadata = backbone_metadata(from_plain(content["config"]))
     backbone, head = to_our_names(tensors)
     center = content.get("dino_loss", {}).get("center", content.get("state_dict", {}).get("loss.center"))
-    return Checkpoint(backbone=backbone, head=head, center=center, metadata={**describe(backbone), **metadata})
+    return Checkpoint(
+        backbone=backbone,
+        head=head if "last_layer.weight_v" in head else {},
+        center=center,
+        metadata={**describe(backbone), **metadata},
+    )
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of a file, and what a safetensors file of ours says beside."""
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a file, and what a safetensors file of ours says beside. Raises ValueError that says what is wrong."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -133,7 +138,7 @@ def _tensors(content: Mapping[str, Any]) -> Tensors:
 
 
 def to_our_names(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Tensors of anyone's XCiT -> backbone and DINO head under our names. A classifier is left behind."""
+    """Tensors of anyone's XCiT -> backbone and head, DINO's or a classifier, under our names."""
     backbone: Tensors = {}
     head: Tensors = {}
     for name, tensor in tensors.items():
@@ -148,7 +153,7 @@ def to_our_names(tensors: Tensors) -> tuple[Tensors, Tensors]:
     for new, old in (("parametrizations.weight.original0", "weight_g"), ("parametrizations.weight.original1", "weight_v")):
         if f"last_layer.{new}" in head:
             head[f"last_layer.{old}"] = head.pop(f"last_layer.{new}")
-    return backbone, head if "last_layer.weight_v" in head else {}
+    return backbone, head
 
 
 def to_official_names(backbone: Tensors) -> Tensors:

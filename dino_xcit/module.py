@@ -140,8 +140,7 @@ class DINOModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # The scaler of float16 has to see the gradients before they are clipped, which a fused optimizer hides from it.
-        return torch.optim.AdamW(parameter_groups(self.student), lr=0.0, fused=not self._is_float16)
+        return adamw(self.student, self.trainer.precision)
 
     @property
     def _is_float16(self) -> bool:
@@ -257,6 +256,12 @@ class DINOModule(L.LightningModule):
                 "before it. Try --precision 32-true, a lower --lr, a longer --warmup_epochs, --clip_grad 0.3 or "
                 "--norm_last_layer true"
             )
+
+
+def adamw(student: nn.Module, precision: Any) -> torch.optim.AdamW:
+    """The optimizer; learning rate and weight decay are set at each step."""
+    # The scaler of float16 has to see the gradients before they are clipped, which a fused optimizer hides from it.
+    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=precision != "16-mixed")
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
-from dino_xcit.machine import parse_devices, refusal, require_folder, resolve_precision, say
+from dino_xcit.machine import is_first_process, parse_devices, refusal, require_folder, resolve_precision, say
 from dino_xcit.module import COLUMNS, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.probe import Probe, StoppedError
@@ -42,6 +42,7 @@ from dino_xcit.saving import (
 )
 from dino_xcit.schedules import Schedules
 from dino_xcit.strip import AttentionStrip
+from dino_xcit.takeover import take_over
 from dino_xcit.watch import CollapseError, CollapseWatch, Sign, does_not_sharpen
 from dino_xcit.weights import LAST, TEACHER, save_backbone, start_from
 from dino_xcit.xcit import resolve_architecture
@@ -107,6 +108,8 @@ def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules
     module = DINOModule(config, schedules)
     if config.init_weights is not None and checkpoint is None:
         say(start_from(config.init_weights, module.student, module.teacher, module.loss))
+    if config.continue_from is not None and checkpoint is None:
+        checkpoint = _continue(config, module, trainer)
     rank_zero_only(draw_crop_sheet)(folder, module, images)
     if does_not_sharpen(config):
         say(
@@ -150,6 +153,18 @@ def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules
 @rank_zero_only
 def _write_config(folder: Path, config: PretrainConfig) -> None:
     run_folder.write_config(config, folder)
+
+
+def _continue(config: PretrainConfig, module: DINOModule, trainer: L.Trainer) -> Path:
+    """Somebody else's run becomes the last checkpoint of this one."""
+    content, told = take_over(Path(config.continue_from or ""), module, trainer)
+    path = Path(config.output_dir) / LAST
+    if is_first_process() and not config.dry_run:
+        path.parent.mkdir(exist_ok=True)
+        with run_folder.replacing(path) as beside:
+            torch.save(content, beside)
+    say(told)
+    return path
 
 
 def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:

@@ -79,7 +79,14 @@ def open_checkpoint(weights: str, networks: Sequence[str], flag: str = "weights"
 
 
 def start_from(weights: str, student: Any, teacher: Any, loss: Any) -> str:
-    """Fill the networks of a run that begins, each with a `backbone` and a `head` -> a line that tells what was taken.
+    """Fill the networks of a run that begins -> a line that tells what was taken. Raises ValueError as `fill_networks`."""
+    taken = fill_networks(weights, student, teacher, loss, "init_weights")
+    anew = [part for part in ("the student's head", "the teacher's head", "center") if part not in taken]
+    return f"starting from {weights}: {', '.join(taken)}; anew: {', '.join([*anew, 'optimizer', 'schedules'])}"
+
+
+def fill_networks(weights: str, student: Any, teacher: Any, loss: Any, flag: str) -> list[str]:
+    """Fill networks, each with a `backbone` and a `head`, and the loss's center -> what was taken.
 
     Student and teacher take their own where the file has both, else the same. Heads and center are taken where the file has
     them in this run's shapes. Raises ValueError if the weights do not load or are of another backbone.
@@ -87,21 +94,20 @@ def start_from(weights: str, student: Any, teacher: Any, loss: Any) -> str:
     taken = ["backbone"]
     for networks, network in ((("student", "teacher"), student), (("teacher", "student"), teacher)):
         if weights.startswith((TIMM, HUB)):
-            checkpoint = Checkpoint(backbone=_from_timm(weights, "init_weights").state_dict(), metadata={})
+            checkpoint = Checkpoint(backbone=_from_timm(weights, flag).state_dict(), metadata={})
         else:
-            checkpoint = open_checkpoint(weights, networks, "init_weights")
+            checkpoint = open_checkpoint(weights, networks, flag)
         try:
             fill(network.backbone, checkpoint.backbone)
         except ValueError as error:
-            raise ValueError(f"--init_weights {weights} does not fit --arch {network.backbone.arch}: {error}") from None
+            raise ValueError(f"--{flag} {weights} does not fit --arch {network.backbone.arch}: {error}") from None
         if _shapes(network.head.state_dict()) == _shapes(checkpoint.head):
             fill(network.head, checkpoint.head)
             taken.append(f"the {networks[0]}'s head")
     if checkpoint.center is not None and checkpoint.center.shape == loss.center.shape:
         loss.center.copy_(checkpoint.center)
         taken.append("center")
-    anew = [part for part in ("the student's head", "the teacher's head", "center") if part not in taken]
-    return f"starting from {weights}: {', '.join(taken)}; anew: {', '.join([*anew, 'optimizer', 'schedules'])}"
+    return taken
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

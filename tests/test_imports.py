@@ -15,7 +15,7 @@ FLOORS = (
     ("data",),
     ("module", "weights"),
     ("features", "report"),
-    ("knn", "linear", "segmentation", "plan", "views", "saving"),
+    ("knn", "linear", "segmentation", "plan", "views", "saving", "takeover"),
     ("layouts", "masks"),
     ("strip", "probe", "show", "export"),
     ("pretrain",),

@@ -1,0 +1,114 @@
+"""Real runs that collapse or diverge: when is it told, and what do their curves look like?
+
+    python eval/collapse.py --output_dir runs/collapse
+
+Seven short runs on shapes, which differ in one or two options from the first, a healthy one. Writes what was told at which
+step, `eval/results/collapse.json`, and the curves, `eval/results/collapse.png`. Runs that are there are not made again.
+`eval/collapse.md` explains them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dino_xcit.run_folder import read_metrics
+
+HERE = Path(__file__).parent
+OPTIONS = (
+    f"--config {HERE.parent / 'configs/demo.yaml'} --num_images 6400 --epochs 4 --log_every_n_steps 10 --num_workers 0 "
+    "--eval_num_images 1000 --eval_every_n_epochs 2"
+)
+PROTOTYPES = 512  # of configs/demo.yaml
+RUNS = {
+    "healthy": "",
+    "teacher as warm as the student": "--teacher_temp 0.1 --warmup_teacher_temp 0.1",
+    "teacher ten times warmer": "--teacher_temp 1 --warmup_teacher_temp 1",
+    "no centering": "--center_momentum 1",
+    "no centering, very sharp": "--center_momentum 1 --teacher_temp 0.01 --warmup_teacher_temp 0.01",
+    "learning rate x 10": "--lr 0.04",
+    "learning rate x 100": "--lr 0.4",
+}
+PANELS = {
+    "loss": "loss, nats",
+    "teacher_entropy": "teacher entropy, nats (dotted: ln K)",
+    "kl": "KL teacher to student, nats",
+    "grad_norm": "gradient norm",
+}
+TOLD = re.compile(r"step (\d+): ([^:]+): ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"), help="where the runs are")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table and the picture go")
+    arguments = parser.parse_args()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    found = {name: run(name, flags, arguments.output_dir / name.replace(" ", "_")) for name, flags in RUNS.items()}
+    (arguments.results / "collapse.json").write_text(json.dumps(found, indent=2) + "\n")
+    draw({name: read_metrics(arguments.output_dir / name.replace(" ", "_")) for name in RUNS}, found, arguments.results)
+
+
+def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
+    log = folder.with_suffix(".log")
+    if not log.exists():
+        command = [sys.executable, "-m", "dino_xcit.cli", "pretrain", *shlex.split(OPTIONS), *flags.split()]
+        done = subprocess.run([*command, "--output_dir", str(folder)], stderr=subprocess.PIPE, text=True, check=True)
+        log.write_text("\n".join(line for line in done.stderr.splitlines() if not line.startswith("pretrain:")))
+    signs = TOLD.findall(log.read_text())
+    rows = read_metrics(folder)
+    result = {
+        "options": flags,
+        "steps": int(rows[-1]["step"]),
+        "told": [{"step": int(step), "sign": sign} for step, sign in signs],
+        "told_before_the_run": "does not sharpen" in log.read_text(),
+        "last_row": {column: float(rows[-1][column]) for column in (*PANELS, "knn_top1", "rankme")},
+    }
+    print(name, json.dumps(result), flush=True)
+    return result
+
+
+def draw(runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]], results: Path) -> None:
+    """A row for each run, the healthy one in grey behind."""
+    figure = Figure(figsize=(13, 1.75 * len(runs)), layout="constrained")
+    for (name, rows), line in zip(runs.items(), figure.subplots(len(runs), len(PANELS), sharex=True), strict=True):
+        first = next(iter(found[name]["told"]), None)
+        for axes, (column, title) in zip(line, PANELS.items(), strict=True):
+            for shown, colour in ((runs["healthy"], "0.75"), (rows, "#0072B2")):
+                axes.plot([int(row["step"]) for row in shown], [float(row[column]) for row in shown], color=colour)
+            if column == "teacher_entropy":
+                axes.axhline(math.log(PROTOTYPES), color="black", linestyle=":", linewidth=1)
+            if column == "grad_norm":
+                axes.set_yscale("log")
+            if first is not None:
+                axes.axvline(first["step"], color="#D55E00", linewidth=1)
+            if name == "healthy":
+                axes.set_title(title, fontsize=9)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("\n".join(name.rsplit(" ", 1)) if len(name) > 20 else name, fontsize=8)
+        if first is not None:
+            line[1].annotate(
+                f"{first['sign']}, step {first['step']}",
+                (first["step"], 0.5),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=7,
+                color="#D55E00",
+            )
+    for axes in line:
+        axes.set_xlabel("step", fontsize=8)
+    figure.savefig(results / "collapse.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
