@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -21,6 +23,7 @@ from dino_xcit.config import AttentionConfig, ExportConfig, KnnConfig, LinearCon
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
+LONGEST_MESSAGE = 500  # characters: the parser quotes what it was given
 RESUMABLE = ("knn-eval", "linear-eval", "seg-eval")  # pretraining tells it by itself
 
 
@@ -142,13 +145,27 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
     parser.add_argument("--config", action="config", help="YAML file of options; a flag on the line wins")
     parser.add_class_arguments(config_class)
     joined, words = join_lists(arguments, config_class)
+    refuse_bad_configs(joined)
     try:
         namespace = parser.parse_args(joined)
     except argparse.ArgumentError as error:
         raise ValueError(explain(error, parser)) from None
+    except RecursionError:
+        raise ValueError("an option has a value that is nested too deep") from None
     # Words pass by the parser, which reads YAML: names of files may hold anything.
     values = {**vars(namespace), **words}
     return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def refuse_bad_configs(arguments: list[str]) -> None:
+    """Raises ValueError for a --config FILE on which the parser would choke."""
+    for flag, following in itertools.pairwise([*arguments, ""]):
+        name, _, value = flag.partition("=")
+        path = Path(value or following)
+        if name == "--config" and path.is_file():
+            from dino_xcit.run_folder import read_yaml
+
+            read_yaml(path)
 
 
 def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, tuple[str, ...]]]:
@@ -202,6 +219,7 @@ def _items(words: list[str], item: Any) -> int:
 def explain(error: argparse.ArgumentError, parser: ArgumentParser) -> str:
     """jsonargparse's message in one line, with the flag as it is typed."""
     message = " ".join(str(error).split())
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown:
         flag = unknown[1].split("=")[0]

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ METRICS = "metrics.csv"
 BAD_IMAGES = "bad_images.txt"
 CROPS = "crops.png"
 CURVES = "curves.png"
+MOST_VALUES = 1_000_000  # in a file of options
+LONGEST_REASON = 300  # characters of what others say of a file
 
 
 @contextlib.contextmanager
@@ -63,9 +66,36 @@ def read_config(folder: Path) -> PretrainConfig:
     """Raises ValueError if the folder's config.yaml is not one of this version."""
     path = folder / CONFIG
     try:
-        return from_plain(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        return from_plain(read_yaml(path))
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a config of this version: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file, which may be a stranger's.
+
+    Raises ValueError if it is no YAML or has objects in it, or if a few lines stand for more than any options are.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _values(content, {}) > MOST_VALUES:
+            raise ValueError(f"{path} is no file of options: its names stand for more than {MOST_VALUES} values")
+    except RecursionError:
+        raise ValueError(f"{path} is no file of options: it is nested too deep") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())[:LONGEST_REASON]}") from None
+    return content
+
+
+def _values(item: Any, known: dict[int, float]) -> float:
+    """How many values an item holds with all that its anchors stand for; no end of them if it holds itself."""
+    if not isinstance(item, (dict, list)):
+        return 1
+    if id(item) not in known:
+        known[id(item)] = math.inf  # until it is counted
+        parts = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+        known[id(item)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(item)]
 
 
 def printable(name: str) -> str:

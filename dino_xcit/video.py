@@ -25,7 +25,7 @@ def is_video(path: Path) -> bool:
     if path.suffix.lower() != ".gif":
         return path.suffix.lower() in EXTENSIONS
     try:
-        with any_size(), Image.open(path) as file:
+        with any_size(), Image.open(path, formats=("GIF",)) as file:
             return getattr(file, "n_frames", 1) > 1
     except OSError:
         return False
