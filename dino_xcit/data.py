@@ -244,8 +244,8 @@ def _labels(dataset: Any) -> np.ndarray | None:
 def decode(data: bytes, channels: int) -> Tensor:
     """The bytes of an image file -> uint8 (C, H, W), upright, in the channels asked for.
 
-    torchvision decodes JPEG, PIL the rest: some damaged PNGs crash torchvision's decoder, and it is no faster. Raises ValueError
-    if neither can, or if there are more than 179 million pixels, which is PIL's limit.
+    torchvision decodes JPEG, PIL the rest: some damaged PNGs crash torchvision's decoder, and it is no faster. Raises
+    ValueError if neither can, or if there are more than 179 million pixels, which is PIL's limit.
     """
     if decode_image is not None and channels in (1, 3) and data.startswith(JPEG):
         _open(data).close()  # reads the size alone: torchvision would take the memory for any

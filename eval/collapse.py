@@ -96,15 +96,8 @@ def draw(runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]]
             axes.grid(alpha=0.3)
         line[0].set_ylabel("\n".join(name.rsplit(" ", 1)) if len(name) > 20 else name, fontsize=8)
         if first is not None:
-            line[1].annotate(
-                f"{first['sign']}, step {first['step']}",
-                (first["step"], 0.5),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=7,
-                color="#D55E00",
-            )
+            told = f"{first['sign'].split(',')[0]},\nstep {first['step']}"
+            line[1].text(0.97, 0.3, told, transform=line[1].transAxes, ha="right", fontsize=8, color="#D55E00")
     for axes in line:
         axes.set_xlabel("step", fontsize=8)
     figure.savefig(results / "collapse.png", dpi=90)

@@ -77,9 +77,9 @@ class Guard:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        path = os.fsdecode(arguments[0]) if arguments and isinstance(arguments[0], (str, bytes)) else ""
+        path = os.path.abspath(os.fsdecode(arguments[0])) if arguments and isinstance(arguments[0], (str, bytes)) else ""
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
-        inside = path.startswith((self.allowed, "/dev/null")) or "__pycache__" in path
+        inside = path.startswith(f"{self.allowed}{os.sep}") or path == os.devnull or "__pycache__" in path
         if event in STARTS | OTHERS or ((writes or event in CHANGES) and not inside):
             self.seen.append(f"{event} {path}")
 
@@ -89,7 +89,7 @@ class Guard:
         self.seen.clear()
         said = ""
         start = time.monotonic()
-        self.allowed = str(allowed)
+        self.allowed = str(allowed.resolve())
         try:
             action(allowed)
             answered[f"{name}: taken"] += 1
