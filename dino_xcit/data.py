@@ -252,21 +252,24 @@ def decode(data: bytes, channels: int) -> Tensor:
         mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
         with contextlib.suppress(RuntimeError):
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode, apply_exif_orientation=True)
-    try:
-        with _open(data) as file:
-            return _from_pil(ImageOps.exif_transpose(file), channels)
-    except ValueError:
-        raise
-    except Exception as error:  # PIL lets through whatever the reader of a format raises
-        raise ValueError(_one_line(error)) from error
+    with reading_images(), _open(data) as file:
+        return _from_pil(ImageOps.exif_transpose(file), channels)
 
 
 def _open(data: bytes) -> Image.Image:
     """Raises ValueError if these are not the bytes of an image, or of too large a one."""
+    with reading_images(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit; twice a warning is an error
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextlib.contextmanager
+def reading_images() -> Iterator[None]:
+    """Raises ValueError in one line for whatever PIL lets through of the readers of its formats."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit; twice a warning is an error
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        yield
+    except ValueError:
+        raise
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Exception as error:

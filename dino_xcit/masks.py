@@ -21,7 +21,7 @@ from torch import Tensor
 from dino_xcit import shapes
 from dino_xcit.attention import jaccard, mass_mask
 from dino_xcit.config import AttentionConfig
-from dino_xcit.data import EXTENSIONS, FORMATS
+from dino_xcit.data import EXTENSIONS, FORMATS, reading_images
 from dino_xcit.figure import Cell, Sheet, cut_out, scaled
 from dino_xcit.figure import cell as figure_cell
 from dino_xcit.machine import progress
@@ -93,13 +93,13 @@ def read_mask(path: Path) -> tuple[Tensor, Tensor]:
     white, or shades between them (a soft edge, JPEG), what is brighter than half is object.
     """
     try:
-        with any_size(), Image.open(path, formats=FORMATS) as file:
+        with any_size(), reading_images(), Image.open(path, formats=FORMATS) as file:
             if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != (VOID, VOID):
-                raise ValueError(f"mask {path} is transparent; expected grey or a palette")
+                raise ValueError("transparent; expected grey or a palette")
             values = np.array(file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")).astype(np.int64)
             numbered = file.mode == "P" or not _is_soft(values)
-    except OSError:
-        raise ValueError(f"mask {path} is not an image") from None
+    except ValueError as error:
+        raise ValueError(f"mask {path}: {error}") from None
     if not numbered:
         return torch.from_numpy(values > VOID // 2), torch.ones(values.shape, dtype=torch.bool)
     void = (values == VOID) & ((values != 0) & (values != VOID)).any()

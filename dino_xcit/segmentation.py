@@ -25,7 +25,18 @@ from torch.utils.data import Dataset
 
 from dino_xcit import shapes
 from dino_xcit.config import SegConfig, validate_evaluation
-from dino_xcit.data import EXTENSIONS, FORMATS, SPLITS, ImageSet, ShapeSet, Subset, decode, default_workers, fingerprint
+from dino_xcit.data import (
+    EXTENSIONS,
+    FORMATS,
+    SPLITS,
+    ImageSet,
+    ShapeSet,
+    Subset,
+    decode,
+    default_workers,
+    fingerprint,
+    reading_images,
+)
 from dino_xcit.features import (
     DONE,
     ROWS,
@@ -99,7 +110,7 @@ class MaskedFiles:
         return [list(map(str, self.images)), self.channels, [(s.st_size, s.st_mtime_ns) for s in stats]]
 
     def mask(self, index: int) -> np.ndarray:
-        with Image.open(self.masks[index], formats=FORMATS) as file:
+        with reading_images(), Image.open(self.masks[index], formats=FORMATS) as file:
             if file.mode not in ("P", "L", "1"):
                 raise ValueError(
                     f"mask {self.masks[index]} is in colour or of 16 bits; expected the number of a class a pixel"

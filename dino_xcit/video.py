@@ -27,7 +27,7 @@ def is_video(path: Path) -> bool:
     try:
         with any_size(), Image.open(path, formats=("GIF",)) as file:
             return getattr(file, "n_frames", 1) > 1
-    except OSError:
+    except Exception:  # PIL lets through whatever the reader of a format raises
         return False
 
 

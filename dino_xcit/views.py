@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from dino_xcit.attention import Sight, bytes_per_pixel, check_layer, look, require_class_attention
 from dino_xcit.config import AttentionConfig, PretrainConfig
 from dino_xcit.crops import resize
-from dino_xcit.data import EXTENSIONS, FORMATS, ImageSet, decode, open_images
+from dino_xcit.data import EXTENSIONS, FORMATS, ImageSet, decode, open_images, reading_images
 from dino_xcit.features import HALF, SMALL
 from dino_xcit.machine import memory_there, resolve_precision
 from dino_xcit.video import Clip, any_size, is_video
@@ -250,11 +250,8 @@ class Frame:
         if not data:
             raise ValueError("an empty file (0 bytes)")
         with any_size():
-            try:
-                with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                    width, height = file.size
-            except UnidentifiedImageError:
-                raise ValueError("not an image") from None
+            with reading_images(), Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                width, height = file.size
             self.check(height, width)
             needed = COPIES * max(3, channels) * height * width
             if needed > self.on_cpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import struct
@@ -18,9 +19,12 @@ from conftest import TINY
 from test_data import folder_config, make_folder
 
 from dino_xcit import data
+from dino_xcit.config import AttentionConfig, KnnConfig
 from dino_xcit.data import WORKER_DEATHS, CropDataset, CropLoader, Order, ShapeSet, decode, open_images, surviving
+from dino_xcit.knn import knn_eval
 from dino_xcit.pretrain import pretrain
 from dino_xcit.run_folder import read_bad_images, read_metrics
+from dino_xcit.show import show_attention
 
 # -- workers that die ------------------------------------------------------------------------------------------------
 
@@ -241,3 +245,38 @@ def test_bad_images_of_any_name_are_listed_one_a_line_and_once(tmp_path):
     assert len(listed) == len(NAMES)
     assert all(line.endswith("\tnot an image") and line.count("\t") == 1 for line in listed)
     assert len(read_metrics(tmp_path / "run")) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_path):
+    classes = ["new\nline", "<script>alert(1)<", "quo\"te's, and comma", "\u0645\u0631\u062d\u0628\u0627 \U0001f98a"]
+    names = [f"{split}/{kind}/{i} {kind}.png" for split in ("train", "val") for kind in classes for i in range(6)]
+    folder = make_folder(tmp_path / "images", names)
+    config = folder_config(folder, output_dir=str(tmp_path / "run"), epochs=1, batch_size_per_gpu=8)
+    pretrain(config)
+    # As a stranger may send it: what its config.yaml says of folders is not where anything is written.
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(
+        text.replace(f"output_dir: {tmp_path}/run", f"output_dir: {tmp_path}/elsewhere")
+    )
+    before = {path for path in tmp_path.rglob("*") if tmp_path / "run" not in path.parents}
+    knn_eval(KnnConfig(weights=str(tmp_path / "run"), nb_knn=(3,), cache_dir=str(tmp_path / "run/cache")))
+    problems = show_attention(
+        AttentionConfig(
+            weights=(str(tmp_path / "run"),),
+            images=(str(folder / "val"),),
+            output_dir=str(tmp_path / "run/figures"),
+            image_size=32,
+            figures=("overlay",),
+            html=True,
+        )
+    )
+    assert problems == []
+    assert {path for path in tmp_path.rglob("*") if tmp_path / "run" not in path.parents} == before
+    written = sorted((tmp_path / "run").rglob("*.json"))
+    assert {path.name for path in written} >= {"knn.json", "attention.json"}
+    for path in written:
+        json.loads(path.read_text())
+    page = (tmp_path / "run/figures/attention.html").read_text()
+    assert "<script>alert" not in page
+    assert len(read_metrics(tmp_path / "run")) == 3

@@ -123,7 +123,7 @@ def test_numbers_of_16_bits_are_no_shades(tmp_path):
 
 def test_a_transparent_mask_is_refused(tmp_path):
     Image.fromarray(np.full((2, 2, 4), (255, 255, 255, 0), np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=r"mask.png is transparent; expected grey or a palette$"):
+    with pytest.raises(ValueError, match=r"mask.png: transparent; expected grey or a palette$"):
         read_mask(tmp_path / "mask.png")
 
 
@@ -137,7 +137,7 @@ def test_an_empty_mask_counts_everywhere_and_holds_nothing(tmp_path):
 def test_a_mask_that_is_no_image_is_refused(data, tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"^mask {path} is not an image$"):
+    with pytest.raises(ValueError, match=rf"^mask {path}: not an image$"):
         read_mask(path)
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weigh
         "alone.png": f"no mask named alone in --masks {tmp_path / 'masks'}",
         "bare.png": "no object in the mask",
         "other.png": "image of 20 x 16 pixels, mask of 16 x 16",
-        "text.png": f"mask {tmp_path / 'masks' / 'text.png'} is not an image",
+        "text.png": f"mask {tmp_path / 'masks' / 'text.png'}: not an image",
     }
 
 
