@@ -43,7 +43,7 @@ from dino_xcit.data import decode
 from dino_xcit.features import OFFICIAL_FILES, FromFiles
 from dino_xcit.formats import to_official_names
 from dino_xcit.masks import read_mask
-from dino_xcit.run_folder import read_config
+from dino_xcit.run_folder import plain, read_config
 from dino_xcit.saving import is_whole
 from dino_xcit.video import is_video
 from dino_xcit.weights import load_backbone
@@ -220,7 +220,6 @@ def feature_files() -> dict[str, bytes]:
     }
 
 
-NAMES = sorted({name for _, config, _ in COMMANDS.values() for name in config.__dataclass_fields__})
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -252,16 +251,17 @@ def options(draw: Any) -> bytes:
     """Options of the commands with anything as their values; files of laughs; any bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace")))
-    lines = []
-    for name in draw(st.lists(st.sampled_from(NAMES), max_size=4)):
-        if draw(st.booleans()):
-            lines.append(yaml.safe_dump({name: draw(VALUES)}))
-        else:
-            lines.append(f"{name}: {draw(st.sampled_from(TAGS))}\n")
+    command = draw(st.sampled_from(sorted(COMMANDS)))
+    config = COMMANDS[command][1]()
+    lines = [f"# {command}\n"]
+    for name in draw(st.lists(st.sampled_from(sorted(vars(config))), max_size=4, unique=True)):
+        as_it_is = yaml.safe_dump({name: plain(getattr(config, name))})
+        hostile = f"{name}: {draw(st.sampled_from(TAGS))}\n"
+        lines.append(draw(st.sampled_from([as_it_is, as_it_is, yaml.safe_dump({name: draw(VALUES)}), hostile])))
     if draw(st.integers(0, 9)) == 0:
-        lines.insert(0, "x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n")
+        lines.append("x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n")
         for i in range(1, draw(st.integers(2, 30))):
-            lines.insert(i, f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n")
+            lines.append(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n")
         lines.append(f"mean: *x{i}\n")
     return "".join(lines).encode(errors="replace")
 
@@ -290,7 +290,8 @@ def try_mask(data: bytes) -> None:
 
 def try_options(data: bytes) -> None:
     path = written("config.yaml", data)
-    command = sorted(COMMANDS)[zlib.crc32(data) % len(COMMANDS)]
+    named = data.partition(b"\n")[0].lstrip(b"# ").decode(errors="replace")
+    command = named if named in COMMANDS else "pretrain"
 
     def parsed(_: Path) -> None:
         config = parse(command, COMMANDS[command][1], ["--config", str(path)])
@@ -308,9 +309,11 @@ def try_checkpoint(data: bytes) -> None:
 
 
 def try_features(data: bytes) -> None:
-    for name in (name for names in OFFICIAL_FILES.values() for name in names):
-        written(name, data)
-    written(OFFICIAL_FILES["train"][0], WHOLE_FEATURES["features"])
+    files = dict(
+        zip(sum(OFFICIAL_FILES.values(), ()), 2 * (WHOLE_FEATURES["features"], WHOLE_FEATURES["labels"]), strict=True)
+    )
+    for name, content in {**files, sorted(files)[zlib.crc32(data) % len(files)]: data}.items():
+        written(name, content)
     guard("features and labels", lambda _: FromFiles(KnnConfig(load_features=str(folder))), folder)
 
 

@@ -15,7 +15,7 @@ import fuzz
 EXAMPLES = {"images": 400, "masks": 200, "options": 100, "checkpoints": 200, "features": 200}
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 def test_files_from_strangers_are_taken_or_refused(target):
     before = sum(fuzz.tried.values())
