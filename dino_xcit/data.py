@@ -449,9 +449,13 @@ def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Of Ctrl-C, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all, the run makes its own end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """Of Ctrl-C, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all, the run makes its own end.
+
+    A second SIGTERM is Python's, which ends its children by it when it ends.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def default_workers() -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino_xcit.config import PretrainConfig
@@ -112,6 +113,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in names}, json.loads(described)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"is not a readable safetensors file: {error}") from None
+
+
+def write_safetensors(tensors: Tensors, path: Path, about: dict[str, Any]) -> None:
+    """Tensors and, as JSON under `dino_xcit`, what is known beside them. Raises OSError if they cannot be written."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
+    except SafetensorError as error:  # by which it tells of a full disk, too
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _choose(content: dict[str, Any], networks: Sequence[str]) -> Tensors:

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -37,6 +36,7 @@ from dino_xcit.config import LinearConfig, validate_evaluation
 from dino_xcit.crops import cut, draw_boxes
 from dino_xcit.data import ImageSet, default_workers, leave_signals_to_the_parent
 from dino_xcit.features import Frozen, Split, part_slice, subjects
+from dino_xcit.formats import write_safetensors
 from dino_xcit.machine import float64_device, launch, progress, resolve_precision, say, summed
 from dino_xcit.report import TOP, cell, describe, draw_classes, hits, output_folder, scores, table, write_json
 from dino_xcit.run_folder import replacing
@@ -699,7 +699,7 @@ def save_head(head: Head, config: LinearConfig, names: dict[int, str], path: Pat
     }
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
     with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
+        write_safetensors(tensors, beside, about)
 
 
 def load_head(path: Path) -> tuple[Head, dict[str, Any]]:

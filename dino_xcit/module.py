@@ -231,6 +231,9 @@ class DINOModule(L.LightningModule):
                 f"the run was made with {before} images per step, now it would be {now}; set --devices, --num_nodes, "
                 "--batch_size_per_gpu and --accumulate_grad_batches as before"
             )
+        # Saved after Lightning's loop was left, it says that the one epoch which a run is to Lightning is over.
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            progress.update(processed=0, completed=0)
 
     def refuse_broken_weights(self) -> None:
         """Raise FloatingPointError if a number in the student or the teacher is not finite. Waits for the device."""

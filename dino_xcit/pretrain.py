@@ -87,7 +87,6 @@ def pretrain(config: PretrainConfig) -> Outcome:
     validate(config)
     resolve_architecture(config.arch)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
-    torch.set_flush_denormal(True)  # denormals slow CPU training several times over
     images = open_images(config, "train")
     assert images is not None
     io = DurableIO()
@@ -97,8 +96,18 @@ def pretrain(config: PretrainConfig) -> Outcome:
     folder = Path(config.output_dir)
     require_folder(folder, "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder), flushed_denormals():
         return _run(config, images, trainer, schedules, io)
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Denormals slow CPU training several times over."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules: Schedules, io: DurableIO) -> Outcome:
@@ -109,7 +118,7 @@ def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules
     if config.init_weights is not None and checkpoint is None:
         say(start_from(config.init_weights, module.student, module.teacher, module.loss))
     if config.continue_from is not None and checkpoint is None:
-        checkpoint = _continue(config, module, trainer)
+        checkpoint = _continue(config, module, trainer, io)
     rank_zero_only(draw_crop_sheet)(folder, module, images)
     if does_not_sharpen(config):
         say(
@@ -155,14 +164,14 @@ def _write_config(folder: Path, config: PretrainConfig) -> None:
     run_folder.write_config(config, folder)
 
 
-def _continue(config: PretrainConfig, module: DINOModule, trainer: L.Trainer) -> Path:
-    """Somebody else's run becomes the last checkpoint of this one."""
+def _continue(config: PretrainConfig, module: DINOModule, trainer: L.Trainer, io: DurableIO) -> Path:
+    """Somebody else's run becomes the last checkpoint of this one. Raises OSError if it cannot be written."""
     content, told = take_over(Path(config.continue_from or ""), module, trainer)
     path = Path(config.output_dir) / LAST
     if is_first_process() and not config.dry_run:
-        path.parent.mkdir(exist_ok=True)
-        with run_folder.replacing(path) as beside:
-            torch.save(content, beside)
+        io.save_checkpoint(content, path)
+        if io.error is not None:
+            raise io.error
     say(told)
     return path
 
@@ -271,7 +280,7 @@ class RunFolder(L.Callback):
         self.probe = Probe(config, images, validation)
         self.pictured = validation or images
         self.watch = CollapseWatch(config)
-        self.stopped = self.requeued = False
+        self.stopped = self.to_be_requeued = self.requeued = False
         self.save_at = time.monotonic() + 60 * config.checkpoint_every_n_minutes
         self.bad_images = run_folder.read_bad_images(folder)
         self.images_seen = self.bad_images_seen = 0
@@ -289,11 +298,13 @@ class RunFolder(L.Callback):
                 self.strip.add(0, module.teacher.backbone, module.device)
         if not step:
             return
+        self.saved_step = step
         say(f"continuing {self.folder} from step {step}")
         for row in trainer.strategy.broadcast(self.metrics.rows[-ROWS_LOOKED_AT:] if trainer.is_global_zero else []):
             self.watch({name: float(value) for name, value in row.items() if value})
         if trainer.strategy.broadcast(trainer.is_global_zero and self._was_stopped_in_evaluating(module, step)):
-            self._evaluate(trainer, module, step)
+            self.stopped, self.to_be_requeued = self._evaluate(trainer, module, step)
+            trainer.should_stop = self.stopped
 
     def _was_stopped_in_evaluating(self, module: Any, step: int) -> bool:
         last = self.metrics.rows[-1] if self.metrics.rows else {}
@@ -309,13 +320,17 @@ class RunFolder(L.Callback):
         if module.row:
             self._write_row(trainer, {"step": step, **module.row})
             sign = self.watch(module.row)
-        self.stopped, overdue = self.agreement(self.signals.asked is not None, time.monotonic() >= self.save_at)
+        self.stopped, self.to_be_requeued, overdue = self.agreement(
+            self.signals.asked is not None, self.signals.asked == signal.SIGUSR1, time.monotonic() >= self.save_at
+        )
+        # What several processes want is heard a step late: the step after a save, it was wanted before it.
+        overdue = overdue and not (trainer.world_size > 1 and step == self.saved_step + 1)
         if self.stopped or overdue or ends_epoch or (every is not None and step % every == 0):
             self.save(trainer, module)
         if sign is not None:
             self._tell(sign, step)
         if self._evaluates(module, step) and not self.stopped:
-            self._evaluate(trainer, module, step)
+            self.stopped, self.to_be_requeued = self._evaluate(trainer, module, step)
         if self.stopped:
             trainer.should_stop = True
 
@@ -324,9 +339,13 @@ class RunFolder(L.Callback):
         every = self.config.eval_every_n_epochs
         return not into_epoch and (epoch == self.config.epochs or (every > 0 and epoch % every == 0))
 
-    def _evaluate(self, trainer: L.Trainer, module: Any, step: int) -> None:
-        """By one process while the others wait. The step is saved by then: an interrupted evaluation is made up for."""
-        with contextlib.suppress(StoppedError):
+    def _evaluate(self, trainer: L.Trainer, module: Any, step: int) -> tuple[bool, bool]:
+        """By one process while the others wait -> whether it was asked to stop, and by SIGUSR1.
+
+        The step is saved by then: an interrupted evaluation is made up for.
+        """
+        interrupted = False
+        try:
             if trainer.is_global_zero:
                 found = self.probe(module.teacher.backbone, module.device, lambda: self.signals.asked is not None)
                 values = {name: value for name, value in found._asdict().items() if value is not None}
@@ -337,8 +356,10 @@ class RunFolder(L.Callback):
                 with self._telling("attention.png and curves.png"):
                     self.strip.add(step, module.teacher.backbone, module.device)
                     run_folder.draw_curves(self.folder)
-        trainer.strategy.barrier()
+        except StoppedError:
+            interrupted = True
         module.restart_clock()
+        return trainer.strategy.broadcast((interrupted, interrupted and self.signals.asked == signal.SIGUSR1))
 
     @contextlib.contextmanager
     def _telling(self, what: str) -> Iterator[None]:
@@ -409,7 +430,7 @@ class RunFolder(L.Callback):
             if trainer.strategy.broadcast(self.signals.asked is not None or tries > LAST_TRIES):
                 raise OSError(f"step {trainer.global_step} is not saved; {self.folder}/{LAST} is of an earlier step")
             time.sleep(SECONDS_BETWEEN_TRIES)
-        if self.stopped and self.signals.asked == signal.SIGUSR1:
+        if self.stopped and self.to_be_requeued:
             self.requeued = trainer.strategy.broadcast(trainer.is_global_zero and requeue())
 
     def _note_bad_images(self, batch: Batch) -> None:

@@ -76,14 +76,16 @@ def read_yaml(path: Path) -> Any:
 
     Raises ValueError if it is no YAML or has objects in it, or if a few lines stand for more than any options are.
     """
+    text = path.read_bytes()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if _values(content, {}) > MOST_VALUES:
-            raise ValueError(f"{path} is no file of options: its names stand for more than {MOST_VALUES} values")
+        content = yaml.safe_load(text.decode())
+        many = _values(content, {}) > MOST_VALUES
     except RecursionError:
         raise ValueError(f"{path} is no file of options: it is nested too deep") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # YAML's own, and whatever it lets through of values that are not what their tags say
         raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())[:LONGEST_REASON]}") from None
+    if many:
+        raise ValueError(f"{path} is no file of options: its names stand for more than {MOST_VALUES} values")
     return content
 
 

@@ -105,19 +105,22 @@ def newest_whole(folder: Path) -> Path | None:
     Raises ValueError if there are checkpoints, but none that is whole.
     """
     there = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-    for path in there:
-        if is_whole(path):
-            return path
-        say(
-            f"{path} is damaged; trying {PREVIOUS}, which was written before it"
-            if path == folder / LAST
-            else f"so is {path}"
+    whole = next(filter(is_whole, there), None)
+    if there and whole is None:
+        kept = sorted(str(path) for path in (folder / LAST).parent.glob("*.ckpt") if path not in there)
+        raise ValueError(
+            f"{' and '.join(map(str, there))} {'are' if there[1:] else 'is'} damaged; "
+            + (
+                f"if one of {', '.join(kept)} is whole, copy it there"
+                if kept
+                else "name another --output_dir, or remove them"
+            )
         )
-        if is_first_process() and path == folder / LAST and len(there) > 1:
-            os.replace(path, folder / DAMAGED)
-    if there:
-        raise ValueError(f"no checkpoint in --output_dir {folder} is whole; name another --output_dir, or remove them")
-    return None
+    if whole != there[0] if there else False:
+        say(f"{there[0]} is damaged; going on from {whole}, which was written before it")
+        if is_first_process():
+            os.replace(there[0], folder / DAMAGED)
+    return whole
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Axes: B images of a batch, N patches, C channels, K classes, S side of the frame
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -51,6 +49,7 @@ from dino_xcit.features import (
     extract,
     subjects,
 )
+from dino_xcit.formats import write_safetensors
 from dino_xcit.machine import launch, progress, resolve_precision, say, summed
 from dino_xcit.report import RESAMPLES, UNNAMED, cell, describe, output_folder, table, write_json
 from dino_xcit.run_folder import printable, replacing
@@ -357,9 +356,9 @@ class Counts(NamedTuple):
     predicted: Tensor
 
 
-def count(layer: Layer, scenes: Scenes, fabric: Fabric, batch: int, name: str) -> Counts:
-    """Compare with the masks; each process takes its share of the images."""
-    classes, images = len(layer.bias), len(scenes.rows)
+def count(layer: Layer, scenes: Scenes, classes: int, fabric: Fabric, batch: int, name: str) -> Counts:
+    """Compare with the masks; each process takes its share of the images. The layer need not have met all classes."""
+    images = len(scenes.rows)
     counts = torch.zeros(3, images, classes, dtype=torch.int64)
     with progress(images, f"{name}: pixels", "images", fabric.is_global_zero) as bar, torch.no_grad():
         for number, mine in enumerate(torch.arange(images).split(batch)):
@@ -376,8 +375,7 @@ def _counted(guess: Tensor, truth: Tensor, classes: int) -> list[Tensor]:
     """(B, S, S) each -> right, true and guessed pixels of each class (B, K), where the mask says."""
     image = torch.arange(len(truth), device=truth.device)[:, None, None] * classes
     says = truth != VOID
-    known = says & (truth < classes)  # a class without training images: its pixels count, and none is right
-    kinds = ((known & (guess == truth), truth), (known, truth), (says, guess))
+    kinds = ((says & (guess == truth), truth), (says, truth), (says, guess))
     return [
         torch.bincount((image + label)[where], minlength=len(truth) * classes).unflatten(0, (-1, classes))
         for where, label in kinds
@@ -428,10 +426,11 @@ def seg_eval(config: SegConfig) -> dict[str, Any]:
         rows: dict[str, dict[str, Any]] = {}
         for subject in evaluated:
             scenes = {split: scenes_of(subject, split) for split in SPLITS}
-            classes = _classes(scenes["train"])
+            trained, met = (_classes(scenes[split], split) for split in SPLITS)
+            classes = max(trained, met)  # of a class without training images no pixel is right
             names = [known.get(label, UNNAMED.format(label)) for label in range(classes)]
-            layer = train(config, scenes["train"], classes, fabric, subject.name)
-            counts = count(layer, scenes["validation"], fabric, config.batch_size_per_gpu, subject.name)
+            layer = train(config, scenes["train"], trained, fabric, subject.name)
+            counts = count(layer, scenes["validation"], classes, fabric, config.batch_size_per_gpu, subject.name)
             rows[subject.name] = result(counts, names, config.seed)
             if subject is evaluated[0] and fabric.is_global_zero:
                 save_layer(layer, config, names, folder / "seg_head.safetensors")
@@ -455,10 +454,13 @@ def seg_eval(config: SegConfig) -> dict[str, Any]:
     return report
 
 
-def _classes(scenes: Scenes) -> int:
-    """One more than the largest number in the training masks."""
-    found = [masks[masks != VOID].max().item() for rows in scenes.rows.split(ROWS) if (masks := scenes.masks[rows]).numel()]
-    return int(max(found)) + 1
+def _classes(scenes: Scenes, split: str) -> int:
+    """One more than the largest number in the masks. Raises ValueError if all is void."""
+    chunks = [scenes.masks[rows] for rows in scenes.rows.split(ROWS)]
+    found = [int(said.max()) for masks in chunks if (said := masks[masks != VOID]).numel()]
+    if not found:
+        raise ValueError(f"no pixel of the {split} masks has a class; --ignore_label leaves nothing")
+    return max(found) + 1
 
 
 def save_layer(layer: Layer, config: SegConfig, names: list[str], path: Path) -> None:
@@ -471,7 +473,7 @@ def save_layer(layer: Layer, config: SegConfig, names: list[str], path: Path) ->
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in layer._asdict().items()}
     with replacing(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
+        write_safetensors(tensors, beside, about)
 
 
 def draw(path: Path, subject: Subject, scenes: Scenes, layer: Layer, row: dict[str, Any], names: list[str]) -> None:

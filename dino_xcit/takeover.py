@@ -23,6 +23,7 @@ from dino_xcit.weights import fill_networks
 EXPECTED = "a full checkpoint of official DINO, with student, teacher, optimizer and epoch"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FREE = (FREE_ON_RESUME | {"arch"}) - {"batch_size_per_gpu"}  # the tensors have fitted the architecture
 
 
 def take_over(path: Path, module: DINOModule, trainer: L.Trainer) -> tuple[dict[str, Any], str]:
@@ -41,7 +42,9 @@ def take_over(path: Path, module: DINOModule, trainer: L.Trainer) -> tuple[dict[
         raise ValueError(
             f"{flag} has no {' and no '.join(lacking)}; expected {EXPECTED}; --init_weights takes weights alone"
         )
-    epoch = int(content["epoch"])
+    epoch = content["epoch"]
+    if not isinstance(epoch, int):
+        raise ValueError(f"{flag} has {epoch!r} for its epoch; expected {EXPECTED}")
     if not 0 < epoch < config.epochs:
         raise ValueError(f"{flag} has {epoch} epochs behind it and --epochs is {config.epochs}; nothing is left to do")
     taken = fill_networks(str(path), module.student, module.teacher, module.loss, "continue_from")
@@ -65,6 +68,8 @@ def take_over(path: Path, module: DINOModule, trainer: L.Trainer) -> tuple[dict[
     }
     module.on_save_checkpoint(checkpoint)
     anew = [*([] if "center" in taken else ["center"]), *([problem] if problem else []), "order and crops of the images"]
+    if trainer.precision == "16-mixed":
+        anew.append("the scaler of float16")
     lines = [
         f"{flag}: goes on after epoch {epoch} of {config.epochs}, step {steps}; taken: "
         f"{', '.join([*taken, *([] if problem else ['optimizer'])])}; anew: {', '.join(anew)}"
@@ -87,7 +92,7 @@ def optimizer_state(content: Mapping[str, Any], module: DINOModule, trainer: L.T
                 raise ValueError(f"those of {names[id(parameter)]} are of another shape")
             if found:
                 state["state"][index] = found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         return optimizer.state_dict(), f"optimizer (the file's moments cannot be used: {error})"
     return state, ""
 
@@ -111,6 +116,8 @@ def official_moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
         raise ValueError(f"{sum(of_groups)} parameters for {len(tensors)} tensors of the student")
     in_order = [*regularised, *spared]
     states = {in_order[index]: state for index, state in saved["state"].items() if state}
+    if not states:
+        raise ValueError("there are none")
     if any(moment not in state for state in states.values() for moment in MOMENTS):
         raise ValueError("not AdamW's")
     # Three copies of the number of steps, since class attention's qkv is cut in three.
@@ -152,7 +159,7 @@ def differing_arguments(content: Mapping[str, Any], config: PretrainConfig) -> l
     arguments = vars(content["args"]) if hasattr(content.get("args"), "__dict__") else {}
     found = []
     for field in dataclasses.fields(config):
-        if field.name not in arguments or field.name in FREE_ON_RESUME or field.name == "arch":  # whose tensors have fitted
+        if field.name not in arguments or field.name in FREE:
             continue
         then, now = arguments[field.name], getattr(config, field.name)
         then = tuple(then) if isinstance(then, list) else then

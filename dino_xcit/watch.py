@@ -42,22 +42,25 @@ class CollapseWatch:
         self.config = config
         self.limit = math.log(config.out_dim)
         self.uniform = self.single = self.unsteady = 0
+        self.since_told = PATIENCE  # rows since divergence was told
         self.losses: deque[float] = deque(maxlen=PATIENCE + 1)
 
     @property
     def suspects(self) -> bool:
-        """Whether the last row showed any sign."""
-        return bool(self.uniform or self.single or self.unsteady)
+        """Whether the last row showed a sign, or the loss has jumped in one of the last `PATIENCE`."""
+        return bool(self.uniform or self.single or self.unsteady) or max(self._changes(), default=0) > UNSTEADY * self.limit
 
     def __call__(self, row: dict[str, float]) -> Sign | None:
         """A logged row -> what has stood for `PATIENCE` rows, or a multiple of that, or None."""
         self.losses.append(row["loss"])
+        self.since_told += 1
         jump = self._jump()
         self.unsteady = self.unsteady + 1 if jump > UNSTEADY * self.limit else 0
         if row["epoch"] >= self.config.freeze_last_layer:
             self.uniform = self.uniform + 1 if row["teacher_entropy"] > NEAR_UNIFORM * self.limit else 0
             self.single = self.single + 1 if row["teacher_entropy"] < NEAR_ZERO * self.limit else 0
-        if self.unsteady % PATIENCE == 1:  # the median is of as many rows already
+        if self.unsteady and self.since_told >= PATIENCE:  # the median is of as many rows already
+            self.since_told = 0
             return self._unsteady(jump)
         if self.uniform and self.uniform % PATIENCE == 0:
             return self._uniform(row)
@@ -67,13 +70,15 @@ class CollapseWatch:
 
     def _jump(self) -> float:
         """By how much the loss changes from row to row: the median over the last rows, which one outlier does not move."""
-        losses = list(self.losses)
-        changes = [abs(after - before) for before, after in itertools.pairwise(losses)]
+        changes = self._changes()
         return statistics.median(changes) if len(changes) == PATIENCE else 0.0
+
+    def _changes(self) -> list[float]:
+        return [abs(after - before) for before, after in itertools.pairwise(self.losses)]
 
     def _uniform(self, row: dict[str, float]) -> Sign:
         temperature = row["teacher_temp"]
-        hot = does_not_sharpen(self.config)
+        hot = temperature >= self.config.student_temp
         return Sign(
             "temperature too high" if hot else "collapse to uniform, or nothing learned yet",
             f"the teacher's entropy has been at {row['teacher_entropy']:.3f} for {self.uniform} rows, and "

@@ -6,7 +6,6 @@ images were normalised) is in their metadata as JSON, under `dino_xcit`. Files o
 
 from __future__ import annotations
 
-import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.formats import Checkpoint, backbone_metadata, describe, fill, read_checkpoint
+from dino_xcit.formats import Checkpoint, backbone_metadata, describe, fill, read_checkpoint, write_safetensors
 from dino_xcit.run_folder import CONFIG, METRICS, read_config, replacing
 from dino_xcit.xcit import ABLATIONS, XCiT
 
@@ -39,7 +37,7 @@ EXPECTED = (
 def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
     """Write the weights as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(backbone_metadata(config))})
+    write_safetensors(tensors, path, backbone_metadata(config))
 
 
 def load_backbone(weights: str | Path, arch: str | None = None, checkpoint_key: str = "teacher") -> Any:

@@ -38,7 +38,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import dino_xcit
 from dino_xcit.cli import COMMANDS, parse
-from dino_xcit.config import KnnConfig, PretrainConfig, validate
+from dino_xcit.config import KnnConfig, validate, validate_attention, validate_evaluation, validate_export
 from dino_xcit.data import decode
 from dino_xcit.features import OFFICIAL_FILES, FromFiles
 from dino_xcit.formats import to_official_names
@@ -77,11 +77,16 @@ class Guard:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        path = os.path.abspath(os.fsdecode(arguments[0])) if arguments and isinstance(arguments[0], (str, bytes)) else ""
+        paths = [os.path.abspath(os.fsdecode(path)) for path in arguments[:2] if isinstance(path, (str, bytes))]
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
-        inside = path.startswith(f"{self.allowed}{os.sep}") or path == os.devnull or "__pycache__" in path
-        if event in STARTS | OTHERS or ((writes or event in CHANGES) and not inside):
-            self.seen.append(f"{event} {path}")
+        if event in STARTS | OTHERS or (writes and not self._may(paths[0])):
+            self.seen.append(f"{event} {paths}")
+        if event in CHANGES and not all(map(self._may, paths)):
+            self.seen.append(f"{event} {paths}")
+
+    def _may(self, path: str) -> bool:
+        """Written in the folder, or by Python for itself."""
+        return path.startswith(f"{self.allowed}{os.sep}") or path == os.devnull or path.endswith(".pyc") or ".pyc." in path
 
     def __call__(self, name: str, action: Callable[[Path], Any], allowed: Path) -> None:
         """An action gives a value or raises ValueError, in time, and touches nothing outside the folder."""
@@ -105,7 +110,8 @@ class Guard:
 
 
 guard = Guard()
-folder = Path(tempfile.mkdtemp(prefix="dino_xcit_fuzz_"))
+temporary = tempfile.TemporaryDirectory(prefix="dino_xcit_fuzz_")
+folder = Path(temporary.name)
 
 
 def written(name: str, data: bytes) -> Path:
@@ -231,6 +237,11 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8
 )
+VALIDATE: dict[str, Callable[[Any], None]] = {
+    "pretrain": validate,
+    "attention": validate_attention,
+    "export": validate_export,
+}
 TAGS = (
     f'!!python/object/apply:os.system ["touch {MARK}"]',
     f"!!python/object/new:open [{MARK}, w]",
@@ -243,6 +254,13 @@ TAGS = (
     "[" * 2000,
     "2001-01-01",
     "<<: 1",
+    "!!bool foo",
+    "!!int ''",
+    "!!int x",
+    "!!float ''",
+    "!!timestamp x",
+    "!!set {1, 2}",
+    "!!omap [a]",
 )
 
 
@@ -294,9 +312,7 @@ def try_options(data: bytes) -> None:
     command = named if named in COMMANDS else "pretrain"
 
     def parsed(_: Path) -> None:
-        config = parse(command, COMMANDS[command][1], ["--config", str(path)])
-        if isinstance(config, PretrainConfig):
-            validate(config)
+        VALIDATE.get(command, validate_evaluation)(parse(command, COMMANDS[command][1], ["--config", str(path)]))
 
     guard("options", parsed, folder)
     guard("configs of run folders", lambda _: read_config(folder), folder)

@@ -117,8 +117,8 @@ PROMISES = (
         "Checkpoints by time and by steps",
         "test_saving.py::test_checkpoints_by_the_clock",
         "pretrain",
-        "time.monotonic() >= self.save_at)",
-        "False)",
+        "time.monotonic() >= self.save_at\n",
+        "False\n",
     ),
     Promise(
         "A run folder deleted in mid-run is made again",

@@ -52,7 +52,7 @@ WORKER_KILLED = 0.2  # share of the starts in which a loader worker is killed fi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=1, help="rounds begin until so much time is over")
-    parser.add_argument("--epochs", type=int, default=30, help=f"epochs of {STEPS_PER_EPOCH} steps in a round")
+    parser.add_argument("--epochs", type=int, default=36, help=f"epochs of {STEPS_PER_EPOCH} steps in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the kills, and of the first round's run")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -174,7 +174,6 @@ def run_killed(folder: Path, flags: list[str], rng: random.Random) -> Killed:
             process.send_signal(number)
         _, said = process.communicate(timeout=300)
         if process.returncode == 0:
-            assert "stopping" not in said, f"{number.name}, but exit code 0"
             return Killed(kills, workers_killed, starts, repeated)
         # A signal that comes before our handlers are there ends the process as it ends any.
         assert process.returncode in (CODES[number], -number), (number, process.returncode, said[-3000:])
@@ -256,7 +255,7 @@ def growth(watched: list[tuple[int, int, int]]) -> dict[str, Any]:
     return {
         "resident_mib": round(resident[-1] / 1024),
         "resident_mib_per_1000_steps": round(slope, 2),
-        "file_descriptors_first_and_last": [int(descriptors[0]), int(descriptors[-1])],
+        "file_descriptors_first_and_most": [int(descriptors[0]), int(descriptors.max())],
     }
 
 

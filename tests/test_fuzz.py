@@ -30,10 +30,11 @@ def test_files_from_strangers_are_taken_or_refused(target):
         lambda _: os.system("true"),
         lambda folder: (folder.parent / "outside.txt").write_text(""),
         lambda folder: (folder / "../outside").resolve().mkdir(exist_ok=True),
+        lambda folder: os.symlink(folder / "link", folder.parent / "link"),
         lambda _: (_ for _ in ()).throw(ValueError("two\nlines")),
         lambda _: {}["key"],
     ],
-    ids=["process", "shell", "write", "mkdir", "lines", "other error"],
+    ids=["process", "shell", "write", "mkdir", "link", "lines", "other error"],
 )
 def test_the_guard_sees_what_is_not_allowed(action, tmp_path):
     (tmp_path / "inside").mkdir()

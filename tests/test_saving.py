@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY, as_flags
+from safetensors import SafetensorError
 from test_interruptions import LONG, rows, start, state, wait_for_step
 
+from dino_xcit import formats
 from dino_xcit import pretrain as pretrain_room
 from dino_xcit.cli import main
 from dino_xcit.module import DINOModule
@@ -150,7 +152,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert outcome.step == 24
     said = capsys.readouterr().err
     assert "from step 6" in said
-    assert ("last.ckpt is damaged; trying checkpoints/previous.ckpt" in said) == (damage is not os.remove)
+    assert ("last.ckpt is damaged; going on from" in said) == (damage is not os.remove)
     same_end(whole, config)
 
 
@@ -160,7 +162,12 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
         truncate(folder / name)
     before = rows(config)
     assert main(["pretrain", *as_flags(config)]) == 2
-    assert "no checkpoint in --output_dir" in capsys.readouterr().err
+    assert "last.ckpt and " in (said := capsys.readouterr().err)
+    assert "previous.ckpt are damaged; name another --output_dir, or remove them" in said
+    (folder / "epoch0001.ckpt").write_bytes(b"")
+    assert main(["pretrain", *as_flags(config)]) == 2
+    assert f"damaged; if one of {folder / 'epoch0001.ckpt'} is whole, copy it there" in capsys.readouterr().err
+    assert (folder / "last.ckpt").exists()
     assert rows(config) == before
 
 
@@ -228,6 +235,38 @@ def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(t
         limit_files(resource.RLIM_INFINITY)
     assert "step 24 is not saved; " in capsys.readouterr().err
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 21
+
+
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 1), (2, 0)])
+def test_a_run_saved_after_its_last_loop_goes_on(tmp_path, accumulate, workers):
+    """As when the disk has room again only once the run has been asked to stop."""
+    config = dataclasses.replace(
+        LONG,
+        output_dir=str(tmp_path / "whole"),
+        batch_size_per_gpu=8 // accumulate,
+        accumulate_grad_batches=accumulate,
+        checkpoint_every_n_steps=None,
+        num_workers=workers,
+    )
+    pretrain(config)
+    stopped = dataclasses.replace(config, output_dir=str(tmp_path / "run"))
+    assert pretrain(dataclasses.replace(stopped, trainer={"max_steps": 17})).step == 17
+    assert pretrain(stopped).step == 24
+    same_end(config, stopped)
+
+
+def test_room_for_the_checkpoint_but_not_for_the_teacher(whole, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    save_file = formats.save_file
+
+    def full(*_, **__):
+        monkeypatch.setattr(formats, "save_file", save_file)
+        raise SafetensorError("No space left on device")
+
+    during(monkeypatch, {7: lambda: monkeypatch.setattr(formats, "save_file", full)})
+    pretrain(config)
+    assert "step 9 could not be saved" in capsys.readouterr().err
+    same_end(whole, config)
 
 
 def test_a_folder_deleted_in_mid_run_is_made_again(whole, tmp_path, monkeypatch):
@@ -316,11 +355,17 @@ def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(self, backbone, device, asked_to_stop)
 
-    monkeypatch.setattr(Probe, "__call__", signalled)
-    outcome = pretrain(config)
-    assert outcome.stopped_by == signal.SIGTERM
-    assert outcome.step == 13  # the evaluation after step 12 was given up
-    assert not rows(config)[11]["rankme"]
+    for step in (12, 24):
+        monkeypatch.setattr(Probe, "__call__", signalled)
+        for _ in range(2):  # the second time in making up for it
+            outcome = pretrain(config)
+            assert outcome.stopped_by == signal.SIGTERM
+            assert outcome.step == step
+            assert not rows(config)[step - 1]["rankme"]
+        monkeypatch.setattr(Probe, "__call__", evaluate)
+        pretrain(dataclasses.replace(config, trainer={"max_steps": 23}))
+    assert pretrain(config).stopped_by is None
+    assert all(rows(config)[step - 1]["rankme"] for step in (12, 24))
 
 
 # -- other numbers of processes --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from dino_xcit.segmentation import (
     MaskedShapes,
     PatchPixels,
     Scenes,
+    _classes,
     _counted,
     count,
     measures,
@@ -307,10 +308,16 @@ def test_counts_and_measures_are_those_of_scikit_learn():
 
 def test_a_class_without_training_images_counts_as_wrong():
     truth = torch.tensor([[[0, 5], [1, 5]]])
-    both, true, predicted = _counted(torch.tensor([[[0, 0], [1, 1]]]), truth, 2)
-    assert both.tolist() == [[1, 1]]
-    assert true.tolist() == [[1, 1]]
-    assert predicted.tolist() == [[2, 2]]
+    counts = Counts(*_counted(torch.tensor([[[0, 0], [1, 1]]]), truth, 6))
+    row = result(counts, ["a", "b", "c", "d", "e", "f"], seed=0)
+    assert row["iou"] == {"a": 50, "b": 50, "f": 0}
+    assert row["miou"] == pytest.approx(100 / 3, abs=1e-3)
+    assert row["pixel_accuracy"] == 50
+
+
+def test_masks_that_are_void_all_over_are_told():
+    with pytest.raises(ValueError, match="no pixel of the validation masks has a class; --ignore_label leaves nothing"):
+        _classes(scenes_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
 
 
 def test_intervals_are_of_resampled_images_and_classes_not_met_do_not_count():
@@ -333,7 +340,7 @@ def test_counting_in_batches_is_counting_at_once():
     generator = torch.Generator().manual_seed(4)
     scenes = scenes_with(torch.randn(11, 4, 3, generator=generator), torch.randint(0, 3, (11, 6, 6), generator=generator))
     layer = Layer(torch.randn(3, 3, generator=generator), torch.zeros(3))
-    of_batches, at_once = (count(layer, scenes, FABRIC, size, "test") for size in (4, 11))
+    of_batches, at_once = (count(layer, scenes, 3, FABRIC, size, "test") for size in (4, 11))
     for one, other in zip(of_batches, at_once, strict=True):
         torch.testing.assert_close(one, other)
     assert of_batches.true.sum() == 11 * 36

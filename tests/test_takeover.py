@@ -114,6 +114,9 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
         ({"optimizer": None}, "anew: optimizer (the file's moments cannot be used: 0 parameters for"),
         ({"optimizer": {"state": {0: {"momentum_buffer": None}}, "param_groups": "as they are"}}, "not AdamW's"),
         ({"dino_loss": {}}, "anew: center, order and crops"),
+        ({"optimizer": {"state": {}, "param_groups": "as they are"}}, "cannot be used: there are none"),
+        ({"optimizer": {"state": {10**6: {"step": 1}}, "param_groups": "as they are"}}, "cannot be used: list index"),
+        ({"args": argparse.Namespace(batch_size_per_gpu=64)}, "--batch_size_per_gpu was 64, now"),
     ],
 )
 @pytest.mark.parametrize("whole", [True], indirect=True)
@@ -131,6 +134,7 @@ def test_what_a_file_lacks_begins_anew_and_is_told(whole, tmp_path, capsys, chan
     [
         ({}, {"epoch": 2}, "has 2 epochs behind it and --epochs is 2; nothing is left to do"),
         ({}, {"epoch": 0}, "has 0 epochs behind it"),
+        ({}, {"epoch": "two"}, "has 'two' for its epoch"),
         ({"out_dim": 16}, {}, "student's head is of another shape; set --out_dim"),
         ({"arch": "xcit_pico2_p8"}, {}, "does not fit --arch xcit_pico2_p8"),
         ({"init_weights": "here.pth"}, {}, "expected nothing beside --continue_from"),
