@@ -99,9 +99,8 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path,
     told_at = int(rows(config)[-1]["step"])
     assert told_at < 96
     sound = torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"]
-    assert sound < told_at
-    if name != "divergence":  # whose sign is a mean over the rows before
-        assert sound == told_at - PATIENCE
+    # Divergence is told once half of the last rows have jumped, and from the first that did nothing is kept as sound.
+    assert sound <= told_at - PATIENCE // 2 if name == "divergence" else sound == told_at - PATIENCE
 
 
 def test_a_warning_lets_the_run_go_on_and_a_resumed_run_remembers_the_signs(tmp_path, capsys):
