@@ -154,6 +154,9 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
         raise ValueError("an option has a value that is nested too deep") from None
     # Words pass by the parser, which reads YAML: names of files may hold anything.
     values = {**vars(namespace), **words}
+    for name, hint in get_type_hints(config_class).items():
+        if values[name] is None and type(None) not in get_args(hint):
+            raise ValueError(f"--{name} has no value; leave it out for its default, or give it one")
     return config_class(**{name: value for name, value in values.items() if name != "config"})
 
 

@@ -146,3 +146,33 @@ def test_a_word_list_takes_one_word_a_flag():
 def test_a_flag_without_its_value_is_an_error(words, capsys):
     assert main(["attention", *words]) == 2
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["epochs:\nseed: 1", "mean: null", "arch: ~"])
+def test_an_option_without_a_value_is_told(text, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["pretrain", "--config", str(tmp_path / "config.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"dino-xcit pretrain: --{text.split(':')[0]} has no value; leave it out for its default, or give it one\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x0: &x0 [1, 1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40)), "more than 1000000"),
+        ("mean: " + "[" * 5000 + "]" * 5000, "nested too deep"),
+        ("mean: &a [*a]", "more than 1000000"),
+        ("seed: !!int x", "is not readable as YAML: invalid literal"),
+        ("seed: !!bool x", "is not readable as YAML: "),
+        ("arch: !!python/object/apply:os.mkdir [hacked]", "could not determine a constructor for the tag"),
+        ("arch: \xff", "is not readable as YAML: 'utf-8' codec"),
+    ],
+)
+def test_files_that_are_no_options_are_told_in_a_line(text, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
+    assert main(["pretrain", "--config", "config.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert problem in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "hacked").exists()
