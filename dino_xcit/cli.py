@@ -7,12 +7,16 @@ failed; 128 + a signal's number: stopped by it and saved (130 Ctrl-C, 143 SIGTER
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import importlib
 import itertools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -42,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             closest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}")
         _, config_class, run = COMMANDS[command]
-        return run(parse(command, config_class, arguments))
+        config: Any = parse(command, config_class, arguments)
+        with ctrl_c_at_once():
+            importlib.import_module(f"dino_xcit.{ROOMS[command]}")
+        return run(config)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             goes_on = "; the same command goes on from there (not with --no_cache)" if command in RESUMABLE else ""
@@ -55,6 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
+
+
+@contextlib.contextmanager
+def ctrl_c_at_once() -> Iterator[None]:
+    """KeyboardInterrupt in the middle of an import may be swallowed, or make Python abort. Nothing is there to be saved."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def entry() -> None:
@@ -133,6 +153,15 @@ COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
     "seg-eval": ("segment images by a linear layer on frozen patch tokens", SegConfig, run_seg_eval),
     "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
     "export": ("write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export", ExportConfig, run_export),
+}
+
+ROOMS = {  # of the commands, which take seconds to import
+    "pretrain": "pretrain",
+    "knn-eval": "knn",
+    "linear-eval": "linear",
+    "seg-eval": "segmentation",
+    "attention": "show",
+    "export": "export",
 }
 
 

@@ -54,17 +54,21 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=1, help="rounds begin until so much time is over")
     parser.add_argument("--epochs", type=int, default=36, help=f"epochs of {STEPS_PER_EPOCH} steps in a round")
     parser.add_argument("--seed", type=int, default=0, help="of the kills, and of the first round's run")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; rounds that it has are kept")
     arguments = parser.parse_args()
     start = time.monotonic()
-    rounds: list[dict[str, Any]] = []
-    while not rounds or time.monotonic() - start < 3600 * arguments.hours:
+    there = arguments.output is not None and arguments.output.exists()
+    rounds: list[dict[str, Any]] = json.loads(arguments.output.read_text())["rounds"] if there else []
+    before = len(rounds)
+    while len(rounds) == before or time.monotonic() - start < 3600 * arguments.hours:
+        began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="dino_xcit_soak_") as folder:
             rounds.append(one_round(Path(folder), arguments.epochs, arguments.seed + len(rounds)))
+            rounds[-1]["hours"] = round((time.monotonic() - began) / 3600, 2)
             print(json.dumps(rounds[-1]), flush=True)
         report = {
             "command": shlex.join(["python", *sys.argv]),
-            "hours": round((time.monotonic() - start) / 3600, 2),
+            "hours": round(sum(one["hours"] for one in rounds), 2),
             "kills": sum(sum(one["kills"].values()) for one in rounds),
             "workers_killed": sum(one["workers_killed"] for one in rounds),
             "steps": sum(one["steps"] for one in rounds),

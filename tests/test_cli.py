@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -176,3 +177,24 @@ def test_files_that_are_no_options_are_told_in_a_line(text, problem, tmp_path, m
     assert problem in said
     assert said.count("\n") == 1
     assert not (tmp_path / "hacked").exists()
+
+
+def test_ctrl_c_while_modules_load_ends_at_once(tmp_path):
+    """Raised in the middle of an import, it may be swallowed: here by torch's, made to swallow it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, signal, sys\n"
+        "class Swallow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "                for _ in range(1000): pass\n"
+        "            except KeyboardInterrupt: pass\n"
+        "sys.meta_path.insert(0, Swallow())\n"
+    )
+    command = [sys.executable, "-m", "dino_xcit.cli", "export", "--weights", str(tmp_path / "gone.pth")]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 130, run.stderr
+    assert run.stderr == ""
