@@ -5,13 +5,16 @@ Axes: B images, V views per image (the G global ones first), K prototypes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+
+ROWS_AT_ONCE = 512  # of logits, in float32 128 MiB of 65536 prototypes
 
 
 class WeightNormLinear(nn.Module):
@@ -25,9 +28,12 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not fixed_gain)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
+    def prototypes(self) -> Tensor:
+        """(K, in_dim), each of its length."""
+        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * scale)
+        return F.linear(x, self.prototypes())
 
 
 class DINOHead(nn.Module):
@@ -54,8 +60,21 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, fixed_gain=norm_last_layer)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """(N, in_dim) -> (N, bottleneck_dim) of length 1, which the prototypes are compared with."""
+        return F.normalize(self.mlp(x), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        return self.last_layer(self.embed(x))
+
+
+class Embeddings(NamedTuple):
+    """What a network says of the views, one product before its logits."""
+
+    of_views: Tensor
+    """(B, V, D), of length 1"""
+    prototypes: Tensor
+    """(K, D)"""
 
 
 class LossStatistics(NamedTuple):
@@ -105,6 +124,10 @@ class DINOLoss(nn.Module):
         self._remember(teacher)
         return loss
 
+    def of_embeddings(self, student: Embeddings, teacher: Embeddings, teacher_temp: float) -> Tensor:
+        """`forward` of the logits, a few images at a time: no more than `ROWS_AT_ONCE` rows of logits are ever there."""
+        return _LossInParts.apply(student.of_views, student.prototypes, teacher, self, teacher_temp)
+
     @torch.no_grad()
     def sharpen(self, teacher: Tensor, teacher_temp: float) -> Tensor:
         """Teacher logits -> probabilities (B, G, K), centered and sharpened."""
@@ -113,9 +136,20 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def statistics(self, loss: Tensor, teacher: Tensor, teacher_temp: float) -> LossStatistics:
         """Entropy and divergence for a loss that was computed with the present center."""
-        log_q = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1)
-        entropy = -(log_q.exp() * log_q).sum(-1).mean()
+        entropy = self._entropies(teacher, teacher_temp).mean()
         return LossStatistics(entropy, loss.detach() - entropy)
+
+    @torch.no_grad()
+    def statistics_of_embeddings(self, loss: Tensor, teacher: Embeddings, teacher_temp: float) -> LossStatistics:
+        """`statistics` of the logits, a few images at a time."""
+        parts = _parts(teacher.of_views)
+        entropy = torch.cat([self._entropies(F.linear(part, teacher.prototypes), teacher_temp) for part in parts]).mean()
+        return LossStatistics(entropy, loss.detach() - entropy)
+
+    def _entropies(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Logits (B, G, K) -> (B, G)."""
+        log_q = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1)
+        return -(log_q.exp() * log_q).sum(-1)
 
     @torch.no_grad()
     def _remember(self, teacher: Tensor) -> None:
@@ -133,3 +167,49 @@ class DINOLoss(nn.Module):
         self.center.lerp_(self.output_sum / (self.output_count * processes), 1 - self.center_momentum)
         self.output_sum.zero_()
         self.output_count = 0
+
+
+class _LossInParts(torch.autograd.Function):
+    """`DINOLoss.forward` of logits that are made, used and forgotten part by part, their gradients with them.
+
+    The loss is a scalar, so its gradients are known up to a factor as soon as it is: the backward pass only multiplies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, prototypes: Tensor, teacher: Embeddings, loss_of: DINOLoss, teacher_temp: float
+    ) -> Tensor:
+        narrow = [_as_autocast(tensor.detach()) for tensor in (student, prototypes, *teacher)]
+        weight = narrow[1].requires_grad_()
+        total = torch.zeros((), device=student.device)
+        of_student, of_prototypes = [], torch.zeros_like(prototypes)
+        for views, of_teacher in zip(_parts(narrow[0], like=student), _parts(narrow[2], like=student), strict=True):
+            # Per image and pair, so that half precision holds the gradients of single logits.
+            count = len(views) * views.shape[1]
+            with torch.enable_grad():
+                views = views.detach().requires_grad_()
+                loss = loss_of(F.linear(views, weight), F.linear(of_teacher, narrow[3]), teacher_temp)
+                gradients = torch.autograd.grad(loss * count, (views, weight))
+            share = len(views) / len(student)
+            total += share * loss.detach()
+            of_student.append(gradients[0].to(student.dtype).mul_(share / count))
+            of_prototypes.add_(gradients[1], alpha=share / count)
+        ctx.save_for_backward(torch.cat(of_student), of_prototypes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_student, of_prototypes = ctx.saved_tensors
+        return of_student * gradient, of_prototypes * gradient, None, None, None
+
+
+def _parts(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of `ROWS_AT_ONCE` views at most, of as many images each as can be. `like`: as many parts as this has."""
+    images, views = (tensor if like is None else like).shape[:2]
+    return tensor.chunk(min(images, math.ceil(images * views / ROWS_AT_ONCE)))
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """In the numbers that autocast would multiply in."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

@@ -17,12 +17,13 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Batch
-from dino_xcit.dino import DINOHead, DINOLoss, LossStatistics
+from dino_xcit.dino import DINOHead, DINOLoss, Embeddings, LossStatistics
 from dino_xcit.photometric import photometric
 from dino_xcit.run_folder import plain
 from dino_xcit.schedules import Schedules
@@ -68,7 +69,11 @@ class Network(nn.Module):
         )
 
     def forward(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Tensor:
-        """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K).
+        """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K)."""
+        return F.linear(*self.embed(groups, paths))
+
+    def embed(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Embeddings:
+        """`forward` before its last product, which the loss makes a few images at a time.
 
         paths: stochastic depth of each group, (B, views, layers, 3), or None.
         """
@@ -79,7 +84,10 @@ class Network(nn.Module):
             for views, of_group in zip(groups, paths, strict=False)
         ]
         views = torch.cat(features, dim=1)  # (B, V, D)
-        return self.head(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return Embeddings(
+            of_views=self.head.embed(views.flatten(0, 1)).unflatten(0, views.shape[:2]),
+            prototypes=self.head.last_layer.prototypes(),
+        )
 
 
 class DINOModule(L.LightningModule):
@@ -103,6 +111,12 @@ class DINOModule(L.LightningModule):
         self._step_loss: Tensor | None = None
         self._gradient_norm: Tensor | None = None
         self._clock = (time.perf_counter(), 0)
+
+    def compile_regions(self) -> None:
+        """torch.compile of each XCA layer. All are one function of their weights, so each kind of crop is compiled once."""
+        for network in (self.student, self.teacher):
+            for block in network.backbone.blocks:
+                block.compile(dynamic=False)
 
     def setup(self, stage: str) -> None:
         if self.trainer.world_size > 1:
@@ -131,12 +145,12 @@ class DINOModule(L.LightningModule):
         groups = self.views(batch)
         temperature = self.schedules.teacher_temp(self.global_step)
         with torch.no_grad():
-            teacher = self.teacher(groups[:1])
-        student = self.student(groups, self.paths(batch))
-        loss = self.loss(student, teacher, temperature)
+            teacher = self.teacher.embed(groups[:1])
+        student = self.student.embed(groups, self.paths(batch))
+        loss = self.loss.of_embeddings(student, teacher, temperature)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         if self._logs(self.global_step):
-            self._statistics = self.loss.statistics(loss, teacher, temperature)
+            self._statistics = self.loss.statistics_of_embeddings(loss, teacher, temperature)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_xcit.dino import DINOHead, DINOLoss
+from dino_xcit import dino
+from dino_xcit.dino import DINOHead, DINOLoss, Embeddings
 
 B, K, TEACHER_TEMP, STUDENT_TEMP = 3, 11, 0.05, 0.1
 
@@ -119,6 +121,67 @@ def test_several_passes_before_an_update_are_one_pass_of_the_whole_batch():
 
 def test_center_alone_is_saved():
     assert list(DINOLoss(K).state_dict()) == ["center"]
+
+
+# -- in parts ----------------------------------------------------------------------------------------------------
+
+
+IMAGES, VIEWS, DIM = 7, 4, 5
+
+
+def embeddings(views, seed, learn=True):
+    generator = torch.Generator().manual_seed(seed)
+    of_views = F.normalize(torch.randn(IMAGES, views, DIM, generator=generator), dim=-1)
+    prototypes = torch.randn(K, DIM, generator=generator)
+    return Embeddings(of_views.requires_grad_(learn), prototypes.requires_grad_(learn))
+
+
+@pytest.mark.parametrize("rows", [1, VIEWS, 3 * VIEWS, 1000])
+def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(rows, monkeypatch):
+    monkeypatch.setattr(dino, "ROWS_AT_ONCE", rows)
+    student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
+    parts, whole = loss_with_center(), loss_with_center()
+    of_teacher = F.linear(*teacher)
+    values = (parts.of_embeddings(student, teacher, TEACHER_TEMP), whole(F.linear(*student), of_teacher, TEACHER_TEMP))
+    torch.testing.assert_close(*values)
+    for one, other in zip(*[torch.autograd.grad(3 * value, student) for value in values], strict=True):
+        torch.testing.assert_close(one, other)
+    statistics = parts.statistics_of_embeddings(values[0], teacher, TEACHER_TEMP)
+    torch.testing.assert_close(statistics, whole.statistics(values[1], of_teacher, TEACHER_TEMP))
+    for loss in (parts, whole):
+        loss.update_center()
+    torch.testing.assert_close(parts.center, whole.center)
+
+
+def test_in_parts_under_autocast_gradients_are_near_those_in_float32():
+    student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
+    expected = torch.autograd.grad(loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP), student)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)
+    for one, other in zip(torch.autograd.grad(value, student), expected, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.05 * other.norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees the elements of the largest result of any operation."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("views", [3, 9])
+def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
+    monkeypatch.setattr(dino, "ROWS_AT_ONCE", 9)
+    with LargestTensor() as largest:
+        loss_with_center().of_embeddings(embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP).backward()
+    assert largest.elements <= max(9 * K, IMAGES * views * DIM)
 
 
 # -- head --------------------------------------------------------------------------------------------------------
