@@ -87,17 +87,18 @@ def pretrain(config: PretrainConfig) -> Outcome:
     validate(config)
     resolve_architecture(config.arch)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
-    images = open_images(config, "train")
-    assert images is not None
-    io = DurableIO()
-    trainer = make_trainer(config, io)
-    order = Order(config, len(images), world_size=trainer.world_size)
-    schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
-    folder = Path(config.output_dir)
-    require_folder(folder, "output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), flushed_denormals():
-        return _run(config, images, trainer, schedules, io)
+    with StopSignals().listening() as signals:
+        images = open_images(config, "train")
+        assert images is not None
+        io = DurableIO()
+        trainer = make_trainer(config, io)
+        order = Order(config, len(images), world_size=trainer.world_size)
+        schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
+        folder = Path(config.output_dir)
+        require_folder(folder, "output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder), flushed_denormals():
+            return _run(config, images, trainer, schedules, io, signals)
 
 
 @contextlib.contextmanager
@@ -110,7 +111,9 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules: Schedules, io: DurableIO) -> Outcome:
+def _run(
+    config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules: Schedules, io: DurableIO, signals: StopSignals
+) -> Outcome:
     folder = Path(config.output_dir)
     checkpoint = prepare_folder(folder, config)
     L.seed_everything(config.seed, verbose=False)
@@ -131,13 +134,11 @@ def _run(config: PretrainConfig, images: ImageSet, trainer: L.Trainer, schedules
     if trainer.strategy.root_device.type == "cpu":
         refuse_what_does_not_fit(config, trainer.precision)
     if config.compile:
-        for network in (module.student, module.teacher):
-            for block in network.backbone.blocks:
-                block.compile(dynamic=False)
-    signals = StopSignals()
+        module.compile_regions()
     saver = RunFolder(config, folder, images, signals, io)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
-    with warnings.catch_warnings(), signals.listening():
+    signals.listen()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # it has one for every core
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own
         try:

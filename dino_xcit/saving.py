@@ -127,17 +127,18 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the step instead of breaking into it."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the step instead of breaking into it, once there are steps."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[StopSignals]:
+        """Ctrl-C stops at once until `listen` is called."""
         before = {number: signal.getsignal(number) for number in STOPPED_BY}
-        self.listen()
+        signal.signal(signal.SIGINT, self._at_once)
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -145,6 +146,10 @@ class StopSignals:
     def listen(self) -> None:
         for number in STOPPED_BY:
             signal.signal(number, self._on_signal)
+
+    def _at_once(self, number: int, frame: Any) -> None:
+        self.asked = signal.SIGINT  # the exception may be swallowed by what it breaks into: then the first step is the last
+        raise KeyboardInterrupt
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.asked is not None:  # asked twice: at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -69,6 +70,25 @@ def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(tmp_pa
     assert rows(killed) == rows(config)
     for name, value in state(config).items():
         assert torch.equal(state(killed)[name], value), name
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_before_the_first_step_stops_at_once_or_where_it_is_swallowed_after_that_step(
+    tmp_path, monkeypatch, swallowed
+):
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path))
+
+    def interrupted(folder: Path, config: PretrainConfig) -> None:
+        with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("dino_xcit.pretrain.prepare_folder", interrupted)
+    if not swallowed:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+        return
+    outcome = pretrain(config)
+    assert (outcome.step, outcome.stopped_by) == (1, signal.SIGINT)
 
 
 def test_ctrl_c_is_the_callers_again_after_a_run_even_one_that_failed(tmp_path, monkeypatch):
