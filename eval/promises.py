@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent.parent
 COPIED = ("dino_xcit", "tests", "eval", "configs", "pyproject.toml", "README.md", "hubconf.py")
-SECONDS = 300  # for a test; one that hangs has failed
+SECONDS = 120  # for a test; one that hangs has failed
 
 
 class Promise(NamedTuple):
@@ -61,8 +61,8 @@ PROMISES = (
         "No row of metrics.csv is doubled or missing; rows that could not be written are written with the next",
         "test_saving.py::test_rows_that_could_not_be_written_are_written_with_the_next",
         "run_folder",
-        "if self.whole and self.path.exists():",
-        "if self.path.exists():",
+        "            self.whole = True\n        else:\n            self._rewrite()",
+        "            self.whole = True",
     ),
     Promise(
         "Ctrl-C finishes the step, saves, says how to go on: exit code 130",
@@ -180,8 +180,8 @@ PROMISES = (
         "A weight that is not finite is told by the next step, and never saved",
         "test_watch.py::test_nan_in_a_weight_is_found_by_the_next_step_and_never_saved",
         "module",
-        "sound = self._mean_loss().isfinite()",
-        "sound = torch.ones((), dtype=torch.bool)",
+        "self._broken.copy_((~sound).float().maximum(self._broken))",
+        "pass",
     ),
     Promise(
         "Checkpoints, configs, images and labels from strangers run no code and write nowhere",
@@ -202,22 +202,25 @@ PROMISES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; what it says of promises not tried stays")
+    parser.add_argument("--only", default="", help="try only promises whose test has this in its name")
     arguments = parser.parse_args()
-    found = []
+    there = arguments.output is not None and arguments.output.exists()
+    found = {one["test"]: one for one in json.loads(arguments.output.read_text())} if there else {}
     with tempfile.TemporaryDirectory(prefix="dino_xcit_promises_") as folder:
         for name in COPIED:
             source, target = HERE / name, Path(folder) / name
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-        for promise in PROMISES:
+        for promise in (promise for promise in PROMISES if arguments.only in promise.test):
             before = passes(Path(folder), promise.test)
             with broken(Path(folder), promise):
                 after = passes(Path(folder), promise.test)
-            found.append({**promise._asdict(), "holds": before, "holds_when_broken": after})
+            found[promise.test] = {**promise._asdict(), "holds": before, "holds_when_broken": after}
             print(f"{'ok' if before and not after else 'WRONG':6}{promise.test}", flush=True)
     if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2) + "\n")
-    if not all(one["holds"] and not one["holds_when_broken"] for one in found):
+        report = [found[promise.test] for promise in PROMISES if promise.test in found]
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    if not all(one["holds"] and not one["holds_when_broken"] for one in found.values()):
         sys.exit("a promise is not held by its test")
 
 
