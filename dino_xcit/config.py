@@ -141,8 +141,8 @@ class PretrainConfig:
     """how processes work together: ddp or a variant of it, as Lightning names it"""
     precision: str = "auto"
     """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
-    compile: bool = False
-    """torch.compile each layer: takes a minute or more at the start"""
+    compile: bool | None = None
+    """torch.compile each layer: takes a minute or more at the start. Default: on a GPU, and on CPU from 10000 steps on"""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
     """any other option of Lightning's Trainer, such as --trainer.profiler simple"""
 

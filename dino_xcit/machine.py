@@ -61,6 +61,15 @@ def resolve_precision(config: MachineOptions) -> Any:
     return "bf16-mixed" if on_cpu and has_amx() else "32-true"
 
 
+def why_nothing_compiles(device: torch.device) -> str | None:
+    """What torch.compile says of something small, if it fails: no C++ compiler, no Triton."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # any, since every backend has its own
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
 def parse_devices(devices: str) -> Any:
     """`--devices` as Lightning takes it: a number, or what was typed."""
     return int(devices) if devices.lstrip("-").isdigit() else devices

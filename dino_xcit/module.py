@@ -298,10 +298,10 @@ def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
 @torch.no_grad()
 def clip_per_parameter(gradients: list[Tensor], limit: float) -> Tensor:
     """Scale down, in place, each gradient whose own norm exceeds the limit (0: none) -> the norms before, (tensors,)."""
-    norms = torch._foreach_norm(gradients)
+    norms = torch.stack(torch._foreach_norm(gradients))
     if limit:
-        torch._foreach_mul_(gradients, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.stack(norms)
+        torch._foreach_mul_(gradients, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
+    return norms
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):

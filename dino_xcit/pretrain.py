@@ -25,7 +25,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
-from dino_xcit.machine import is_first_process, parse_devices, refusal, require_folder, resolve_precision, say
+from dino_xcit.machine import (
+    is_first_process,
+    parse_devices,
+    refusal,
+    require_folder,
+    resolve_precision,
+    say,
+    why_nothing_compiles,
+)
 from dino_xcit.module import COLUMNS, DINOModule
 from dino_xcit.plan import draw_crop_sheet, plan, refuse_what_does_not_fit
 from dino_xcit.probe import Probe, StoppedError
@@ -56,6 +64,7 @@ NOT_FOR_THE_TRAINER = {
     "sync_batchnorm",
 }
 BAD_SHARE_TO_LOOK_AT = 0.01
+STEPS_THAT_PAY_FOR_COMPILING = 10_000  # on a CPU
 ROWS_LOOKED_AT = 100  # for signs of collapse, when a run goes on
 
 
@@ -133,7 +142,7 @@ def _run(
         return Outcome(folder=folder, step=0, steps=schedules.steps)
     if trainer.strategy.root_device.type == "cpu":
         refuse_what_does_not_fit(config, trainer.precision)
-    if config.compile:
+    if _compiles(config, schedules.steps, trainer.strategy.root_device):
         module.compile_regions()
     saver = RunFolder(config, folder, images, signals, io)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
@@ -158,6 +167,17 @@ def _run(
         stopped_by=stopped_by,
         requeued=saver.requeued,
     )
+
+
+def _compiles(config: PretrainConfig, steps: int, device: torch.device) -> bool:
+    """Whether it pays, or is asked for, and works here."""
+    pays = device.type == "cuda" or (device.type == "cpu" and steps >= STEPS_THAT_PAY_FOR_COMPILING)
+    if not (pays if config.compile is None else config.compile):
+        return False
+    problem = why_nothing_compiles(device)
+    if problem is not None:
+        say(f"torch.compile does not work here ({problem}); the run is the same without it, slower")
+    return problem is None
 
 
 @rank_zero_only
@@ -296,7 +316,8 @@ class RunFolder(L.Callback):
             self.metrics = run_folder.Metrics(self.folder, COLUMNS, step)
             self.strip = AttentionStrip(self.config, self.pictured, self.folder, step)
             if not step:
-                self.strip.add(0, module.teacher.backbone, module.device)
+                with torch.compiler.set_stance("force_eager"):
+                    self.strip.add(0, module.teacher.backbone, module.device)
         if not step:
             return
         self.saved_step = step
@@ -340,6 +361,7 @@ class RunFolder(L.Callback):
         every = self.config.eval_every_n_epochs
         return not into_epoch and (epoch == self.config.epochs or (every > 0 and epoch % every == 0))
 
+    @torch.compiler.set_stance("force_eager")  # batches of other shapes would be compiled anew
     def _evaluate(self, trainer: L.Trainer, module: Any, step: int) -> tuple[bool, bool]:
         """By one process while the others wait -> whether it was asked to stop, and by SIGUSR1.
 

@@ -143,11 +143,51 @@ def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):
         pretrain(dataclasses.replace(tiny, num_images=100_000, batch_size_per_gpu=100_000, epochs=1))
 
 
-def test_layers_can_be_compiled(tiny, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(XCABlock, "compile", lambda block, **options: compiled.append(block))
-    pretrain(dataclasses.replace(tiny, compile=True, epochs=1))
+@pytest.fixture
+def compiled(monkeypatch):
+    """Layers that were compiled, as far as torch.compile goes without a compiler; after two steps nothing may be anew."""
+    layers = []
+    step = DINOModule.training_step
+
+    def compile_layer(layer, **options):
+        layers.append(layer)
+        nn.Module.compile(layer, backend="eager", **options)
+
+    def training_step(module, batch, batch_idx):
+        with torch.compiler.set_stance("fail_on_recompile" if module.global_step > 1 else "default"):
+            return step(module, batch, batch_idx)
+
+    monkeypatch.setattr("dino_xcit.pretrain.why_nothing_compiles", lambda device: None)
+    monkeypatch.setattr(XCABlock, "compile", compile_layer)
+    monkeypatch.setattr(DINOModule, "training_step", training_step)
+    return layers
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
+    config = dataclasses.replace(tiny, compile=True, drop_path_rate=0.1, eval_every_n_epochs=1, eval_num_images=37)
+    pretrain(config)
     assert len(compiled) == 4  # two layers of student and teacher each
+    whole = network_states(config.output_dir)
+    pretrain(dataclasses.replace(config, compile=False, output_dir=f"{config.output_dir}_eager"))
+    for name, tensor in network_states(f"{config.output_dir}_eager").items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
+    monkeypatch.setattr("dino_xcit.pretrain.STEPS_THAT_PAY_FOR_COMPILING", 6)
+    pretrain(dataclasses.replace(tiny, epochs=1, compile=False, output_dir=f"{tiny.output_dir}_asked"))
+    assert not compiled
+    pretrain(dataclasses.replace(tiny, epochs=1))
+    assert compiled
+
+
+def test_without_a_compiler_the_run_goes_on(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    pretrain(dataclasses.replace(tiny, compile=True, epochs=1))
+    assert "torch.compile does not work here (InvalidCxxCompiler: No working C++ compiler" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_every_row(tiny):
