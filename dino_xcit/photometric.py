@@ -24,6 +24,9 @@ GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in PIL and torchvision
 BLUR_REACH = 3.0  # standard deviations after which the Gaussian is cut off
 
 
+FLOATS_IN_CACHE = 2**20  # 4 MiB: on a CPU so many are taken through all operations before the next
+
+
 class Draw(IntEnum):
     """Columns of the drawn numbers, float32."""
 
@@ -47,18 +50,25 @@ def photometric(views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tupl
     max_sigma: largest blur that can be drawn; sets the size of the kernel. Hue, saturation and grayscale need colour, so
     they are skipped unless C is 3.
     """
-    flip = draws[:, Draw.FLIP, None, None, None] > 0
-    x = torch.where(flip, views.flip(-1), views).float().div_(255)
+    if views.device.type != "cpu":
+        return _photometric(views, draws, mean, std, max_sigma)
+    some = max(1, FLOATS_IN_CACHE // views[0].numel())
+    parts = zip(views.split(some), draws.split(some), strict=True)
+    return torch.cat([_photometric(part, its_draws, mean, std, max_sigma) for part, its_draws in parts])
+
+
+def _photometric(views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float) -> Tensor:
+    x = _on_rows(views.float().div_(255), draws[:, Draw.FLIP] > 0, lambda x, rows: x.flip(-1))
     x = color_jitter(x, draws)
     if x.shape[1] == 3:
-        x = _on_rows(x, draws[:, Draw.GRAYSCALE] > 0, lambda x, rows: gray(x).expand_as(x))
+        x = _on_rows(x, draws[:, Draw.GRAYSCALE] > 0, lambda x, rows: gray(x).repeat(1, 3, 1, 1))
     x = _on_rows(x, draws[:, Draw.SIGMA] > 0, lambda x, rows: gaussian_blur(x, draws[rows, Draw.SIGMA], max_sigma))
     x = _on_rows(x, draws[:, Draw.SOLARIZE] > 0, lambda x, rows: torch.where(x >= 128 / 255, 1 - x, x))
     return (x - _constant(mean, x.device)).div_(_constant(std, x.device))
 
 
 def color_jitter(x: Tensor, draws: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each view's own order. Float (N, C, H, W) in [0, 1].
+    """Brightness, contrast, saturation and hue, in each view's own order. Float (N, C, H, W) in [0, 1], overwritten on CPU.
 
     Brightness, contrast and saturation are one operation with three sets of coefficients (`_blend`). So the batch takes
     three blends, hue, three blends; each view takes part in those that its order puts before or after its hue.
@@ -88,6 +98,8 @@ def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, on_this_side
 def _blend(x: Tensor, factor: Tensor) -> Tensor:
     """x * f + (1 - f) * other, in [0, 1]: other is black, the view's mean gray, or each pixel's gray; factors (N, 3)."""
     brightness, contrast, saturation = factor[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1) each
+    if x.device.type == "cpu" and bool((factor[:, 1:] == 1).all()):
+        return (x * brightness).clamp_(0, 1)
     g = gray(x)  # (N, 1, H, W)
     offset = g * (1 - saturation) + g.mean((-2, -1), keepdim=True) * (1 - contrast)
     return (x * (brightness * contrast * saturation)).add_(offset).clamp_(0, 1)
@@ -113,8 +125,10 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
         torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )  # (N, H, W), in sixths of the circle
     hue = hue + 6 * turns[:, None, None]
-    k = torch.remainder(hue[:, None] + _constant((5.0, 3.0, 1.0), x.device), 6)  # (N, 3, H, W)
-    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    hue = torch.remainder(hue, 6)
+    # How far each channel is below the top: red most at cyan (3), green and blue least at 2 and 4.
+    red, green, blue = 2 - (hue - 3).abs_(), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1)
+    return top[:, None] - chroma[:, None] * torch.stack([red, green, blue], 1).clamp_(0, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
@@ -137,8 +151,10 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _on_rows(x: Tensor, active: Tensor, operation: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:
-    """Apply the operation to the active views. It gets them and their rows."""
+    """Apply the operation to the active views, on CPU in place. It gets them and their rows."""
     if x.device.type != "cpu":  # choosing rows would wait for the device
         return torch.where(active[:, None, None, None], operation(x, slice(None)), x)
     rows = active.nonzero()[:, 0]
-    return x.index_copy(0, rows, operation(x[rows], rows)) if len(rows) else x
+    if len(rows) == len(x):
+        return operation(x, slice(None))
+    return x.index_copy_(0, rows, operation(x[rows], rows)) if len(rows) else x

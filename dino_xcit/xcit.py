@@ -190,9 +190,8 @@ class XCA(nn.Module):
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, h, d)
         q, k, v = qkv.unbind(2)
         if self.l2_norm:
-            qk = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
-            squares = qk.square().sum(1)  # (B, 2, h, d), over tokens
-            norms = squares.clamp_min(1e-24).sqrt()
+            dtype = torch.promote_types(qkv.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(qkv[:, :, :2], dim=1, dtype=dtype).clamp_min(1e-12)  # (B, 2, h, d), over tokens
             if v.dtype == torch.float16:  # whose range the products of unnormalised tokens may leave
                 q, k = q / norms[:, None, 0], k / norms[:, None, 1]
                 norms = torch.ones_like(norms)
@@ -224,16 +223,13 @@ class XCABlock(nn.Module):
 
     def forward(self, x: Tensor, H: int, W: int, paths: Tensor | None = None) -> Tensor:
         """Tokens (B, N, C); paths (B, 3): factors of the three branches, by sample."""
-        xca, lpi, mlp = (None,) * BRANCHES if paths is None else paths.to(x.dtype)[..., None, None].unbind(1)  # (B, 1, 1)
+        xca, lpi, mlp = (1,) * BRANCHES if paths is None else paths.to(x.dtype)[..., None, None].unbind(1)  # (B, 1, 1)
+        # LayerScale times factor first: the backward pass then keeps no second copy of an update.
         if self.has_xca:
-            x = _add(x, self.gamma1 * self.attn(self.norm1(x)), xca)
+            x = x + self.gamma1 * xca * self.attn(self.norm1(x))
         if self.has_lpi:
-            x = _add(x, self.gamma3 * self.local_mp(self.norm3(x), H, W), lpi)
-        return _add(x, self.gamma2 * self.mlp(self.norm2(x)), mlp)
-
-
-def _add(x: Tensor, update: Tensor, factor: Tensor | None) -> Tensor:
-    return x + update if factor is None else x + factor * update
+            x = x + self.gamma3 * lpi * self.local_mp(self.norm3(x), H, W)
+        return x + self.gamma2 * mlp * self.mlp(self.norm2(x))
 
 
 class ClassAttention(nn.Module):

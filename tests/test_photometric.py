@@ -191,6 +191,13 @@ def test_batch_is_its_views_one_by_one(channels):
     assert_same(augment(images, draws), one_by_one, tolerance=1e-6)
 
 
+def test_a_batch_taken_in_parts_is_the_batch(monkeypatch):
+    images, draws = views(16), random_draws(16)
+    whole = augment(images, draws)
+    monkeypatch.setattr(room, "FLOATS_IN_CACHE", 5 * images[0].numel())
+    assert_same(augment(images, draws), whole, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_path_of_accelerators_is_the_path_of_cpus(channels, monkeypatch):
     images, draws = views(32, channels), random_draws(32)
