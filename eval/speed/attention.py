@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import circumstances, peak
 
 from dino_xcit.attention import bytes_per_pixel, look
 from dino_xcit.machine import keep_freed_memory
@@ -47,12 +46,6 @@ def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
         "bytes": peak(device) - before,
         "estimate": int(bytes_per_pixel(backbone) * side**2),
     }
-
-
-def peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
 def main() -> None:
@@ -87,12 +80,7 @@ def main() -> None:
         }
         print(f"{arch}: exponents {slopes['seconds']:.2f} of time, {slopes['bytes']:.2f} of memory")
         report[arch] = {"rows": rows, "exponents": slopes}
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    report |= {"machine": machine, "torch": torch.__version__, "repeats": options.repeats}
+    report |= circumstances()
     if options.output:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 

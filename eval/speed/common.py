@@ -1,0 +1,32 @@
+"""What the benchmarks share: how they name the machine and the command, and how they see memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def circumstances() -> dict[str, Any]:
+    """Command (folders outside the working directory by their names alone), machine and versions."""
+    words = [Path(word).name.upper() if word.startswith("/") else word for word in sys.argv]
+    cuda = torch.cuda.is_available()
+    return {
+        "command": shlex.join(["python", *words]),
+        "machine": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def peak(device: torch.device) -> int:
+    """Bytes: on a CPU the largest resident size so far, on a GPU what torch allocated at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

@@ -1,0 +1,422 @@
+"""One training step beside what a user would take instead: time, ratio, memory, and the floor that arithmetic sets.
+
+    python eval/speed/step.py --official_dino CLONE --official_xcit CLONE [--arch ... --precision ... --output FILE]
+
+Every contender is a process of its own that holds the same views (crops already cut and normalised), and they take
+turns, one step at a time. Ours is the command's own trainer. `official` is facebookresearch/dino's head, loss, clipping and
+averaging on facebookresearch/xcit's network, step by step as main_dino.py makes them; `lightly` is its DINO modules on
+timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on timm's XCiT. A
+contender whose package is not there is left out.
+
+Memory: the largest resident size (on a GPU: what torch allocated) less that before the networks were built. Floor: the
+matrix products and convolutions of our step, counted, at the rate of a large matrix product on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import circumstances, peak
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino_xcit.config import PretrainConfig
+from dino_xcit.data import Batch
+from dino_xcit.dino import DINOLoss
+from dino_xcit.module import DINOModule, Network
+from dino_xcit.pretrain import make_trainer
+from dino_xcit.saving import DurableIO
+from dino_xcit.schedules import Schedules
+from dino_xcit.xcit import BRANCHES, resolve_architecture, timm_name
+
+DROP_PATH = 0.1
+STEPS_PER_EPOCH, EPOCHS = 1000, 100
+ANSWER = "answer: "  # what begins otherwise was printed by some package
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every contender does."""
+
+    arch: str
+    precision: str
+    batch: int
+    global_size: int
+    local_size: int
+    local_crops: int
+    out_dim: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(
+            arch=self.arch,
+            drop_path_rate=DROP_PATH,
+            global_crops_size=self.global_size,
+            local_crops_size=self.local_size,
+            local_crops_number=self.local_crops,
+            out_dim=self.out_dim,
+            batch_size_per_gpu=self.batch,
+            devices="1",
+            precision=self.precision,
+            trainer={"enable_progress_bar": False},
+            output_dir=tempfile.mkdtemp(prefix="dino_xcit_speed_"),
+        )
+
+    @property
+    def schedules(self) -> Schedules:
+        return Schedules(config=self.config, steps_per_epoch=STEPS_PER_EPOCH, total_batch=self.batch)
+
+    def views(self) -> list[Tensor]:
+        """(B, 2, 3, S, S) and (B, L, 3, s, s)."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(self.batch, 2, 3, *[self.global_size] * 2), (self.batch, self.local_crops, 3, *[self.local_size] * 2)]
+        return [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
+
+    def autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "32-true")
+
+
+# -- contenders ------------------------------------------------------------------------------------------------------
+
+
+def ours(work: Work, clones: list[str], turns: Iterator[None], compiled: bool = False) -> None:
+    config = dataclasses.replace(work.config, compile=compiled)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    trainer = make_trainer(config, DurableIO())
+    torch.manual_seed(0)
+    module = DINOModule(config, work.schedules)
+    if compiled:
+        module.compile_regions()
+    groups = work.views()
+    module.views = lambda batch: groups  # type: ignore[method-assign]
+    layers = resolve_architecture(work.arch)[1].depth
+    paths = [torch.rand(*views.shape[:2], layers, BRANCHES).ge(DROP_PATH).float() / (1 - DROP_PATH) for views in groups]
+    batch = Batch(views={"global_paths": paths[0], "local_paths": paths[1]}, bad_images=[])
+    trainer.fit(module, TakingTurns(batch, turns))
+
+
+def compiled(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+    ours(work, clones, turns, compiled=True)
+
+
+class TakingTurns:
+    """A loader that hands out the batch when it is our turn."""
+
+    def __init__(self, batch: Batch, turns: Iterator[None]) -> None:
+        self.batch, self.turns = batch, turns
+
+    def __len__(self) -> int:  # with it Lightning fetches nothing in advance
+        return STEPS_PER_EPOCH * EPOCHS
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in self.turns:
+            yield self.batch
+
+
+def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+    """The loop of main_dino.py's train_one_epoch, without its printing."""
+    dino, xcit = clones
+    if work.device.type == "cpu":  # which its batch norms refuse as soon as there is a process group
+        torch.nn.SyncBatchNorm = torch.nn.BatchNorm2d  # type: ignore[misc,assignment]
+    sys.path.insert(0, xcit)
+    import xcit as official_xcit  # type: ignore[import-not-found]
+
+    del sys.modules["xcit"]
+    sys.path[0] = dino
+    import main_dino  # type: ignore[import-not-found]
+    import utils  # type: ignore[import-not-found]
+    import vision_transformer  # type: ignore[import-not-found]
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    build = getattr(official_xcit, f"{resolve_architecture(work.arch)[1].official}_p{work.arch.split('_p')[1]}")
+
+    def network(**options: Any) -> Any:
+        backbone = build(pretrained=False, **options)
+        return utils.MultiCropWrapper(backbone, vision_transformer.DINOHead(backbone.embed_dim, work.out_dim))
+
+    student = network(drop_path_rate=DROP_PATH).to(work.device)
+    teacher = network().to(work.device).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    loss_of = main_dino.DINOLoss(work.out_dim, 2 + work.local_crops, 0.04, 0.04, 0, EPOCHS).to(work.device)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(student))
+    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
+    crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
+    schedules = work.schedules
+    for step, _ in enumerate(turns):
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = schedules.lr(step)
+            if i == 0:
+                group["weight_decay"] = schedules.weight_decay(step)
+        with work.autocast():
+            loss = loss_of(student(crops), teacher(crops[:2]), 0)
+        assert torch.isfinite(loss).item()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        utils.clip_gradients(student, 3.0)
+        utils.cancel_gradients_last_layer(0, student, 1)
+        scaler.step(optimizer)
+        scaler.update()
+        momentum = schedules.momentum(step)
+        with torch.no_grad():
+            for learned, averaged in zip(student.parameters(), teacher.parameters(), strict=True):
+                averaged.data.mul_(momentum).add_((1 - momentum) * learned.detach().data)
+
+
+def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+    """The loop of lightly's DINO example, with AdamW, on timm's XCiT."""
+    import timm
+    from lightly.loss import DINOLoss  # type: ignore[import-not-found]
+    from lightly.models.modules import DINOProjectionHead  # type: ignore[import-not-found]
+    from lightly.models.utils import deactivate_requires_grad, update_momentum  # type: ignore[import-not-found]
+
+    def network(**options: Any) -> Any:
+        backbone = timm.create_model(timm_name(work.arch), num_classes=0, **options)
+        head = DINOProjectionHead(backbone.num_features, 2048, 256, work.out_dim, freeze_last_layer=1)
+        return torch.nn.Sequential(backbone, head)
+
+    student = network(drop_path_rate=DROP_PATH).to(work.device)
+    teacher = network().to(work.device)
+    deactivate_requires_grad(teacher)
+    loss_of = DINOLoss(work.out_dim).to(work.device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
+    crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
+    for step, _ in enumerate(turns):
+        update_momentum(student, teacher, work.schedules.momentum(step))
+        with work.autocast():
+            loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
+        scaler.scale(loss).backward()
+        student[1].cancel_last_layer_gradients(0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def stable_pretraining(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+    """Its DINO module, with AdamW, on timm's XCiT; the teacher moves as its callback moves it."""
+    import timm
+    from stable_pretraining.methods.dino import DINO  # type: ignore[import-not-found]
+
+    backbone = timm.create_model(timm_name(work.arch), num_classes=0, drop_path_rate=DROP_PATH)
+    module = DINO(backbone, n_prototypes=work.out_dim).to(work.device).train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
+    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
+    global_views, local_views = (list(views.contiguous().unbind(1)) for views in work.views())
+    for _ in turns:
+        with work.autocast():
+            loss = module(global_views, local_views).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for pair in (module.backbone, module.projector):
+            pair.update_teacher()
+
+
+CONTENDERS = {
+    "official": official,
+    "lightly": lightly,
+    "stable-pretraining": stable_pretraining,
+    "ours": ours,
+    "compiled": compiled,
+}
+
+
+# -- a contender's process ---------------------------------------------------------------------------------------------
+
+
+def turns_of(work: Work) -> Iterator[None]:
+    """Yields when the parent says so, and tells it how long the step took."""
+    answer("ready")
+    while sys.stdin.readline().strip() == "go":
+        start = time.perf_counter()
+        yield
+        if work.device.type == "cuda":
+            torch.cuda.synchronize()
+        answer(time.perf_counter() - start)
+
+
+def answer(value: object) -> None:
+    print(f"{ANSWER}{value}", flush=True)
+
+
+def contend(name: str, work: Work, clones: list[str]) -> None:
+    before = peak(work.device)
+
+    def turns() -> Iterator[None]:
+        yield from turns_of(work)
+        answer(peak(work.device) - before)
+        os._exit(0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        CONTENDERS[name](work, clones, turns())
+
+
+class Contender:
+    """The parent's end of a contender's process."""
+
+    def __init__(self, name: str, work: Work, clones: list[str]) -> None:
+        self.name = name
+        self.seconds: list[float] = []
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--contend", json.dumps([name, dataclasses.astuple(work), clones])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+        )
+        self.there = self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return line[len(ANSWER) :].strip()
+        return ""
+
+    def _say(self, word: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self._answer() or sys.exit(f"{self.name}: {self.why()}")
+
+    def step(self) -> None:
+        self.seconds.append(float(self._say("go")))
+
+    def end(self) -> int:
+        return int(self._say("end"))
+
+    def why(self) -> str:
+        self.said.seek(0)
+        return (self.said.read().strip().splitlines() or ["ended"])[-1]
+
+
+# -- the floor ---------------------------------------------------------------------------------------------------------
+
+
+def step_flops(work: Work) -> int:
+    """Floating point operations of the matrix products and convolutions of our step."""
+    student, teacher = Network(work.config), Network(work.config)
+    groups = [views.cpu() for views in work.views()]
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            of_teacher = teacher.embed(groups[:1])
+        DINOLoss(work.out_dim).of_embeddings(student.embed(groups), of_teacher, 0.04).backward()
+    return counter.get_total_flops()
+
+
+def measured_peak(work: Work) -> float:
+    """Floating point operations a second of a large matrix product, the best of several."""
+    dtypes = {"32-true": torch.float32, "16-mixed": torch.float16}
+    side = 2048 if work.device.type == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=work.device, dtype=dtypes.get(work.precision, torch.bfloat16))
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def measure(work: Work, names: list[str], clones: list[str], steps: int, warmup: int) -> dict[str, Any]:
+    contenders = []
+    for name in names:
+        contender = Contender(name, work, clones)
+        if contender.there:
+            contenders.append(contender)
+        else:
+            print(f"{name}: left out: {contender.why()}")
+    for contender in contenders:
+        for _ in range(warmup):
+            contender.step()
+    first = {contender.name: contender.seconds[0] for contender in contenders}
+    for contender in contenders:
+        contender.seconds.clear()
+    for _ in range(steps):
+        for contender in contenders:
+            contender.step()
+    rows = {
+        contender.name: {
+            "seconds": statistics.median(contender.seconds),
+            "fastest": min(contender.seconds),
+            "slowest": max(contender.seconds),
+            "first_step": first[contender.name],
+            "bytes": contender.end(),
+        }
+        for contender in contenders
+    }
+    floor = step_flops(work) / measured_peak(work)
+    base = rows[contenders[0].name]
+    print(f"{work.arch}, {work.precision}, batch {work.batch}; floor {floor:.3f} s")
+    for name, row in rows.items():
+        print(
+            f"  {name:18} {row['seconds']:7.3f} s ({row['fastest']:.3f} to {row['slowest']:.3f}), "
+            f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, {row['seconds'] / floor:.2f} floors, "
+            f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
+        )
+    return {**dataclasses.asdict(work), "floor_seconds": floor, "steps": steps, "contenders": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["xcit_s12_p16", "xcit_n12_p16"])
+    parser.add_argument("--precision", nargs="+", default=["bf16-mixed", "32-true"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs=2, default=[224, 96], help="sides of the global and the local crops")
+    parser.add_argument("--local_crops", type=int, default=8)
+    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--steps", type=int, default=10, help="of each contender, taking turns")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before, not counted")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--official_dino", default="", help="a clone of facebookresearch/dino")
+    parser.add_argument("--official_xcit", default="", help="a clone of facebookresearch/xcit")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--contend", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contend:
+        name, work, clones = json.loads(options.contend)
+        contend(name, Work(*work), clones)
+        return
+    clones = [options.official_dino, options.official_xcit]
+    rows = [
+        measure(
+            Work(arch, precision, options.batch, *options.sizes, options.local_crops, options.out_dim),
+            options.contenders,
+            clones,
+            options.steps,
+            options.warmup,
+        )
+        for arch in options.arch
+        for precision in options.precision
+    ]
+    if options.output:
+        options.output.write_text(json.dumps({**circumstances(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
