@@ -53,7 +53,8 @@ SECONDS = 10  # for one input
 GIB = 2**30
 MEMORY = 12 * GIB  # of addresses, in a process of its own
 EXAMPLES = 500  # a round, between two looks at the clock
-MARK = "/fuzzed-by-dino-xcit"  # what hostile code would write
+# What hostile code would write. Of this process alone: another's must not be taken for ours.
+MARK = f"{tempfile.gettempdir()}/fuzzed-by-dino-xcit-{os.getpid()}"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"}
 CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
