@@ -64,7 +64,8 @@ def resolve_precision(config: MachineOptions) -> Any:
 def why_nothing_compiles(device: torch.device) -> str | None:
     """What torch.compile says of something small, if it fails: no C++ compiler, no Triton."""
     try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
+        with torch._dynamo.config.patch(suppress_errors=False):
+            torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # any, since every backend has its own
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
