@@ -187,6 +187,7 @@ def run_killed(folder: Path, flags: list[str], steps: int, rng: random.Random) -
             process.send_signal(number)
         _, said = process.communicate(timeout=300)
         if process.returncode == 0:
+            said = said.replace(str(folder), folder.name)
             ignored = f"{number.name} after {after:.2f} s, at step {reached}: {said}" if reached < steps - LAST_STEPS else ""
             return Killed(kills, workers_killed, starts, repeated, ignored)
         # A signal that comes before our handlers are there ends the process as it ends any.
