@@ -5,8 +5,8 @@
 Every contender is a process of its own that holds the same views (crops already cut and normalised), and they take
 turns, one step at a time. Ours is the command's own trainer. `official` is facebookresearch/dino's head, loss, clipping and
 averaging on facebookresearch/xcit's network, step by step as main_dino.py makes them; `lightly` is its DINO modules on
-timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on timm's XCiT. A
-contender whose package is not there is left out.
+timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on timm's XCiT. Neither
+clips gradients. A contender whose package is not there is left out.
 
 Memory: the largest resident size (on a GPU: what torch allocated) less that before the networks were built. Floor: the
 matrix products and convolutions of our step, counted, at the rate of a large matrix product on this machine.
@@ -77,7 +77,7 @@ class Work:
             devices="1",
             precision=self.precision,
             trainer={"enable_progress_bar": False},
-            output_dir=tempfile.mkdtemp(prefix="dino_xcit_speed_"),
+            output_dir=tempfile.gettempdir(),  # nothing is written
         )
 
     @property
@@ -201,8 +201,9 @@ def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
     crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
+    schedules = work.schedules
     for step, _ in enumerate(turns):
-        update_momentum(student, teacher, work.schedules.momentum(step))
+        update_momentum(student, teacher, schedules.momentum(step))
         with work.autocast():
             loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
         scaler.scale(loss).backward()
@@ -370,7 +371,8 @@ def measure(work: Work, names: list[str], clones: list[str], steps: int, warmup:
         }
         for contender in contenders
     }
-    floor = step_flops(work) / measured_peak(work)
+    flops, rate = step_flops(work), measured_peak(work)
+    floor = flops / rate
     base = rows[contenders[0].name]
     print(f"{work.arch}, {work.precision}, batch {work.batch}; floor {floor:.3f} s")
     for name, row in rows.items():
@@ -379,7 +381,8 @@ def measure(work: Work, names: list[str], clones: list[str], steps: int, warmup:
             f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, {row['seconds'] / floor:.2f} floors, "
             f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
         )
-    return {**dataclasses.asdict(work), "floor_seconds": floor, "steps": steps, "contenders": rows}
+    work_done = {"flops": flops, "flops_a_second": rate, "floor_seconds": floor, "steps": steps}
+    return {**dataclasses.asdict(work), **work_done, "contenders": rows}
 
 
 def main() -> None:
