@@ -6,6 +6,8 @@ Axes: B images, V views per image (the G global ones first), K prototypes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-ROWS_AT_ONCE = 512  # of logits, in float32 128 MiB of 65536 prototypes
+LOGITS_AT_ONCE, LOGITS_IN_CACHE = 2**26, 2**20  # on a GPU, on a CPU: 256 MiB and 4 MiB in float32
 
 
 class WeightNormLinear(nn.Module):
@@ -30,7 +32,7 @@ class WeightNormLinear(nn.Module):
 
     def prototypes(self) -> Tensor:
         """(K, in_dim), each of its length."""
-        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # of torch's own weight norm: few passes over the weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.prototypes())
@@ -121,12 +123,14 @@ class DINOLoss(nn.Module):
         same_view = (q * s[:, :global_views]).sum()
         pairs = global_views * (views - 1)
         loss = ((teachers_of_view * normaliser).sum() - all_pairs + same_view) / (pairs * len(student))
-        self._remember(teacher)
+        self._remember(teacher.detach().sum((0, 1), dtype=torch.float32), teacher[..., 0].numel())
         return loss
 
-    def of_embeddings(self, student: Embeddings, teacher: Embeddings, teacher_temp: float) -> Tensor:
-        """`forward` of the logits, a few images at a time: no more than `ROWS_AT_ONCE` rows of logits are ever there."""
-        return _LossInParts.apply(student.of_views, student.prototypes, teacher, self, teacher_temp)
+    def of_embeddings(self, student: Embeddings, teacher: Embeddings, teacher_temp: float) -> tuple[Tensor, LossStatistics]:
+        """`forward` and `statistics` of the logits, a few prototypes at a time: no more are there than `LOGITS_AT_ONCE`."""
+        loss, entropy, output_sum = _LossInParts.apply(*student, *teacher, self.center, self.student_temp, teacher_temp)
+        self._remember(output_sum, teacher.of_views[..., 0].numel())
+        return loss, LossStatistics(entropy, loss.detach() - entropy)
 
     @torch.no_grad()
     def sharpen(self, teacher: Tensor, teacher_temp: float) -> Tensor:
@@ -136,26 +140,14 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def statistics(self, loss: Tensor, teacher: Tensor, teacher_temp: float) -> LossStatistics:
         """Entropy and divergence for a loss that was computed with the present center."""
-        entropy = self._entropies(teacher, teacher_temp).mean()
-        return LossStatistics(entropy, loss.detach() - entropy)
-
-    @torch.no_grad()
-    def statistics_of_embeddings(self, loss: Tensor, teacher: Embeddings, teacher_temp: float) -> LossStatistics:
-        """`statistics` of the logits, a few images at a time."""
-        parts = _parts(teacher.of_views)
-        entropy = torch.cat([self._entropies(F.linear(part, teacher.prototypes), teacher_temp) for part in parts]).mean()
-        return LossStatistics(entropy, loss.detach() - entropy)
-
-    def _entropies(self, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Logits (B, G, K) -> (B, G)."""
         log_q = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1)
-        return -(log_q.exp() * log_q).sum(-1)
+        entropy = -(log_q.exp() * log_q).sum(-1).mean()
+        return LossStatistics(entropy, loss.detach() - entropy)
 
     @torch.no_grad()
-    def _remember(self, teacher: Tensor) -> None:
-        flat = teacher.flatten(0, 1)
-        self.output_sum += flat.sum(0, dtype=torch.float32)
-        self.output_count += len(flat)
+    def _remember(self, output_sum: Tensor, outputs: int) -> None:
+        self.output_sum += output_sum
+        self.output_count += outputs
 
     @torch.no_grad()
     def update_center(self) -> None:
@@ -169,44 +161,103 @@ class DINOLoss(nn.Module):
         self.output_count = 0
 
 
-class _LossInParts(torch.autograd.Function):
-    """`DINOLoss.forward` of logits that are made, used and forgotten part by part, their gradients with them.
+@dataclass(frozen=True)
+class _Logits:
+    """Of student and teacher, made for a few prototypes at a time."""
 
-    The loss is a scalar, so its gradients are known up to a factor as soon as it is: the backward pass only multiplies.
+    student: Tensor
+    prototypes: Tensor
+    teacher: Tensor
+    prototypes_of_teacher: Tensor
+    center: Tensor
+    student_temp: float
+    teacher_temp: float
+
+    def parts(self) -> Iterator[slice]:
+        """Of the prototypes."""
+        limit = LOGITS_IN_CACHE if self.center.device.type == "cpu" else LOGITS_AT_ONCE
+        some = max(1, limit // self.student[..., 0].numel())
+        return (slice(start, start + some) for start in range(0, len(self.center), some))
+
+    def of_student(self, some: slice) -> Tensor:
+        """(B, V, k), divided by the temperature."""
+        return F.linear(self.student, self.prototypes[some]).float().div_(self.student_temp)
+
+    def of_teacher(self, some: slice) -> Tensor:
+        """(B, G, k), as they are."""
+        return F.linear(self.teacher, self.prototypes_of_teacher[some])
+
+    def sharpened(self, of_teacher: Tensor, some: slice) -> Tensor:
+        """(B, G, k), less the center, divided by the temperature; overwrites float32."""
+        return of_teacher.float().sub_(self.center[some]).div_(self.teacher_temp)
+
+    def log_q(self, some: slice, normaliser: Tensor) -> Tensor:
+        return self.sharpened(self.of_teacher(some), some).sub_(normaliser[..., None])
+
+    def teachers_of_view(self) -> Tensor:
+        """How many each view has: all but itself. (V,)"""
+        count = self.center.new_full(self.student.shape[1:2], self.teacher.shape[1])
+        count[: self.teacher.shape[1]] -= 1
+        return count
+
+    def pairs(self) -> int:
+        """Of all images."""
+        images, views = self.student.shape[:2]
+        return images * self.teacher.shape[1] * (views - 1)
+
+
+class _LossInParts(torch.autograd.Function):
+    """Loss, mean entropy of the teacher and sum of its logits (K,), of logits that are made and forgotten part by part.
+
+    Only the normalisers of the softmaxes are kept. The backward pass makes the logits again: with n_v teachers of view v,
+    the gradient of its logit k is n_v p_v(k) less the sum over g != v of q_g(k), divided by the temperature and the pairs.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, prototypes: Tensor, teacher: Embeddings, loss_of: DINOLoss, teacher_temp: float
-    ) -> Tensor:
-        narrow = [_as_autocast(tensor.detach()) for tensor in (student, prototypes, *teacher)]
-        weight = narrow[1].requires_grad_()
-        total = torch.zeros((), device=student.device)
-        of_student, of_prototypes = [], torch.zeros_like(prototypes)
-        for views, of_teacher in zip(_parts(narrow[0], like=student), _parts(narrow[2], like=student), strict=True):
-            # Per image and pair, so that half precision holds the gradients of single logits.
-            count = len(views) * views.shape[1]
-            with torch.enable_grad():
-                views = views.detach().requires_grad_()
-                loss = loss_of(F.linear(views, weight), F.linear(of_teacher, narrow[3]), teacher_temp)
-                gradients = torch.autograd.grad(loss * count, (views, weight))
-            share = len(views) / len(student)
-            total += share * loss.detach()
-            of_student.append(gradients[0].to(student.dtype).mul_(share / count))
-            of_prototypes.add_(gradients[1], alpha=share / count)
-        ctx.save_for_backward(torch.cat(of_student), of_prototypes)
-        return total
+    def forward(ctx: Any, *of_logits: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """of_logits: the fields of `_Logits`."""
+        tensors = [*map(_as_autocast, of_logits[:4]), of_logits[4]]
+        logits = _Logits(*tensors, *of_logits[5:])
+        output_sum = torch.empty_like(logits.center)
+        of_teacher, of_student = (
+            views.new_full(views.shape[:2], -torch.inf, dtype=torch.float32) for views in (logits.teacher, logits.student)
+        )
+        for some in logits.parts():
+            raw = logits.of_teacher(some)
+            output_sum[some] = raw.sum((0, 1), dtype=torch.float32)
+            of_teacher = of_teacher.logaddexp(logits.sharpened(raw, some).logsumexp(-1))
+
+        agreement = entropy = torch.zeros((), device=of_teacher.device)
+        for some in logits.parts():
+            s, log_q = logits.of_student(some), logits.log_q(some, of_teacher)
+            q = log_q.exp()
+            of_student = of_student.logaddexp(s.logsumexp(-1))
+            agreement = agreement + (q.sum(1) * s.sum(1)).sum() - (q * s[:, : q.shape[1]]).sum()
+            entropy = entropy - (q * log_q).sum() / of_teacher.numel()
+
+        ctx.save_for_backward(*tensors, of_student, of_teacher)
+        ctx.temperatures, ctx.dtypes = of_logits[5:], [t.dtype for t in of_logits[:2]]
+        loss = ((logits.teachers_of_view() * of_student).sum() - agreement) / logits.pairs()
+        ctx.mark_non_differentiable(entropy, output_sum)
+        return loss, entropy, output_sum
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_student, of_prototypes = ctx.saved_tensors
-        return of_student * gradient, of_prototypes * gradient, None, None, None
-
-
-def _parts(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Of `ROWS_AT_ONCE` views at most, of as many images each as can be. `like`: as many parts as this has."""
-    images, views = (tensor if like is None else like).shape[:2]
-    return tensor.chunk(min(images, math.ceil(images * views / ROWS_AT_ONCE)))
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, of_student, of_teacher = ctx.saved_tensors
+        logits = _Logits(*tensors, *ctx.temperatures)
+        scale = gradient / logits.pairs()
+        # Number of teachers and temperature are factors of exponentials, so differences of exponents: no pass of their own.
+        less = (of_student - (logits.teachers_of_view() / logits.student_temp).log())[..., None]
+        of_teacher = of_teacher + math.log(logits.student_temp)
+        to_student = torch.zeros_like(logits.student, dtype=torch.float32)
+        to_prototypes = torch.empty_like(logits.prototypes, dtype=ctx.dtypes[1])
+        for some in logits.parts():
+            to_logits, targets = logits.of_student(some).sub_(less).exp_(), logits.log_q(some, of_teacher).exp_()
+            to_logits.sub_(targets.sum(1, keepdim=True))[:, : targets.shape[1]] += targets
+            narrow = to_logits.flatten(0, 1).to(logits.student.dtype)
+            to_student.flatten(0, 1).add_(narrow @ logits.prototypes[some])
+            to_prototypes[some].copy_(narrow.mT @ logits.student.flatten(0, 1)).mul_(scale)
+        return (to_student * scale).to(ctx.dtypes[0]), to_prototypes, *[None] * 5
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:

@@ -151,10 +151,8 @@ class DINOModule(L.LightningModule):
         with torch.no_grad():
             teacher = self.teacher.embed(groups[:1])
         student = self.student.embed(groups, self.paths(batch))
-        loss = self.loss.of_embeddings(student, teacher, temperature)
+        loss, self._statistics = self.loss.of_embeddings(student, teacher, temperature)
         self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
-        if self._logs(self.global_step):
-            self._statistics = self.loss.statistics_of_embeddings(loss, teacher, temperature)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -92,6 +92,6 @@ def memory_estimate(config: PretrainConfig) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            student.embed(groups)  # the loss keeps no more than gradients (`ROWS_AT_ONCE`)
+            student.embed(groups)  # the loss keeps no logits
     parameters = 4 * sum(p.numel() for p in student.parameters())
     return 5 * parameters + sum(kept.values())

@@ -136,17 +136,17 @@ def embeddings(views, seed, learn=True):
     return Embeddings(of_views.requires_grad_(learn), prototypes.requires_grad_(learn))
 
 
-@pytest.mark.parametrize("rows", [1, VIEWS, 3 * VIEWS, 1000])
-def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(rows, monkeypatch):
-    monkeypatch.setattr(dino, "ROWS_AT_ONCE", rows)
+@pytest.mark.parametrize("prototypes", [1, 3, K, 1000])
+def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(prototypes, monkeypatch):
+    monkeypatch.setattr(dino, "LOGITS_IN_CACHE", IMAGES * VIEWS * prototypes)
     student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
     parts, whole = loss_with_center(), loss_with_center()
     of_teacher = F.linear(*teacher)
-    values = (parts.of_embeddings(student, teacher, TEACHER_TEMP), whole(F.linear(*student), of_teacher, TEACHER_TEMP))
+    value, statistics = parts.of_embeddings(student, teacher, TEACHER_TEMP)
+    values = (value, whole(F.linear(*student), of_teacher, TEACHER_TEMP))
     torch.testing.assert_close(*values)
     for one, other in zip(*[torch.autograd.grad(3 * value, student) for value in values], strict=True):
         torch.testing.assert_close(one, other)
-    statistics = parts.statistics_of_embeddings(values[0], teacher, TEACHER_TEMP)
     torch.testing.assert_close(statistics, whole.statistics(values[1], of_teacher, TEACHER_TEMP))
     for loss in (parts, whole):
         loss.update_center()
@@ -155,9 +155,9 @@ def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(r
 
 def test_in_parts_under_autocast_gradients_are_near_those_in_float32():
     student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
-    expected = torch.autograd.grad(loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP), student)
+    expected = torch.autograd.grad(loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0], student)
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)
+        value = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0]
     for one, other in zip(torch.autograd.grad(value, student), expected, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 0.05 * other.norm()
@@ -178,10 +178,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("views", [3, 9])
 def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
-    monkeypatch.setattr(dino, "ROWS_AT_ONCE", 9)
+    limit = 2 * IMAGES * 9
+    monkeypatch.setattr(dino, "LOGITS_IN_CACHE", limit)
     with LargestTensor() as largest:
-        loss_with_center().of_embeddings(embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP).backward()
-    assert largest.elements <= max(9 * K, IMAGES * views * DIM)
+        loss_with_center().of_embeddings(embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP)[0].backward()
+    assert largest.elements <= max(limit, K * DIM, IMAGES * views * DIM) < IMAGES * views * K
 
 
 # -- head --------------------------------------------------------------------------------------------------------

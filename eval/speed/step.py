@@ -4,7 +4,7 @@
 
 Every contender is a process of its own that holds the same views (crops already cut and normalised), and they take
 turns, one step at a time. Ours is the command's own trainer. `official` is facebookresearch/dino's head, loss, clipping and
-averaging on facebookresearch/xcit's network, step by step as main_dino.py makes them; `lightly` is its DINO modules on
+averaging on facebookresearch/xcit's network (timm's, where torch refuses that), step by step as main_dino.py makes them; `lightly` is its DINO modules on
 timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on timm's XCiT. Neither
 clips gradients. A contender whose package is not there is left out.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +138,16 @@ def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
     dino, xcit = clones
     if work.device.type == "cpu":  # which its batch norms refuse as soon as there is a process group
         torch.nn.SyncBatchNorm = torch.nn.BatchNorm2d  # type: ignore[misc,assignment]
-    sys.path.insert(0, xcit)
-    import xcit as official_xcit  # type: ignore[import-not-found]
-
-    del sys.modules["xcit"]
+    build = _official_backbone(work, xcit)
     sys.path[0] = dino
     import main_dino  # type: ignore[import-not-found]
     import utils  # type: ignore[import-not-found]
     import vision_transformer  # type: ignore[import-not-found]
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    build = getattr(official_xcit, f"{resolve_architecture(work.arch)[1].official}_p{work.arch.split('_p')[1]}")
 
     def network(**options: Any) -> Any:
-        backbone = build(pretrained=False, **options)
+        backbone = build(**options)
         return utils.MultiCropWrapper(backbone, vision_transformer.DINOHead(backbone.embed_dim, work.out_dim))
 
     student = network(drop_path_rate=DROP_PATH).to(work.device)
@@ -180,6 +177,20 @@ def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
         with torch.no_grad():
             for learned, averaged in zip(student.parameters(), teacher.parameters(), strict=True):
                 averaged.data.mul_(momentum).add_((1 - momentum) * learned.detach().data)
+
+
+def _official_backbone(work: Work, clone: str) -> Callable[..., Any]:
+    sys.path.insert(0, clone)
+    if not resolve_architecture(work.arch)[1].tokens_norm:
+        # The official class attention of these writes in place to what the backward pass needs, which torch now refuses.
+        import timm
+
+        return functools.partial(timm.create_model, timm_name(work.arch), num_classes=0)
+    import xcit  # type: ignore[import-not-found]
+
+    del sys.modules["xcit"]
+    name = f"{resolve_architecture(work.arch)[1].official}_p{work.arch.split('_p')[1]}"
+    return functools.partial(getattr(xcit, name), pretrained=False)
 
 
 def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
@@ -324,7 +335,7 @@ def step_flops(work: Work) -> int:
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             of_teacher = teacher.embed(groups[:1])
-        DINOLoss(work.out_dim).of_embeddings(student.embed(groups), of_teacher, 0.04).backward()
+        DINOLoss(work.out_dim).of_embeddings(student.embed(groups), of_teacher, 0.04)[0].backward()
     return counter.get_total_flops()
 
 
