@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch._functorch.config as partitioner
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
@@ -46,6 +47,9 @@ COLUMNS = (
     "rankme",
 )
 """Columns of metrics.csv. `step` counts finished optimizer steps; entropy and KL are in nats, k-NN in percent."""
+
+KEPT_FOR_BACKWARD = 0.3
+"""Share of what a compiled region would keep; what is cheap to compute is computed again (`eval/speed/README.md`)."""
 
 
 class Network(nn.Module):
@@ -113,14 +117,16 @@ class DINOModule(L.LightningModule):
         self._clock = (time.perf_counter(), 0)
 
     def compile_regions(self) -> None:
-        """torch.compile of each XCA layer. All are one function of their weights, so each kind of crop is compiled once.
+        """torch.compile of the stem and each XCA layer. The layers are one function of their weights, so each kind of crop
+        is compiled once.
 
         What a compiler cannot do is then done without it, as torch tells; it ends no run.
         """
         torch._dynamo.config.suppress_errors = True
+        partitioner.activation_memory_budget = KEPT_FOR_BACKWARD
         for network in (self.student, self.teacher):
-            for block in network.backbone.blocks:
-                block.compile(dynamic=False)
+            for region in (network.backbone.patch_embed, *network.backbone.blocks):
+                region.compile(dynamic=False)
 
     def setup(self, stage: str) -> None:
         if self.trainer.world_size > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dino_xcit.pretrain import pretrain
 from dino_xcit.saving import PREVIOUS
 from dino_xcit.schedules import Schedules
 from dino_xcit.weights import LAST, TEACHER, load_backbone
-from dino_xcit.xcit import XCABlock
+from dino_xcit.xcit import ConvPatchEmbed, XCABlock
 
 
 def rows(folder: str | Path) -> list[dict[str, str]]:
@@ -144,30 +145,37 @@ def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """Layers that were compiled, as far as torch.compile goes without a compiler; after two steps nothing may be anew."""
-    layers = []
+def budget_put_back():
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        yield
+
+
+@pytest.fixture
+def compiled(monkeypatch, budget_put_back):
+    """Regions that were compiled, as far as torch.compile goes without a compiler; after two steps nothing may be anew."""
+    regions = []
     step = DINOModule.training_step
 
-    def compile_layer(layer, **options):
-        layers.append(layer)
-        nn.Module.compile(layer, backend="eager", **options)
+    def compile_region(region, **options):
+        regions.append(region)
+        nn.Module.compile(region, backend="eager", **options)
 
     def training_step(module, batch, batch_idx):
         with torch.compiler.set_stance("fail_on_recompile" if module.global_step > 1 else "default"):
             return step(module, batch, batch_idx)
 
     monkeypatch.setattr("dino_xcit.pretrain.why_nothing_compiles", lambda device: None)
-    monkeypatch.setattr(XCABlock, "compile", compile_layer)
+    for region in (ConvPatchEmbed, XCABlock):
+        monkeypatch.setattr(region, "compile", compile_region)
     monkeypatch.setattr(DINOModule, "training_step", training_step)
-    return layers
+    return regions
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
 def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
     config = dataclasses.replace(tiny, compile=True, drop_path_rate=0.1, eval_every_n_epochs=1, eval_num_images=37)
     pretrain(config)
-    assert len(compiled) == 4  # two layers of student and teacher each
+    assert len(compiled) == 6  # stem and two layers of student and teacher each
     whole = network_states(config.output_dir)
     pretrain(dataclasses.replace(config, compile=False, output_dir=f"{config.output_dir}_eager"))
     for name, tensor in network_states(f"{config.output_dir}_eager").items():
@@ -181,6 +189,30 @@ def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
     assert not compiled
     pretrain(dataclasses.replace(tiny, epochs=1))
     assert compiled
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(tiny, monkeypatch, budget_put_back):
+    def kept(module):
+        sizes = {}
+
+        def count(tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        block = module.student.backbone.blocks[0]
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            block(torch.randn(4, 64, module.student.backbone.embed_dim), 8, 8).sum().backward()
+        return sum(sizes.values())
+
+    torch._dynamo.reset()
+    partition = functools.partialmethod(nn.Module.compile, backend="aot_eager_decomp_partition")
+    for region in (ConvPatchEmbed, XCABlock):
+        monkeypatch.setattr(region, "compile", partition)
+    module = DINOModule(tiny, schedules=None)
+    eager = kept(module)
+    module.compile_regions()
+    assert kept(module) < eager / 2
 
 
 def test_without_a_compiler_the_run_goes_on(tiny, monkeypatch, capsys):

@@ -4,9 +4,9 @@
 
 Every contender is a process of its own that holds the same views (crops already cut and normalised), and they take
 turns, one step at a time. Ours is the command's own trainer. `official` is facebookresearch/dino's head, loss, clipping and
-averaging on facebookresearch/xcit's network (timm's, where torch refuses that), step by step as main_dino.py makes them; `lightly` is its DINO modules on
-timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on timm's XCiT. Neither
-clips gradients. A contender whose package is not there is left out.
+averaging on facebookresearch/xcit's network (timm's, where torch refuses that), step by step as main_dino.py makes them;
+`lightly` is its DINO modules on timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on
+timm's XCiT. Neither clips gradients. A contender whose package is not there is left out.
 
 Memory: the largest resident size (on a GPU: what torch allocated) less that before the networks were built. Floor: the
 matrix products and convolutions of our step, counted, at the rate of a large matrix product on this machine.
