@@ -96,15 +96,14 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
-    output_sum: Tensor
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
-        self.register_buffer("output_sum", torch.zeros(out_dim), persistent=False)
-        self.output_count = 0
+        self._output_sums: list[tuple[Tensor, dist.Work | None]] = []  # with what is under way between processes
+        self._output_count = 0
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
         """Student logits (B, V, K), teacher logits (B, G, K) of the first G views -> loss, a scalar.
@@ -146,19 +145,21 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def _remember(self, output_sum: Tensor, outputs: int) -> None:
-        self.output_sum += output_sum
-        self.output_count += outputs
+        several = dist.is_available() and dist.is_initialized()
+        work = dist.all_reduce(output_sum, async_op=True) if several else None  # while the backward pass runs
+        self._output_sums.append((output_sum, work))
+        self._output_count += outputs * (dist.get_world_size() if several else 1)
 
     @torch.no_grad()
     def update_center(self) -> None:
         """Move the center by the mean teacher output since the last call, over all processes (equation 4)."""
-        processes = 1
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.output_sum)
-            processes = dist.get_world_size()
-        self.center.lerp_(self.output_sum / (self.output_count * processes), 1 - self.center_momentum)
-        self.output_sum.zero_()
-        self.output_count = 0
+        for _, work in self._output_sums:
+            if work is not None:
+                work.wait()
+        mean = torch.stack([output_sum for output_sum, _ in self._output_sums]).sum(0) / self._output_count
+        self.center.lerp_(mean, 1 - self.center_momentum)
+        self._output_sums.clear()
+        self._output_count = 0
 
 
 @dataclass(frozen=True)

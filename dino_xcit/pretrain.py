@@ -310,6 +310,8 @@ class RunFolder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.signals.listen()  # Lightning has put its own handlers in their place, which end a run with exit code 0
+        # So nobody has to broadcast at each step, waiting for the device, whether Lightning's have seen a signal.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.agreement = Agreement()
         step = trainer.global_step
         if trainer.is_global_zero:

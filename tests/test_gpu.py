@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 
 from dino_xcit.data import CropDataset, collate, open_images
+from dino_xcit.module import DINOModule
 from dino_xcit.photometric import photometric
 from dino_xcit.pretrain import pretrain
 from dino_xcit.xcit import XCiT
@@ -46,3 +47,22 @@ def test_a_run_on_the_device_starts_with_the_loss_of_cpu(tmp_path, precision):
         assert len(table) == 12
         losses.append(float(table[0]["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, precision, monkeypatch):
+    strict, step = [], DINOModule.optimizer_step
+
+    def strict_step(module, *arguments, **options):
+        logs = module._logs(module.global_step) or module.global_step < 2  # constants go to the device in the first steps
+        torch.cuda.set_sync_debug_mode("default" if logs else "error")
+        try:
+            step(module, *arguments, **options)  # views, both networks, loss, gradients, optimizer, teacher, center
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        strict.append(not logs)
+
+    monkeypatch.setattr(DINOModule, "optimizer_step", strict_step)
+    config = dataclasses.replace(TINY, accelerator="gpu", precision=precision, log_every_n_steps=100, compile=False)
+    pretrain(dataclasses.replace(config, output_dir=str(tmp_path)))
+    assert sum(strict) == 8  # of 12: not the first two, and not the last of each epoch, which are told

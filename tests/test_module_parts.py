@@ -1,12 +1,18 @@
 """The parts of a step that are plain functions: what is decayed, how gradients are clipped, when a run has collapsed."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY
 
 from dino_xcit.config import PretrainConfig
-from dino_xcit.module import Network, clip_per_parameter, parameter_groups
+from dino_xcit.data import Batch
+from dino_xcit.module import DINOModule, Network, clip_per_parameter, parameter_groups
+from dino_xcit.photometric import Draw
+from dino_xcit.schedules import Schedules
+from dino_xcit.xcit import BRANCHES
 
 CONFIG = PretrainConfig(arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
 
@@ -74,3 +80,33 @@ def test_limit_zero_leaves_gradients_alone():
     norms = clip_per_parameter(clipped, 0.0)
     torch.testing.assert_close(clipped, gradients(), rtol=0, atol=0)
     torch.testing.assert_close(norms, torch.stack([g.norm() for g in gradients()]))
+
+
+# -- waiting for the device --------------------------------------------------------------------------------------
+
+
+def test_nothing_in_a_step_has_to_know_a_number(monkeypatch):
+    """On torch's meta device no tensor can be read: what would make a GPU's step wait for the device fails here."""
+    for name, value in {
+        "autocast": lambda *_, **__: contextlib.nullcontext(),
+        "is_autocast_enabled": lambda *_: False,
+    }.items():
+        monkeypatch.setattr(torch, name, value)  # neither knows this device
+    monkeypatch.setattr(DINOModule, "_is_float16", False)
+    with torch.device("meta"):
+        module = DINOModule(TINY, Schedules(config=TINY, steps_per_epoch=6, total_batch=8))
+        views = {
+            name: value
+            for group, crops, side in (("global", 2, TINY.global_crops_size), ("local", 2, TINY.local_crops_size))
+            for name, value in {
+                f"{group}_crops": torch.zeros(8, crops, 3, side, side, dtype=torch.uint8),
+                f"{group}_draws": torch.zeros(8, crops, len(Draw)),
+                f"{group}_paths": torch.ones(8, crops, 2, BRANCHES),
+            }.items()
+        }
+        module.training_step(Batch(views=views, bad_images=[]), 0).backward()
+        module.configure_gradient_clipping(torch.optim.AdamW(module.student.parameters()))
+        module.loss.update_center()
+        with pytest.raises(RuntimeError, match="meta"):  # as anything would that reads one
+            module.loss.center.norm().item()
+    assert all(p.grad is not None for p in module.student.backbone.parameters())

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY, as_flags
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
 
 from dino_xcit.module import CpuSyncBatchNorm, synchronise_batch_norms
@@ -70,6 +71,17 @@ def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
     for name, value in states[0].items():
         if "attn.k.bias" not in name and "attn.qkv.bias" not in name:  # gradients of nothing but rounding
             torch.testing.assert_close(states[1][name], value, rtol=5e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    (tmp_path / "sitecustomize.py").write_text(
+        "from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop\n"
+        "_TrainingEpochLoop._broadcast_sigterm_tensor = None\n"
+    )
+    config = dataclasses.replace(TINY, devices="2", batch_size_per_gpu=4, epochs=1, output_dir=str(tmp_path / "run"))
+    finished = run_cli("pretrain", *as_flags(config), PYTHONPATH=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_two_processes_refuse_what_one_would_refuse(tmp_path, run_cli):

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from common import circumstances, peak
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_xcit.config import PretrainConfig
@@ -47,6 +48,8 @@ from dino_xcit.xcit import BRANCHES, resolve_architecture, timm_name
 DROP_PATH = 0.1
 STEPS_PER_EPOCH, EPOCHS = 1000, 100
 ANSWER = "answer: "  # what begins otherwise was printed by some package
+GO, END = "go", "end"  # what a contender is told; any other word is the file that a profile of the step goes to
+PROFILED = 30  # operations of a profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,12 +263,30 @@ CONTENDERS = {
 def turns_of(work: Work) -> Iterator[None]:
     """Yields when the parent says so, and tells it how long the step took."""
     answer("ready")
-    while sys.stdin.readline().strip() == "go":
+    while (word := sys.stdin.readline().strip()) not in (END, ""):
         start = time.perf_counter()
-        yield
+        if word == GO:
+            yield
+        else:
+            with profile(acc_events=True) as seen:
+                yield
+            write_profile(seen, work, Path(word))
         if work.device.type == "cuda":
             torch.cuda.synchronize()
         answer(time.perf_counter() - start)
+
+
+def write_profile(seen: profile, work: Work, path: Path) -> None:
+    """Where the time of one step went, by operation."""
+
+    def milliseconds(event: Any) -> float:
+        return (event.self_device_time_total if work.device.type == "cuda" else event.self_cpu_time_total) / 1000
+
+    events = sorted(seen.key_averages(), key=milliseconds, reverse=True)
+    total = sum(map(milliseconds, events))
+    lines = [f"{work}", f"one step, under the profiler: {total:.0f} ms in operations", "", "      ms  share  calls"]
+    lines += [f"{milliseconds(e):8.1f}  {milliseconds(e) / total:5.1%}  {e.count:5}  {e.key}" for e in events[:PROFILED]]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def answer(value: object) -> None:
@@ -315,10 +336,13 @@ class Contender:
         return self._answer() or sys.exit(f"{self.name}: {self.why()}")
 
     def step(self) -> None:
-        self.seconds.append(float(self._say("go")))
+        self.seconds.append(float(self._say(GO)))
+
+    def profile(self, path: Path) -> None:
+        self._say(str(path.absolute()))
 
     def end(self) -> int:
-        return int(self._say("end"))
+        return int(self._say(END))
 
     def why(self) -> str:
         self.said.seek(0)
@@ -355,23 +379,25 @@ def measured_peak(work: Work) -> float:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def measure(work: Work, names: list[str], clones: list[str], steps: int, warmup: int) -> dict[str, Any]:
+def measure(work: Work, clones: list[str], options: argparse.Namespace) -> dict[str, Any]:
     contenders = []
-    for name in names:
+    for name in options.contenders:
         contender = Contender(name, work, clones)
         if contender.there:
             contenders.append(contender)
         else:
             print(f"{name}: left out: {contender.why()}")
     for contender in contenders:
-        for _ in range(warmup):
+        for _ in range(options.warmup):
             contender.step()
     first = {contender.name: contender.seconds[0] for contender in contenders}
     for contender in contenders:
         contender.seconds.clear()
-    for _ in range(steps):
+    for _ in range(options.steps):
         for contender in contenders:
             contender.step()
+    if options.profile:
+        contenders[-1].profile(options.profile)
     rows = {
         contender.name: {
             "seconds": statistics.median(contender.seconds),
@@ -392,7 +418,7 @@ def measure(work: Work, names: list[str], clones: list[str], steps: int, warmup:
             f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, {row['seconds'] / floor:.2f} floors, "
             f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
         )
-    work_done = {"flops": flops, "flops_a_second": rate, "floor_seconds": floor, "steps": steps}
+    work_done = {"flops": flops, "flops_a_second": rate, "floor_seconds": floor, "steps": options.steps}
     return {**dataclasses.asdict(work), **work_done, "contenders": rows}
 
 
@@ -409,6 +435,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--official_dino", default="", help="a clone of facebookresearch/dino")
     parser.add_argument("--official_xcit", default="", help="a clone of facebookresearch/xcit")
+    parser.add_argument("--profile", type=Path, help="text file: one more step of the last contender, by operation")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -420,10 +447,8 @@ def main() -> None:
     rows = [
         measure(
             Work(arch, precision, options.batch, *options.sizes, options.local_crops, options.out_dim),
-            options.contenders,
             clones,
-            options.steps,
-            options.warmup,
+            options,
         )
         for arch in options.arch
         for precision in options.precision

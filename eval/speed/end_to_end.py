@@ -1,0 +1,90 @@
+"""`dino-xcit pretrain` from JPEG files: images a second, and how busy the GPU was.
+
+    python eval/speed/end_to_end.py [--arch xcit_s12_p16 --batch 256 --steps 150 --output FILE] [-- any option of pretrain]
+
+The files are the photographs of scikit-image, 500 x 375 pixels, each under as many names as the steps take images, so that
+what is measured is decoding and training, not a disk. The rate is the median of what metrics.csv says after the first half
+of the steps (before, workers start and regions are compiled). Busy: the share of time in which the GPU ran anything, as
+nvidia-smi tells it every second of the second half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import circumstances
+from loader import write_photographs
+
+LOG_EVERY = 10
+
+
+def write_files(folder: Path, count: int) -> None:
+    """`count` names for a few photographs."""
+    write_photographs(folder)
+    photographs = sorted(folder.rglob("*.jpg"))
+    for number in range(len(photographs), count):
+        original = photographs[number % len(photographs)]
+        os.link(original, original.with_name(f"{original.stem}{number}.jpg"))
+
+
+def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float]]:
+    """Pretrain -> images a second by row of metrics.csv, and how busy the GPU was by second, in percent."""
+    output = folder / "run"
+    command = [sys.executable, "-m", "dino_xcit.cli", "pretrain", "--arch", options.arch, "--data_path", str(folder)]
+    command += ["--batch_size_per_gpu", str(options.batch), "--epochs", "1", "--warmup_epochs", "0", "--devices", "1"]
+    command += ["--eval_every_n_epochs", "0", "--log_every_n_steps", str(LOG_EVERY), "--output_dir", str(output)]
+    watch = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-l", "1"]
+        watch = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    try:
+        finished = subprocess.run([*command, *options.options], stderr=subprocess.PIPE, text=True)
+    finally:
+        if watch is not None:
+            watch.terminate()
+    if finished.returncode:
+        sys.exit(finished.stderr)
+    busy = [float(line) for line in watch.communicate()[0].split()] if watch is not None else []
+    with (output / "metrics.csv").open() as file:
+        return [float(row["images_per_second"]) for row in csv.DictReader(file)], busy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="xcit_s12_p16")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("options", nargs="*", help="after --, of dino-xcit pretrain")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        write_files(Path(made), options.steps * options.batch)
+        rates, busy = run(options, Path(made))
+    later = rates[len(rates) // 2 :]
+    found = {
+        "images_per_second": statistics.median(later),
+        "slowest": min(later),
+        "fastest": max(later),
+        "busy_percent": statistics.median(busy[len(busy) // 2 :]) if busy else None,
+        "cores": os.cpu_count(),
+    }
+    told = f", GPU busy {found['busy_percent']:.0f} % of the time" if busy else ""
+    print(
+        f"{options.arch}, batch {options.batch}: {found['images_per_second']:.1f} images/s "
+        f"({found['slowest']:.1f} to {found['fastest']:.1f}){told}"
+    )
+    if options.output:
+        options.output.write_text(json.dumps({**circumstances(), **found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
