@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[fl
         query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-l", "1"]
         watch = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
     try:
-        finished = subprocess.run([*command, *options.options], stderr=subprocess.PIPE, text=True)
+        finished = subprocess.run([*command, *options.options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     finally:
         if watch is not None:
             watch.terminate()
