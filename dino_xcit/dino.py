@@ -92,7 +92,8 @@ class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's centered, sharpened output on the global views and the student's output on
     every other view, averaged over the pairs; and the center, a moving average of the teacher's output.
 
-    The center moves in `update_center`, once per optimizer step, by the mean over all outputs that `forward` saw since.
+    The center moves in `update_center`, once per optimizer step and after its backward pass, by the mean over all outputs
+    that `forward` and `of_embeddings` saw since. With several processes all have to call these together.
     """
 
     center: Tensor
@@ -126,7 +127,7 @@ class DINOLoss(nn.Module):
         return loss
 
     def of_embeddings(self, student: Embeddings, teacher: Embeddings, teacher_temp: float) -> tuple[Tensor, LossStatistics]:
-        """`forward` and `statistics` of the logits, a few prototypes at a time: no more are there than `LOGITS_AT_ONCE`."""
+        """`forward` and `statistics` of the logits, a few prototypes at a time, so that never many are there."""
         loss, entropy, output_sum = _LossInParts.apply(*student, *teacher, self.center, self.student_temp, teacher_temp)
         self._remember(output_sum, teacher.of_views[..., 0].numel())
         return loss, LossStatistics(entropy, loss.detach() - entropy)
@@ -146,6 +147,8 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def _remember(self, output_sum: Tensor, outputs: int) -> None:
         several = dist.is_available() and dist.is_initialized()
+        if self._output_sums and not several:
+            output_sum = output_sum + self._output_sums.pop()[0]
         work = dist.all_reduce(output_sum, async_op=True) if several else None  # while the backward pass runs
         self._output_sums.append((output_sum, work))
         self._output_count += outputs * (dist.get_world_size() if several else 1)

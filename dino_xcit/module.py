@@ -77,7 +77,7 @@ class Network(nn.Module):
         return F.linear(*self.embed(groups, paths))
 
     def embed(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Embeddings:
-        """`forward` before its last product, which the loss makes a few images at a time.
+        """`forward` before its last product, which the loss makes a few prototypes at a time.
 
         paths: stochastic depth of each group, (B, views, layers, 3), or None.
         """

@@ -140,10 +140,10 @@ def _run(
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps)
-    if trainer.strategy.root_device.type == "cpu":
-        refuse_what_does_not_fit(config, trainer.precision)
     if _compiles(config, schedules.steps, trainer.strategy.root_device):
-        module.compile_regions()
+        module.compile_regions()  # keeps less than the estimate says
+    elif trainer.strategy.root_device.type == "cpu":
+        refuse_what_does_not_fit(config, trainer.precision)
     saver = RunFolder(config, folder, images, signals, io)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]
     signals.listen()
@@ -310,7 +310,10 @@ class RunFolder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.signals.listen()  # Lightning has put its own handlers in their place, which end a run with exit code 0
-        # So nobody has to broadcast at each step, waiting for the device, whether Lightning's have seen a signal.
+        # So nobody has to broadcast at each step, waiting for the device, whether Lightning's have seen a signal; one that
+        # they have seen until now is ours to tell.
+        if trainer.received_sigterm:
+            self.signals.asked, trainer._signal_connector.received_sigterm = signal.SIGTERM, False
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         self.agreement = Agreement()
         step = trainer.global_step

@@ -136,10 +136,11 @@ def embeddings(views, seed, learn=True):
     return Embeddings(of_views.requires_grad_(learn), prototypes.requires_grad_(learn))
 
 
+@pytest.mark.parametrize("global_views", [1, 2])
 @pytest.mark.parametrize("prototypes", [1, 3, K, 1000])
-def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(prototypes, monkeypatch):
+def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(prototypes, global_views, monkeypatch):
     monkeypatch.setattr(dino, "LOGITS_IN_CACHE", IMAGES * VIEWS * prototypes)
-    student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
+    student, teacher = embeddings(VIEWS, 0), embeddings(global_views, 1, learn=False)
     parts, whole = loss_with_center(), loss_with_center()
     of_teacher = F.linear(*teacher)
     value, statistics = parts.of_embeddings(student, teacher, TEACHER_TEMP)

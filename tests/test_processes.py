@@ -78,9 +78,11 @@ def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
     (tmp_path / "sitecustomize.py").write_text(
         "from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop\n"
         "_TrainingEpochLoop._broadcast_sigterm_tensor = None\n"
+        f"open({str(tmp_path / 'gone')!r}, 'w').close()\n"
     )
     config = dataclasses.replace(TINY, devices="2", batch_size_per_gpu=4, epochs=1, output_dir=str(tmp_path / "run"))
     finished = run_cli("pretrain", *as_flags(config), PYTHONPATH=str(tmp_path))
+    assert (tmp_path / "gone").exists()
     assert finished.returncode == 0, finished.stderr
 
 

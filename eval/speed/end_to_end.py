@@ -4,8 +4,8 @@
 
 The files are the photographs of scikit-image, 500 x 375 pixels, each under as many names as the steps take images, so that
 what is measured is decoding and training, not a disk. The rate is the median of what metrics.csv says after the first half
-of the steps (before, workers start and regions are compiled). Busy: the share of time in which the GPU ran anything, as
-nvidia-smi tells it every second of the second half.
+of the steps (before, workers start and regions are compiled). Busy: the share of time in which the first GPU ran anything,
+as nvidia-smi tells it every second of that half.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from common import circumstances
@@ -37,25 +38,36 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float]]:
-    """Pretrain -> images a second by row of metrics.csv, and how busy the GPU was by second, in percent."""
+    """Pretrain -> images a second by row of metrics.csv, and how busy the GPU was in the second half, in percent."""
     output = folder / "run"
     command = [sys.executable, "-m", "dino_xcit.cli", "pretrain", "--arch", options.arch, "--data_path", str(folder)]
     command += ["--batch_size_per_gpu", str(options.batch), "--epochs", "1", "--warmup_epochs", "0", "--devices", "1"]
     command += ["--eval_every_n_epochs", "0", "--log_every_n_steps", str(LOG_EVERY), "--output_dir", str(output)]
-    watch = None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-l", "1"]
-        watch = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
-    try:
-        finished = subprocess.run([*command, *options.options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    finally:
-        if watch is not None:
-            watch.terminate()
-    if finished.returncode:
-        sys.exit(finished.stderr)
-    busy = [float(line) for line in watch.communicate()[0].split()] if watch is not None else []
-    with (output / "metrics.csv").open() as file:
-        return [float(row["images_per_second"]) for row in csv.DictReader(file)], busy
+    busy: list[tuple[int, float]] = []  # rows of metrics.csv by then, percent
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([*command, *options.options], stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:
+            time.sleep(1)
+            if shutil.which("nvidia-smi"):
+                busy.append((len(rates_in(output / "metrics.csv")), utilisation()))
+        if process.returncode:
+            said.seek(0)
+            sys.exit(said.read())
+    rates = rates_in(output / "metrics.csv")
+    return rates, [percent for rows, percent in busy if len(rates) / 2 <= rows < len(rates)]
+
+
+def utilisation() -> float:
+    """Of the first GPU, in percent, over the last second or less."""
+    query = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+
+
+def rates_in(table: Path) -> list[float]:
+    if not table.exists():
+        return []
+    with table.open() as file:
+        return [float(row["images_per_second"]) for row in csv.DictReader(file)]
 
 
 def main() -> None:
@@ -74,7 +86,7 @@ def main() -> None:
         "images_per_second": statistics.median(later),
         "slowest": min(later),
         "fastest": max(later),
-        "busy_percent": statistics.median(busy[len(busy) // 2 :]) if busy else None,
+        "busy_percent": statistics.median(busy) if busy else None,
         "cores": os.cpu_count(),
     }
     told = f", GPU busy {found['busy_percent']:.0f} % of the time" if busy else ""
