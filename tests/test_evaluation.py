@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -139,18 +138,23 @@ def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
 
 def test_a_killed_evaluation_goes_on_from_the_batch_it_was_in(options, tmp_path):
     arguments = ["knn-eval", *options, "--nb_knn", "5", "--batch_size_per_gpu", "4", "--num_workers", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dino_xcit.cli", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    done, deadline = 0, time.monotonic() + 120
-    while done < 300 and time.monotonic() < deadline and process.poll() is None:
-        done = sum(int((np.load(path) > 0).sum()) for path in (tmp_path / "cache").glob("*/state.npy"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = sum(int((np.load(path) > 0).sum()) for path in (tmp_path / "cache").glob("*/state.npy"))
+    command = [sys.executable, "-m", "dino_xcit.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cache = tmp_path / "cache"
+    # Made here: where it is absent, the command makes and removes it once to learn whether it may be written.
+    cache.mkdir()
+
+    def images_done() -> int:
+        return sum(int((np.load(path) > 0).sum()) for path in cache.glob("*/state.npy"))
+
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while images_done() < 300 and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.001)
+        finally:
+            process.kill()
+    done = images_done()
     assert 300 <= done < 2200
     assert main(arguments) == 0
     report = read(tmp_path / "out", "knn.json")
