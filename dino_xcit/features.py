@@ -32,7 +32,7 @@ import dino_xcit
 from dino_xcit.config import ClassificationConfig, EvalConfig, PretrainConfig
 from dino_xcit.crops import resize
 from dino_xcit.data import ImageSet, default_workers, fingerprint, leave_signals_to_the_parent, open_images, surviving
-from dino_xcit.machine import progress, require_folder, resolve_precision, say, summed
+from dino_xcit.machine import HALF, progress, require_folder, resolve_precision, say, summed
 from dino_xcit.run_folder import replacing
 from dino_xcit.weights import build, load_backbone, read_run
 from dino_xcit.xcit import ABLATIONS, XCiT
@@ -44,7 +44,6 @@ ROWS = 65536  # features looked at in one go
 PIXELS = 32  # side of the images whose raw pixels are a baseline
 NOT_DONE, DONE, UNREADABLE = 0, 1, 2
 OFFICIAL_FILES = {"train": ("trainfeat.pth", "trainlabels.pth"), "validation": ("testfeat.pth", "testlabels.pth")}
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

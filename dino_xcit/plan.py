@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from torch._subclasses import FakeTensorMode
 
 from dino_xcit import run_folder
 from dino_xcit.config import PretrainConfig
 from dino_xcit.crops import GLOBAL_CROPS
 from dino_xcit.data import CropDataset, ImageSet, collate
 from dino_xcit.features import centre_crop, default_resize
-from dino_xcit.machine import memory_there
+from dino_xcit.machine import HALF, memory_there
 from dino_xcit.module import DINOModule, Network
 
 SHEET_IMAGES = 6
@@ -46,15 +48,15 @@ def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Tra
     """What the run would do, in a few lines."""
     schedules = module.schedules
     sizes = [sum(p.numel() for p in part.parameters()) for part in (module.student.backbone, module.student.head)]
-    memory = memory_estimate(config)
+    memory = memory_estimate(config, trainer.precision)
     return "\n".join(
         [
             f"images      {images:,}",
             f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
             f"{schedules.total_batch} images each, {trainer.world_size} processes)",
             f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
-            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step in float32 keeps "
-            "for its backward pass; buffers come on top",
+            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step keeps for its "
+            "backward pass; buffers come on top",
             f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
             f"crops       {Path(config.output_dir) / run_folder.CROPS}",
         ]
@@ -63,9 +65,9 @@ def plan(config: PretrainConfig, module: DINOModule, images: int, trainer: L.Tra
 
 def refuse_what_does_not_fit(config: PretrainConfig, precision: str) -> None:
     """Raise ValueError for a step that needs more memory than a CPU's machine has, instead of being killed for it."""
-    if precision != "32-true" or config.grad_checkpointing:
-        return  # the estimate is of neither
-    needed, there = memory_estimate(config), memory_there(torch.device("cpu"))
+    if config.grad_checkpointing:
+        return  # the estimate is without
+    needed, there = memory_estimate(config, precision), memory_there(torch.device("cpu"))
     if needed > there:
         raise ValueError(
             f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} needs more than "
@@ -74,10 +76,11 @@ def refuse_what_does_not_fit(config: PretrainConfig, precision: str) -> None:
         )
 
 
-def memory_estimate(config: PretrainConfig) -> int:
-    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass keeps for the
-    backward pass, all float32. Counted on the meta device: nothing is computed."""
-    with torch.device("meta"):
+def memory_estimate(config: PretrainConfig, precision: Any) -> int:
+    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass on a CPU keeps for the
+    backward pass. Counted on tensors without content: nothing is computed."""
+    half = HALF.get(precision)
+    with FakeTensorMode():
         student = Network(dataclasses.replace(config, grad_checkpointing=False))
         B, C = config.batch_size_per_gpu, config.in_chans
         groups = [torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)]
@@ -91,7 +94,8 @@ def memory_estimate(config: PretrainConfig) -> int:
             kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", half, enabled=half is not None):
             student.embed(groups)  # the loss keeps no logits
     parameters = 4 * sum(p.numel() for p in student.parameters())
     return 5 * parameters + sum(kept.values())

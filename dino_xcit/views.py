@@ -28,8 +28,8 @@ from dino_xcit.attention import Sight, bytes_per_pixel, check_layer, look, requi
 from dino_xcit.config import AttentionConfig, PretrainConfig
 from dino_xcit.crops import resize
 from dino_xcit.data import EXTENSIONS, FORMATS, ImageSet, decode, open_images, reading_images
-from dino_xcit.features import HALF, SMALL
-from dino_xcit.machine import memory_there, resolve_precision
+from dino_xcit.features import SMALL
+from dino_xcit.machine import HALF, memory_there, resolve_precision
 from dino_xcit.video import Clip, any_size, is_video
 from dino_xcit.weights import LAST, TEACHER, load_backbone, read_run, run_folder_of
 from dino_xcit.xcit import CLASS_ATTENTION_LAYERS, XCiT

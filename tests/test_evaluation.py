@@ -66,7 +66,7 @@ def test_knn_eval_tells_writes_and_remembers(options, tmp_path, capsys):
 
 
 def test_pretraining_logs_the_number_that_knn_eval_finds(run, options, tmp_path):
-    main(["knn-eval", *options, "--nb_knn", "20"])
+    main(["knn-eval", *options, "--precision", "32-true", "--nb_knn", "20"])  # as the run
     logged = (run / "metrics.csv").read_text().splitlines()
     column = logged[0].split(",").index("knn_top1")
     assert read(tmp_path / "out", "knn.json")["results"][0]["top1"] == pytest.approx(float(logged[-1].split(",")[column]))

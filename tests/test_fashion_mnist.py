@@ -58,6 +58,7 @@ def features(config, tmp_path) -> Path:
             cache_dir=str(tmp_path / "cache"),
             dump_features=str(dump),
             accelerator="cpu",
+            precision="32-true",
             devices="1",
             num_workers=0,
         )

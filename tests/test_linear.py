@@ -234,6 +234,7 @@ def dino_config(backbone, **options) -> LinearConfig:
     return LinearConfig(
         weights=backbone.output_dir,
         accelerator="cpu",
+        precision="32-true",
         devices="1",
         num_workers=0,
         no_cache=True,

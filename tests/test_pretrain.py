@@ -24,6 +24,7 @@ from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import CropDataset, Order, collate, open_images
+from dino_xcit.machine import HALF
 from dino_xcit.module import COLUMNS, DINOModule, Network
 from dino_xcit.plan import memory_estimate
 from dino_xcit.pretrain import pretrain
@@ -130,13 +131,33 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys):
         assert word in printed
 
 
-def test_the_memory_estimate_grows_with_the_batch_and_counts_the_weights(tiny):
-    one = memory_estimate(tiny)
-    two = memory_estimate(dataclasses.replace(tiny, batch_size_per_gpu=2 * tiny.batch_size_per_gpu))
-    weights = sum(p.numel() for p in Network(tiny).parameters()) * 4
-    kept = two - one  # by the forward pass of one batch more
-    assert one > 5 * weights
-    assert one - 5 * weights == pytest.approx(kept, rel=0.2)
+@pytest.mark.parametrize(("multiplies", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(tiny, monkeypatch, capsys, multiplies, expected):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: multiplies)
+    pretrain(dataclasses.replace(tiny, precision="auto", dry_run=True))
+    assert f"precision   {expected} on cpu" in capsys.readouterr().out
+    pretrain(dataclasses.replace(tiny, precision="32-true", dry_run=True, resume=False))
+    assert "precision   32-true on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_the_memory_estimate_is_what_a_forward_pass_keeps_besides_weights_gradients_and_moments(tiny, precision):
+    config = dataclasses.replace(tiny, batch_size_per_gpu=4)
+    student = Network(config)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    groups = [torch.rand(4, 2, 3, 16, 16), torch.rand(4, config.local_crops_number, 3, 8, 8)]
+    hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", HALF.get(precision), enabled=precision in HALF):
+        student.embed(groups)
+    weights = sum(p.numel() for p in student.parameters()) * 4
+    counted = 5 * weights + sum(storage.nbytes() for storage in kept.values())
+    assert memory_estimate(config, precision) == pytest.approx(counted, rel=1e-3)
 
 
 def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):

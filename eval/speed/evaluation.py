@@ -3,7 +3,7 @@
     python eval/speed/evaluation.py [--arch xcit_s12_p16 --images 64 --rounds 5 --output FILE]
 
 Features: JPEG files of 500 x 375 pixels -> class tokens at 224 pixels, float32, batches of 32, read in the same process.
-Ours is what `knn-eval` runs; the other is the loop of official eval_knn.py (PIL, torchvision's transforms, one image after
+Ours is what `knn-eval` runs, also in bfloat16, which it takes unasked where the hardware multiplies it; the other is the loop of official eval_knn.py (PIL, torchvision's transforms, one image after
 another) on timm's XCiT. Ours also gives the features of the other layers, which the linear probes take.
 
 Figures: one photograph at 480 pixels -> all heads of the last layer. Ours is `dino-xcit attention --figures heads`, from the
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import statistics
@@ -46,11 +47,14 @@ def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], ob
     images = open_images(config, "train")
     assert images is not None
     transform = Transform(SIZE, SHORT_SIDE, config.mean, config.std)
-    frozen = Frozen(XCiT(arch), transform, torch.device("cpu"))
+    backbone = XCiT(arch)
+    frozen, in_bfloat16 = (
+        Frozen(backbone, transform, torch.device("cpu"), precision) for precision in ("32-true", "bf16-mixed")
+    )
     dataset = EvalDataset(images, transform)
     rows = np.arange(count) % len(images)
 
-    def ours() -> object:
+    def ours(frozen: Frozen) -> object:
         return extract(frozen, dataset, rows, Store.in_memory((count, *frozen.shape())), batch_size=BATCH, num_workers=0)
 
     network = timm.create_model(timm_name(arch), num_classes=0).eval()
@@ -64,7 +68,11 @@ def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], ob
         batches = (rows[start : start + BATCH] for start in range(0, count, BATCH))
         return [network(torch.stack([theirs[i][0] for i in batch])) for batch in batches]
 
-    return {"features, ours": ours, "features, official loop on timm's": official}
+    return {
+        "features, ours": functools.partial(ours, frozen),
+        "features, ours in bfloat16": functools.partial(ours, in_bfloat16),
+        "features, official loop on timm's": official,
+    }
 
 
 def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
