@@ -140,7 +140,7 @@ class PretrainConfig:
     strategy: str = "auto"
     """how processes work together: ddp or a variant of it, as Lightning names it"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto, settled as a run begins: bf16-mixed where the hardware has it, else 32-true"""
     compile: bool | None = None
     """torch.compile each layer: takes a minute or more at the start. Default: on a GPU, and on CPU from 10000 steps on"""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 import signal
@@ -42,6 +43,7 @@ from dino_xcit.saving import (
     Agreement,
     DurableIO,
     StopSignals,
+    checkpoints_of,
     keep_as_sound,
     locked,
     newest_whole,
@@ -94,6 +96,7 @@ def pretrain(config: PretrainConfig) -> Outcome:
     finite, CollapseError with --on_collapse stop, and OSError if the last step cannot be saved.
     """
     validate(config)
+    config = _with_precision(config)
     resolve_architecture(config.arch)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
     with StopSignals().listening() as signals:
@@ -108,6 +111,15 @@ def pretrain(config: PretrainConfig) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), flushed_denormals():
             return _run(config, images, trainer, schedules, io, signals)
+
+
+def _with_precision(config: PretrainConfig) -> PretrainConfig:
+    """`--precision auto` is settled when a run begins, and stays so on whatever machine it goes on."""
+    if config.precision != "auto":
+        return config
+    folder = Path(config.output_dir)
+    precision = run_folder.read_config(folder).precision if checkpoints_of(folder) else resolve_precision(config)
+    return dataclasses.replace(config, precision=precision)
 
 
 @contextlib.contextmanager

@@ -99,12 +99,17 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Those that a run goes on from, the newest first."""
+    return [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
+
+
 def newest_whole(folder: Path) -> Path | None:
     """The checkpoint to go on from, or None if there is none. A damaged one is told, and put aside.
 
     Raises ValueError if there are checkpoints, but none that is whole.
     """
-    there = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    there = checkpoints_of(folder)
     whole = next(filter(is_whole, there), None)
     if there and whole is None:
         kept = sorted(str(path) for path in (folder / LAST).parent.glob("*.ckpt") if path not in there)

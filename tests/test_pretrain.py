@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,13 +132,19 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys):
         assert word in printed
 
 
-@pytest.mark.parametrize(("multiplies", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_auto_is_bfloat16_where_the_cpu_multiplies_it(tiny, monkeypatch, capsys, multiplies, expected):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: multiplies)
-    pretrain(dataclasses.replace(tiny, precision="auto", dry_run=True))
-    assert f"precision   {expected} on cpu" in capsys.readouterr().out
-    pretrain(dataclasses.replace(tiny, precision="32-true", dry_run=True, resume=False))
-    assert "precision   32-true on cpu" in capsys.readouterr().out
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when_the_run_began(tiny, monkeypatch, capsys):
+    config = dataclasses.replace(tiny, precision="auto", epochs=1)
+
+    def planned(multiplies: bool) -> str:
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: multiplies)
+        pretrain(dataclasses.replace(config, dry_run=True))
+        return re.search(r"precision +(\S+) on cpu", capsys.readouterr().out)[1]
+
+    assert (planned(False), planned(True)) == ("32-true", "bf16-mixed")
+    folder = pretrain(config).folder
+    assert planned(False) == "bf16-mixed"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "bf16-mixed"
+    assert pretrain(config).step == 6
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
