@@ -16,7 +16,22 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-LOGITS_AT_ONCE, LOGITS_IN_CACHE = 2**26, 2**20  # on a GPU, on a CPU: 256 MiB and 4 MiB in float32
+NUMBERS_AT_ONCE, NUMBERS_IN_CACHE = 2**26, 2**20  # on a GPU, on a CPU: 256 MiB and 4 MiB in float32
+
+
+class Embeddings(NamedTuple):
+    """What a network says of the views, one product before its logits, and the last layer that makes them."""
+
+    of_views: Tensor
+    """(B, V, D), of length 1"""
+    weight_v: Tensor
+    """(K, D): directions of the prototypes"""
+    weight_g: Tensor
+    """(K, 1): their lengths"""
+
+    def logits(self) -> Tensor:
+        """(B, V, K)"""
+        return F.linear(self.of_views, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class WeightNormLinear(nn.Module):
@@ -30,12 +45,8 @@ class WeightNormLinear(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not fixed_gain)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
-    def prototypes(self) -> Tensor:
-        """(K, in_dim), each of its length."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # of torch's own weight norm: few passes over the weight
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.prototypes())
+        return Embeddings(x, self.weight_v, self.weight_g).logits()
 
 
 class DINOHead(nn.Module):
@@ -68,15 +79,6 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(self.embed(x))
-
-
-class Embeddings(NamedTuple):
-    """What a network says of the views, one product before its logits."""
-
-    of_views: Tensor
-    """(B, V, D), of length 1"""
-    prototypes: Tensor
-    """(K, D)"""
 
 
 class LossStatistics(NamedTuple):
@@ -127,7 +129,10 @@ class DINOLoss(nn.Module):
         return loss
 
     def of_embeddings(self, student: Embeddings, teacher: Embeddings, teacher_temp: float) -> tuple[Tensor, LossStatistics]:
-        """`forward` and `statistics` of the logits, a few prototypes at a time, so that never many are there."""
+        """`forward` and `statistics` of the logits, a few prototypes at a time, so that never many are there.
+
+        The teacher gets no gradient.
+        """
         loss, entropy, output_sum = _LossInParts.apply(*student, *teacher, self.center, self.student_temp, teacher_temp)
         self._remember(output_sum, teacher.of_views[..., 0].numel())
         return loss, LossStatistics(entropy, loss.detach() - entropy)
@@ -165,31 +170,45 @@ class DINOLoss(nn.Module):
         self._output_count = 0
 
 
+class _Side(NamedTuple):
+    """Student or teacher: what makes its logits, a few prototypes at a time."""
+
+    of_views: Tensor
+    """(B, V, D), in the numbers that are multiplied"""
+    weight_v: Tensor
+    """(K, D)"""
+    scale: Tensor
+    """(K, 1), by which they are multiplied to have their lengths"""
+
+    def prototypes(self, some: slice) -> Tensor:
+        """(k, D), as the views are."""
+        return (self.weight_v[some] * self.scale[some]).to(self.of_views.dtype)
+
+
 @dataclass(frozen=True)
 class _Logits:
     """Of student and teacher, made for a few prototypes at a time."""
 
-    student: Tensor
-    prototypes: Tensor
-    teacher: Tensor
-    prototypes_of_teacher: Tensor
+    student: _Side
+    teacher: _Side
     center: Tensor
     student_temp: float
     teacher_temp: float
 
     def parts(self) -> Iterator[slice]:
         """Of the prototypes."""
-        limit = LOGITS_IN_CACHE if self.center.device.type == "cpu" else LOGITS_AT_ONCE
-        some = max(1, limit // self.student[..., 0].numel())
+        limit = NUMBERS_IN_CACHE if self.center.device.type == "cpu" else NUMBERS_AT_ONCE
+        views = self.student.of_views
+        some = max(1, limit // max(views[..., 0].numel(), views.shape[-1]))
         return (slice(start, start + some) for start in range(0, len(self.center), some))
 
-    def of_student(self, some: slice) -> Tensor:
+    def of_student(self, prototypes: Tensor) -> Tensor:
         """(B, V, k), divided by the temperature."""
-        return F.linear(self.student, self.prototypes[some]).float().div_(self.student_temp)
+        return F.linear(self.student.of_views, prototypes).float().div_(self.student_temp)
 
     def of_teacher(self, some: slice) -> Tensor:
         """(B, G, k), as they are."""
-        return F.linear(self.teacher, self.prototypes_of_teacher[some])
+        return F.linear(self.teacher.of_views, self.teacher.prototypes(some))
 
     def sharpened(self, of_teacher: Tensor, some: slice) -> Tensor:
         """(B, G, k), less the center, divided by the temperature; overwrites float32."""
@@ -200,18 +219,20 @@ class _Logits:
 
     def teachers_of_view(self) -> Tensor:
         """How many each view has: all but itself. (V,)"""
-        count = self.center.new_full(self.student.shape[1:2], self.teacher.shape[1])
-        count[: self.teacher.shape[1]] -= 1
+        teachers = self.teacher.of_views.shape[1]
+        count = self.center.new_full(self.student.of_views.shape[1:2], teachers)
+        count[:teachers] -= 1
         return count
 
     def pairs(self) -> int:
         """Of all images."""
-        images, views = self.student.shape[:2]
-        return images * self.teacher.shape[1] * (views - 1)
+        images, views = self.student.of_views.shape[:2]
+        return images * self.teacher.of_views.shape[1] * (views - 1)
 
 
 class _LossInParts(torch.autograd.Function):
-    """Loss, mean entropy of the teacher and sum of its logits (K,), of logits that are made and forgotten part by part.
+    """Loss, mean entropy of the teacher and sum of its logits (K,), of logits that are made and forgotten part by part,
+    as are the prototypes.
 
     Only the normalisers of the softmaxes are kept. The backward pass makes the logits again: with n_v teachers of view v,
     the gradient of its logit k is n_v p_v(k) less the sum over g != v of q_g(k), divided by the temperature and the pairs.
@@ -219,12 +240,13 @@ class _LossInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *of_logits: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """of_logits: the fields of `_Logits`."""
-        tensors = [*map(_as_autocast, of_logits[:4]), of_logits[4]]
-        logits = _Logits(*tensors, *of_logits[5:])
+        """of_logits: `Embeddings` of student and teacher, center, their temperatures."""
+        *tensors, student_temp, teacher_temp = of_logits
+        student, teacher = (_side(*tensors[start : start + 3]) for start in (0, 3))
+        logits = _Logits(student, teacher, tensors[6], student_temp, teacher_temp)
         output_sum = torch.empty_like(logits.center)
         of_teacher, of_student = (
-            views.new_full(views.shape[:2], -torch.inf, dtype=torch.float32) for views in (logits.teacher, logits.student)
+            side.of_views.new_full(side.of_views.shape[:2], -torch.inf, dtype=torch.float32) for side in (teacher, student)
         )
         for some in logits.parts():
             raw = logits.of_teacher(some)
@@ -233,35 +255,46 @@ class _LossInParts(torch.autograd.Function):
 
         agreement = entropy = torch.zeros((), device=of_teacher.device)
         for some in logits.parts():
-            s, log_q = logits.of_student(some), logits.log_q(some, of_teacher)
+            s, log_q = logits.of_student(student.prototypes(some)), logits.log_q(some, of_teacher)
             q = log_q.exp()
             of_student = of_student.logaddexp(s.logsumexp(-1))
             agreement = agreement + (q.sum(1) * s.sum(1)).sum() - (q * s[:, : q.shape[1]]).sum()
             entropy = entropy - (q * log_q).sum() / of_teacher.numel()
 
-        ctx.save_for_backward(*tensors, of_student, of_teacher)
-        ctx.temperatures, ctx.dtypes = of_logits[5:], [t.dtype for t in of_logits[:2]]
+        ctx.save_for_backward(*student, *teacher, logits.center, tensors[2], of_student, of_teacher)
+        ctx.temperatures, ctx.dtype = (student_temp, teacher_temp), tensors[0].dtype
         loss = ((logits.teachers_of_view() * of_student).sum() - agreement) / logits.pairs()
         ctx.mark_non_differentiable(entropy, output_sum)
         return loss, entropy, output_sum
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, of_student, of_teacher = ctx.saved_tensors
-        logits = _Logits(*tensors, *ctx.temperatures)
-        scale = gradient / logits.pairs()
+        *sides, center, weight_g, of_student, of_teacher = ctx.saved_tensors
+        student, teacher = _Side(*sides[:3]), _Side(*sides[3:])
+        logits = _Logits(student, teacher, center, *ctx.temperatures)
+        factor = gradient / logits.pairs()
         # Number of teachers and temperature are factors of exponentials, so differences of exponents: no pass of their own.
         less = (of_student - (logits.teachers_of_view() / logits.student_temp).log())[..., None]
         of_teacher = of_teacher + math.log(logits.student_temp)
-        to_student = torch.zeros_like(logits.student, dtype=torch.float32)
-        to_prototypes = torch.empty_like(logits.prototypes, dtype=ctx.dtypes[1])
+        to_views = torch.zeros_like(student.of_views, dtype=torch.float32)
+        to_v, to_g = torch.empty_like(student.weight_v), torch.empty_like(weight_g)
         for some in logits.parts():
-            to_logits, targets = logits.of_student(some).sub_(less).exp_(), logits.log_q(some, of_teacher).exp_()
+            prototypes = student.prototypes(some)
+            to_logits, targets = logits.of_student(prototypes).sub_(less).exp_(), logits.log_q(some, of_teacher).exp_()
             to_logits.sub_(targets.sum(1, keepdim=True))[:, : targets.shape[1]] += targets
-            narrow = to_logits.flatten(0, 1).to(logits.student.dtype)
-            to_student.flatten(0, 1).add_(narrow @ logits.prototypes[some])
-            to_prototypes[some].copy_(narrow.mT @ logits.student.flatten(0, 1)).mul_(scale)
-        return (to_student * scale).to(ctx.dtypes[0]), to_prototypes, *[None] * 5
+            narrow = to_logits.flatten(0, 1).to(prototypes.dtype)
+            to_views.flatten(0, 1).add_(narrow @ prototypes)
+            to_prototypes = (narrow.mT @ student.of_views.flatten(0, 1)).to(to_v.dtype).mul_(factor)
+            # A prototype is g v / |v| = scale v: what is along v goes to its length, the rest to its direction.
+            v, g, scale = student.weight_v[some], weight_g[some], student.scale[some]
+            along = torch.linalg.vecdot(to_prototypes, v).unsqueeze(1)
+            to_g[some] = along * scale / g
+            torch.mul(to_prototypes, scale, out=to_v[some]).addcmul_(v, along * scale * (scale / g).square(), value=-1)
+        return (to_views * factor).to(ctx.dtype), to_v, to_g, *[None] * 6
+
+
+def _side(of_views: Tensor, weight_v: Tensor, weight_g: Tensor) -> _Side:
+    return _Side(_as_autocast(of_views), weight_v, weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:

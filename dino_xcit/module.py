@@ -18,7 +18,6 @@ import torch
 import torch._functorch.config as partitioner
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -74,7 +73,7 @@ class Network(nn.Module):
 
     def forward(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Tensor:
         """Groups of views of one size each, (B, views, C, H, W) -> logits (B, all views, K)."""
-        return F.linear(*self.embed(groups, paths))
+        return self.embed(groups, paths).logits()
 
     def embed(self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)) -> Embeddings:
         """`forward` before its last product, which the loss makes a few prototypes at a time.
@@ -90,7 +89,8 @@ class Network(nn.Module):
         views = torch.cat(features, dim=1)  # (B, V, D)
         return Embeddings(
             of_views=self.head.embed(views.flatten(0, 1)).unflatten(0, views.shape[:2]),
-            prototypes=self.head.last_layer.prototypes(),
+            weight_v=self.head.last_layer.weight_v,
+            weight_g=self.head.last_layer.weight_g,
         )
 
 

@@ -28,6 +28,7 @@ from dino_xcit.config import PretrainConfig, differing_options, validate
 from dino_xcit.data import Batch, CropDataset, CropLoader, ImageSet, Order, default_workers, open_images
 from dino_xcit.machine import (
     is_first_process,
+    keep_freed_memory,
     parse_devices,
     refusal,
     require_folder,
@@ -152,9 +153,12 @@ def _run(
     if config.dry_run:
         rank_zero_only(print)(plan(config, module, len(images), trainer))
         return Outcome(folder=folder, step=0, steps=schedules.steps)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu:
+        keep_freed_memory()
     if _compiles(config, schedules.steps, trainer.strategy.root_device):
         module.compile_regions()  # keeps less than the estimate says
-    elif trainer.strategy.root_device.type == "cpu":
+    elif on_cpu:
         refuse_what_does_not_fit(config, trainer.precision)
     saver = RunFolder(config, folder, images, signals, io)
     trainer.callbacks.insert(0, saver)  # type: ignore[attr-defined]

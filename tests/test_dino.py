@@ -132,19 +132,19 @@ IMAGES, VIEWS, DIM = 7, 4, 5
 def embeddings(views, seed, learn=True):
     generator = torch.Generator().manual_seed(seed)
     of_views = F.normalize(torch.randn(IMAGES, views, DIM, generator=generator), dim=-1)
-    prototypes = torch.randn(K, DIM, generator=generator)
-    return Embeddings(of_views.requires_grad_(learn), prototypes.requires_grad_(learn))
+    weight_v, weight_g = torch.randn(K, DIM, generator=generator), 0.5 + torch.rand(K, 1, generator=generator)
+    return Embeddings(*[tensor.requires_grad_(learn) for tensor in (of_views, weight_v, weight_g)])
 
 
 @pytest.mark.parametrize("global_views", [1, 2])
 @pytest.mark.parametrize("prototypes", [1, 3, K, 1000])
 def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(prototypes, global_views, monkeypatch):
-    monkeypatch.setattr(dino, "LOGITS_IN_CACHE", IMAGES * VIEWS * prototypes)
+    monkeypatch.setattr(dino, "NUMBERS_IN_CACHE", IMAGES * VIEWS * prototypes)
     student, teacher = embeddings(VIEWS, 0), embeddings(global_views, 1, learn=False)
     parts, whole = loss_with_center(), loss_with_center()
-    of_teacher = F.linear(*teacher)
+    of_teacher = teacher.logits()
     value, statistics = parts.of_embeddings(student, teacher, TEACHER_TEMP)
-    values = (value, whole(F.linear(*student), of_teacher, TEACHER_TEMP))
+    values = (value, whole(student.logits(), of_teacher, TEACHER_TEMP))
     torch.testing.assert_close(*values)
     for one, other in zip(*[torch.autograd.grad(3 * value, student) for value in values], strict=True):
         torch.testing.assert_close(one, other)
@@ -180,7 +180,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("views", [3, 9])
 def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
     limit = 2 * IMAGES * 9
-    monkeypatch.setattr(dino, "LOGITS_IN_CACHE", limit)
+    monkeypatch.setattr(dino, "NUMBERS_IN_CACHE", limit)
     with LargestTensor() as largest:
         loss_with_center().of_embeddings(embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP)[0].backward()
     assert largest.elements <= max(limit, K * DIM, IMAGES * views * DIM) < IMAGES * views * K

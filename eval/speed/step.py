@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import circumstances, peak
 from torch import Tensor
 from torch.profiler import profile
@@ -41,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino_xcit.config import PretrainConfig
 from dino_xcit.data import Batch
 from dino_xcit.dino import DINOLoss
+from dino_xcit.machine import keep_freed_memory
 from dino_xcit.module import DINOModule, Network
 from dino_xcit.pretrain import make_trainer
 from dino_xcit.saving import DurableIO
@@ -108,6 +108,8 @@ def ours(work: Work, clones: list[str], turns: Iterator[None], compiled: bool = 
     config = dataclasses.replace(work.config, compile=compiled)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = make_trainer(config, DurableIO())
+    if work.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     module = DINOModule(config, work.schedules)
     if compiled:
@@ -361,7 +363,7 @@ def step_flops(work: Work) -> int:
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             of_teacher = teacher.embed(groups[:1])
-        logits = (F.linear(*embeddings) for embeddings in (student.embed(groups), of_teacher))
+        logits = (embeddings.logits() for embeddings in (student.embed(groups), of_teacher))
         DINOLoss(work.out_dim)(*logits, 0.04).backward()
     return counter.get_total_flops()
 
