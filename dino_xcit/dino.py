@@ -177,12 +177,14 @@ class _Side(NamedTuple):
     """(B, V, D), in the numbers that are multiplied"""
     weight_v: Tensor
     """(K, D)"""
-    scale: Tensor
-    """(K, 1), by which they are multiplied to have their lengths"""
+    weight_g: Tensor
+    """(K, 1)"""
+    norm: Tensor
+    """(K, 1), of weight_v"""
 
     def prototypes(self, some: slice) -> Tensor:
         """(k, D), as the views are."""
-        return (self.weight_v[some] * self.scale[some]).to(self.of_views.dtype)
+        return (self.weight_v[some] * (self.weight_g[some] / self.norm[some])).to(self.of_views.dtype)
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class _LossInParts(torch.autograd.Function):
             agreement = agreement + (q.sum(1) * s.sum(1)).sum() - (q * s[:, : q.shape[1]]).sum()
             entropy = entropy - (q * log_q).sum() / of_teacher.numel()
 
-        ctx.save_for_backward(*student, *teacher, logits.center, tensors[2], of_student, of_teacher)
+        ctx.save_for_backward(*student, *teacher, logits.center, of_student, of_teacher)
         ctx.temperatures, ctx.dtype = (student_temp, teacher_temp), tensors[0].dtype
         loss = ((logits.teachers_of_view() * of_student).sum() - agreement) / logits.pairs()
         ctx.mark_non_differentiable(entropy, output_sum)
@@ -269,15 +271,15 @@ class _LossInParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *sides, center, weight_g, of_student, of_teacher = ctx.saved_tensors
-        student, teacher = _Side(*sides[:3]), _Side(*sides[3:])
+        *sides, center, of_student, of_teacher = ctx.saved_tensors
+        student, teacher = _Side(*sides[:4]), _Side(*sides[4:])
         logits = _Logits(student, teacher, center, *ctx.temperatures)
         factor = gradient / logits.pairs()
         # Number of teachers and temperature are factors of exponentials, so differences of exponents: no pass of their own.
         less = (of_student - (logits.teachers_of_view() / logits.student_temp).log())[..., None]
         of_teacher = of_teacher + math.log(logits.student_temp)
         to_views = torch.zeros_like(student.of_views, dtype=torch.float32)
-        to_v, to_g = torch.empty_like(student.weight_v), torch.empty_like(weight_g)
+        to_v, to_g = torch.empty_like(student.weight_v), torch.empty_like(student.weight_g)
         for some in logits.parts():
             prototypes = student.prototypes(some)
             to_logits, targets = logits.of_student(prototypes).sub_(less).exp_(), logits.log_q(some, of_teacher).exp_()
@@ -285,16 +287,16 @@ class _LossInParts(torch.autograd.Function):
             narrow = to_logits.flatten(0, 1).to(prototypes.dtype)
             to_views.flatten(0, 1).add_(narrow @ prototypes)
             to_prototypes = (narrow.mT @ student.of_views.flatten(0, 1)).to(to_v.dtype).mul_(factor)
-            # A prototype is g v / |v| = scale v: what is along v goes to its length, the rest to its direction.
-            v, g, scale = student.weight_v[some], weight_g[some], student.scale[some]
-            along = torch.linalg.vecdot(to_prototypes, v).unsqueeze(1)
-            to_g[some] = along * scale / g
-            torch.mul(to_prototypes, scale, out=to_v[some]).addcmul_(v, along * scale * (scale / g).square(), value=-1)
+            # A prototype is v g / |v|: what is along v goes to its length, the rest to its direction.
+            v, norm = student.weight_v[some], student.norm[some]
+            to_g[some] = torch.linalg.vecdot(to_prototypes, v).unsqueeze(1) / norm
+            scale = student.weight_g[some] / norm
+            torch.mul(to_prototypes, scale, out=to_v[some]).addcmul_(v, scale * to_g[some] / norm, value=-1)
         return (to_views * factor).to(ctx.dtype), to_v, to_g, *[None] * 6
 
 
 def _side(of_views: Tensor, weight_v: Tensor, weight_g: Tensor) -> _Side:
-    return _Side(_as_autocast(of_views), weight_v, weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
+    return _Side(_as_autocast(of_views), weight_v, weight_g, torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ IMAGES, VIEWS, DIM = 7, 4, 5
 def embeddings(views, seed, learn=True):
     generator = torch.Generator().manual_seed(seed)
     of_views = F.normalize(torch.randn(IMAGES, views, DIM, generator=generator), dim=-1)
-    weight_v, weight_g = torch.randn(K, DIM, generator=generator), 0.5 + torch.rand(K, 1, generator=generator)
+    weight_v, weight_g = torch.randn(K, DIM, generator=generator), torch.arange(K)[:, None] / 4  # the first of length 0
     return Embeddings(*[tensor.requires_grad_(learn) for tensor in (of_views, weight_v, weight_g)])
 
 
