@@ -140,7 +140,7 @@ class PretrainConfig:
     strategy: str = "auto"
     """how processes work together: ddp or a variant of it, as Lightning names it"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto, settled as a run begins: bf16-mixed where the hardware has it, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto, settled as a run begins: bf16-mixed on GPUs with it and AVX512-BF16 CPUs"""
     compile: bool | None = None
     """torch.compile each layer: takes a minute or more at the start. Default: on a GPU, and on CPU from 10000 steps on"""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -223,7 +223,7 @@ class EvalConfig:
     devices: str = "auto"
     """number of processes on this machine, or a list of device numbers"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
 
     output_dir: str | None = None
     """folder of the results. Default: the run folder of the weights, else runs/NAME"""
@@ -403,7 +403,7 @@ class AttentionConfig:
     accelerator: str = "auto"
     """cpu, gpu, mps, ... as Lightning names them"""
     precision: str = "32-true"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed where the hardware multiplies bfloat16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
 
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 NUMBERS_AT_ONCE, NUMBERS_IN_CACHE = 2**26, 2**20  # on a GPU, on a CPU: 256 MiB and 4 MiB in float32
 
@@ -270,6 +271,7 @@ class _LossInParts(torch.autograd.Function):
         return loss, entropy, output_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *sides, center, of_student, of_teacher = ctx.saved_tensors
         student, teacher = _Side(*sides[:4]), _Side(*sides[4:])

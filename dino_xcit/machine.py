@@ -21,8 +21,6 @@ from tqdm import tqdm
 from dino_xcit.config import EvalConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -54,14 +52,15 @@ def progress(total: int, description: str, unit: str, shown: bool, initial: int 
 
 
 def resolve_precision(config: MachineOptions) -> Any:
-    """`auto` becomes bf16-mixed where the hardware multiplies bfloat16: there it is up to twice as fast."""
+    """`auto` becomes bf16-mixed on GPUs that have it and on CPUs with AVX512-BF16: there it is up to twice as fast."""
     if config.precision != "auto":
         return config.precision
     if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     # AVX-512 without its bfloat16 instructions emulates them, slower than float32.
     on_cpu = config.accelerator in ("auto", "cpu")
-    return "bf16-mixed" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "32-true"
+    multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16-mixed" if on_cpu and multiplies() else "32-true"
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:
@@ -114,7 +113,7 @@ def keep_freed_memory() -> None:
 
     It gives every large block back to the system, and taking it again costs a page fault for each 4 KiB: of large images
     almost half the time (`eval/speed/attention.py`), of small networks' steps a tenth. Memory stays at its peak until the
-    process ends. Elsewhere: nothing.
+    process ends, also in the loader's processes that it starts. Elsewhere: nothing.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

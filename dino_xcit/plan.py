@@ -88,10 +88,12 @@ def memory_estimate(config: PretrainConfig, precision: Any) -> int:
             side = config.local_crops_size
             groups.append(torch.empty(B, config.local_crops_number, C, side, side))
         kept: dict[int, int] = {}
+        weights = {parameter.untyped_storage()._cdata for parameter in student.parameters()}
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)

@@ -97,8 +97,8 @@ def pretrain(config: PretrainConfig) -> Outcome:
     finite, CollapseError with --on_collapse stop, and OSError if the last step cannot be saved.
     """
     validate(config)
-    config = _with_precision(config)
     resolve_architecture(config.arch)
+    config = _with_precision(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
     with StopSignals().listening() as signals:
         images = open_images(config, "train")

@@ -22,7 +22,7 @@ from dino_xcit.config import KnnConfig
 from dino_xcit.knn import knn_eval
 from dino_xcit.pretrain import pretrain
 
-CPU = ["--accelerator", "cpu"]
+CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # of every CPU the same numbers
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_knn_eval_tells_writes_and_remembers(options, tmp_path, capsys):
 
 
 def test_pretraining_logs_the_number_that_knn_eval_finds(run, options, tmp_path):
-    main(["knn-eval", *options, "--precision", "32-true", "--nb_knn", "20"])  # as the run
+    main(["knn-eval", *options, "--nb_knn", "20"])
     logged = (run / "metrics.csv").read_text().splitlines()
     column = logged[0].split(",").index("knn_top1")
     assert read(tmp_path / "out", "knn.json")["results"][0]["top1"] == pytest.approx(float(logged[-1].split(",")[column]))

@@ -57,8 +57,9 @@ def run(tmp_path_factory) -> Path:
 
 
 def options(run: Path, folder: Path) -> list[str]:
-    flags = {"--weights": run, "--cache_dir": folder / "cache", "--output_dir": folder / "out", "--accelerator": "cpu"}
-    return ["seg-eval", *(str(word) for pair in flags.items() for word in pair), "--epochs", "2"]
+    flags = {"--weights": run, "--cache_dir": folder / "cache", "--output_dir": folder / "out"}
+    words = [str(word) for pair in flags.items() for word in pair]
+    return ["seg-eval", *words, "--accelerator", "cpu", "--precision", "32-true", "--epochs", "2"]
 
 
 def test_the_command_tells_writes_and_remembers(run, tmp_path, capsys):

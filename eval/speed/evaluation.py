@@ -2,9 +2,9 @@
 
     python eval/speed/evaluation.py [--arch xcit_s12_p16 --images 64 --rounds 5 --output FILE]
 
-Features: JPEG files of 500 x 375 pixels -> class tokens at 224 pixels, float32, batches of 32, read in the same process.
-Ours is what `knn-eval` runs, also in bfloat16, which it takes unasked where the hardware multiplies it; the other is the
-loop of official eval_knn.py (PIL, torchvision's transforms, one image after another) on timm's XCiT. Ours also gives the
+Features: JPEG files of 500 x 375 pixels -> class tokens at 224 pixels, batches of 32, read in the same process.
+Ours is what `knn-eval` runs, also in bfloat16, which it takes unasked where the CPU multiplies it; the other is the loop of
+official eval_knn.py (PIL, torchvision's transforms, one image after another) on timm's XCiT in float32. Ours also gives the
 features of the other layers, which the linear probes take.
 
 Figures: one photograph at 480 pixels -> all heads of the last layer. Ours is `dino-xcit attention --figures heads`, from the
