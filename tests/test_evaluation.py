@@ -278,6 +278,7 @@ def test_a_diverged_network_is_told(run, tmp_path, capsys):
 
 
 def test_an_evaluation_of_python_is_the_one_of_the_command(run, options, tmp_path, capsys):
-    report = knn_eval(KnnConfig(weights=str(run), nb_knn=(7,), output_dir=str(tmp_path), no_cache=True, accelerator="cpu"))
+    machine = {"accelerator": "cpu", "precision": "32-true"}
+    report = knn_eval(KnnConfig(weights=str(run), nb_knn=(7,), output_dir=str(tmp_path), no_cache=True, **machine))
     assert main(["knn-eval", *options, "--nb_knn", "7"]) == 0
     assert report["results"] == read(tmp_path / "out", "knn.json")["results"]
