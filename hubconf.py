@@ -6,11 +6,11 @@ fetch what the DINO authors published.
 
 dependencies = ["torch", "timm", "safetensors", "yaml"]
 
-from dino_xcit.weights import PUBLISHED as _PUBLISHED  # noqa: E402
-from dino_xcit.weights import load_backbone as _load_backbone  # noqa: E402
-from dino_xcit.xcit import ARCHITECTURES as _ARCHITECTURES  # noqa: E402
-from dino_xcit.xcit import PATCH_SIZES as _PATCH_SIZES  # noqa: E402
-from dino_xcit.xcit import XCiT as _XCiT  # noqa: E402
+from dino_xcit.model.architectures import ARCHITECTURES as _ARCHITECTURES
+from dino_xcit.model.architectures import PATCH_SIZES as _PATCH_SIZES
+from dino_xcit.model.xcit import XCiT as _XCiT
+from dino_xcit.weights.load import PUBLISHED as _PUBLISHED
+from dino_xcit.weights.load import load_backbone as _load_backbone
 
 
 def _backbone(name):

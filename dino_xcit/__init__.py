@@ -12,18 +12,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "XCiT": "xcit",
-    "DINOHead": "dino",
-    "DINOLoss": "dino",
-    "PretrainConfig": "config",
-    "KnnConfig": "config",
-    "LinearConfig": "config",
-    "SegConfig": "config",
-    "AttentionConfig": "config",
-    "ExportConfig": "config",
-    "load_backbone": "weights",
-    "class_attention": "attention",
-    "knn_classify": "knn",
+    "XCiT": "model.xcit",
+    "DINOHead": "model.dino",
+    "DINOLoss": "model.dino",
+    "PretrainConfig": "config.pretrain",
+    "KnnConfig": "config.evaluation",
+    "LinearConfig": "config.evaluation",
+    "SegConfig": "config.evaluation",
+    "AttentionConfig": "config.attention",
+    "ExportConfig": "config.export",
+    "load_backbone": "weights.load",
+    "class_attention": "figures.maps",
+    "knn_classify": "evaluate.knn",
 }
 __all__ = [*_ROOMS, "__version__"]
 

@@ -23,7 +23,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from dino_xcit import __version__
-from dino_xcit.config import AttentionConfig, ExportConfig, KnnConfig, LinearConfig, PretrainConfig, SegConfig
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.evaluation import KnnConfig, LinearConfig, SegConfig
+from dino_xcit.config.export import ExportConfig
+from dino_xcit.config.pretrain import PretrainConfig
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
@@ -44,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             closest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}")
+            raise ValueError(
+                f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}"
+            )
         _, config_class, run = COMMANDS[command]
         config: Any = parse(command, config_class, arguments)
         with ctrl_c_at_once():
@@ -52,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            goes_on = "; the same command goes on from there (not with --no_cache)" if command in RESUMABLE else ""
+            goes_on = (
+                "; the same command goes on from there (not with --no_cache)"
+                if command in RESUMABLE
+                else ""
+            )
             print(f"\n{PROGRAM} {command}: stopped{goes_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError) as error:
@@ -87,12 +96,18 @@ def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{description}" for name, (description, *_) in COMMANDS.items()]
     return "\n".join(
-        [f"usage: {PROGRAM} COMMAND [options]", "", *lines, "", f"{PROGRAM} COMMAND --help lists the options of a command."]
+        [
+            f"usage: {PROGRAM} COMMAND [options]",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the options of a command.",
+        ]
     )
 
 
 def run_pretrain(config: PretrainConfig) -> int:
-    from dino_xcit.pretrain import pretrain
+    from dino_xcit.train.pretrain import pretrain
 
     outcome = pretrain(config)
     if outcome.stopped_by is not None:
@@ -108,29 +123,29 @@ def run_pretrain(config: PretrainConfig) -> int:
 
 
 def run_knn_eval(config: KnnConfig) -> int:
-    from dino_xcit.knn import knn_eval
+    from dino_xcit.evaluate.knn import knn_eval
 
     knn_eval(config)
     return 0
 
 
 def run_linear_eval(config: LinearConfig) -> int:
-    from dino_xcit.linear import linear_eval
+    from dino_xcit.evaluate.linear import linear_eval
 
     linear_eval(config)
     return 0
 
 
 def run_seg_eval(config: SegConfig) -> int:
-    from dino_xcit.segmentation import seg_eval
+    from dino_xcit.evaluate.segmentation import seg_eval
 
     seg_eval(config)
     return 0
 
 
 def run_attention(config: AttentionConfig) -> int:
-    from dino_xcit.run_folder import printable
-    from dino_xcit.show import show_attention
+    from dino_xcit.figures.command import show_attention
+    from dino_xcit.files import printable
 
     problems = show_attention(config)
     for problem in problems:
@@ -139,7 +154,7 @@ def run_attention(config: AttentionConfig) -> int:
 
 
 def run_export(config: ExportConfig) -> int:
-    from dino_xcit.export import export
+    from dino_xcit.weights.export import export
 
     for path in export(config):
         print(path)
@@ -147,21 +162,33 @@ def run_export(config: ExportConfig) -> int:
 
 
 COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
-    "pretrain": ("pretrain an XCiT backbone with DINO, without labels", PretrainConfig, run_pretrain),
+    "pretrain": (
+        "pretrain an XCiT backbone with DINO, without labels",
+        PretrainConfig,
+        run_pretrain,
+    ),
     "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
     "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
-    "seg-eval": ("segment images by a linear layer on frozen patch tokens", SegConfig, run_seg_eval),
+    "seg-eval": (
+        "segment images by a linear layer on frozen patch tokens",
+        SegConfig,
+        run_seg_eval,
+    ),
     "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
-    "export": ("write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export", ExportConfig, run_export),
+    "export": (
+        "write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export",
+        ExportConfig,
+        run_export,
+    ),
 }
 
 ROOMS = {  # of the commands, which take seconds to import
-    "pretrain": "pretrain",
-    "knn-eval": "knn",
-    "linear-eval": "linear",
-    "seg-eval": "segmentation",
-    "attention": "show",
-    "export": "export",
+    "pretrain": "train.pretrain",
+    "knn-eval": "evaluate.knn",
+    "linear-eval": "evaluate.linear",
+    "seg-eval": "evaluate.segmentation",
+    "attention": "figures.command",
+    "export": "weights.export",
 }
 
 
@@ -169,9 +196,14 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
     """Command line -> config. Raises ValueError in one line; --help and --print_config print and exit."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=f"{PROGRAM} {command}", exit_on_error=False, allow_abbrev=False, description=config_class.__doc__
+        prog=f"{PROGRAM} {command}",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=config_class.__doc__,
     )
-    parser.add_argument("--config", action="config", help="YAML file of options; a flag on the line wins")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of options; a flag on the line wins"
+    )
     parser.add_class_arguments(config_class)
     joined, words = join_lists(arguments, config_class)
     refuse_bad_configs(joined)
@@ -195,12 +227,14 @@ def refuse_bad_configs(arguments: list[str]) -> None:
         name, _, value = flag.partition("=")
         path = Path(value or following)
         if name == "--config" and path.is_file():
-            from dino_xcit.run_folder import read_yaml
+            from dino_xcit.files import read_yaml
 
             read_yaml(path)
 
 
-def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+def join_lists(
+    arguments: list[str], config_class: type
+) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Lists as official DINO takes them, `--nb_knn 10 20`, become YAML lists, `--nb_knn=[10, 20]`; a switch without a value,
     `--dry_run`, is switched on.
 
@@ -208,7 +242,9 @@ def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dic
     flag, or stand after `--`, are the images.
     """
     hints = get_type_hints(config_class)
-    lists = {f"--{name}": get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple}
+    lists = {
+        f"--{name}": get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is tuple
+    }
     switches = {f"--{name}" for name, hint in hints.items() if bool in (hint, *get_args(hint))}
     takes_images = "images" in hints
     joined: list[str] = []
@@ -231,11 +267,22 @@ def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dic
             taken = _items(following[:end], lists[flag]) if takes_images else end
             values = following[:taken]
             typed_as_yaml = values and values[0].startswith("[")
-            joined.append(f"{flag}={' '.join(values)}" if typed_as_yaml else f"{flag}=[{', '.join(values)}]")
-        elif flag in switches and not equals and (not end or (takes_images and following[0] not in ("true", "false"))):
+            joined.append(
+                f"{flag}={' '.join(values)}" if typed_as_yaml else f"{flag}=[{', '.join(values)}]"
+            )
+        elif (
+            flag in switches
+            and not equals
+            and (not end or (takes_images and following[0] not in ("true", "false")))
+        ):
             joined.append(f"{flag}=true")
         else:
-            taken = int(flag.startswith("--") and flag not in ("--help", "--print_config") and not equals and end > 0)
+            taken = int(
+                flag.startswith("--")
+                and flag not in ("--help", "--print_config")
+                and not equals
+                and end > 0
+            )
             joined += arguments[position : position + 1 + taken]
         position += 1 + (0 if equals else taken)
     return joined, {name: tuple(values) for name, values in words.items()}
@@ -244,7 +291,10 @@ def join_lists(arguments: list[str], config_class: type) -> tuple[list[str], dic
 def _items(words: list[str], item: Any) -> int:
     """How many of these words a list takes where others may follow: the first, and those after it that can be its items."""
     choices = get_args(item)
-    fits = [word in choices if choices else re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", word) is not None for word in words]
+    fits = [
+        word in choices if choices else re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", word) is not None
+        for word in words
+    ]
     return next((i for i, one in enumerate(fits) if i and not one), len(words))
 
 
@@ -257,7 +307,9 @@ def explain(error: argparse.ArgumentError, parser: ArgumentParser) -> str:
         flag = unknown[1].split("=")[0]
         flags = [option for action in parser._actions for option in action.option_strings]
         closest = difflib.get_close_matches(flag, flags, n=1)
-        return f"unknown option {flag}" + (f"; did you mean {closest[0]}?" if closest else "; --help lists the options")
+        return f"unknown option {flag}" + (
+            f"; did you mean {closest[0]}?" if closest else "; --help lists the options"
+        )
     message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message)
     return re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
 

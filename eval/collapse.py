@@ -48,22 +48,46 @@ TOLD = re.compile(r"step (\d+): ([^:]+): ")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"), help="where the runs are")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the table and the picture go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/collapse"), help="where the runs are"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="where the table and the picture go"
+    )
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    found = {name: run(name, flags, arguments.output_dir / name.replace(" ", "_")) for name, flags in RUNS.items()}
+    found = {
+        name: run(name, flags, arguments.output_dir / name.replace(" ", "_"))
+        for name, flags in RUNS.items()
+    }
     (arguments.results / "collapse.json").write_text(json.dumps(found, indent=2) + "\n")
-    draw({name: read_metrics(arguments.output_dir / name.replace(" ", "_")) for name in RUNS}, found, arguments.results)
+    draw(
+        {name: read_metrics(arguments.output_dir / name.replace(" ", "_")) for name in RUNS},
+        found,
+        arguments.results,
+    )
 
 
 def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
     log = folder.with_suffix(".log")
     if not log.exists():
-        command = [sys.executable, "-m", "dino_xcit.cli", "pretrain", *shlex.split(OPTIONS), *flags.split()]
-        done = subprocess.run([*command, "--output_dir", str(folder)], stderr=subprocess.PIPE, text=True, check=True)
-        log.write_text("\n".join(line for line in done.stderr.splitlines() if not line.startswith("pretrain:")))
+        command = [
+            sys.executable,
+            "-m",
+            "dino_xcit.cli",
+            "pretrain",
+            *shlex.split(OPTIONS),
+            *flags.split(),
+        ]
+        done = subprocess.run(
+            [*command, "--output_dir", str(folder)], stderr=subprocess.PIPE, text=True, check=True
+        )
+        log.write_text(
+            "\n".join(line for line in done.stderr.splitlines() if not line.startswith("pretrain:"))
+        )
     signs = TOLD.findall(log.read_text())
     rows = read_metrics(folder)
     result = {
@@ -77,14 +101,22 @@ def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def draw(runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]], results: Path) -> None:
+def draw(
+    runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]], results: Path
+) -> None:
     """A row for each run, the healthy one in grey behind."""
     figure = Figure(figsize=(13, 1.75 * len(runs)), layout="constrained")
-    for (name, rows), line in zip(runs.items(), figure.subplots(len(runs), len(PANELS), sharex=True), strict=True):
+    for (name, rows), line in zip(
+        runs.items(), figure.subplots(len(runs), len(PANELS), sharex=True), strict=True
+    ):
         first = next(iter(found[name]["told"]), None)
         for axes, (column, title) in zip(line, PANELS.items(), strict=True):
             for shown, colour in ((runs["healthy"], "0.75"), (rows, "#0072B2")):
-                axes.plot([int(row["step"]) for row in shown], [float(row[column]) for row in shown], color=colour)
+                axes.plot(
+                    [int(row["step"]) for row in shown],
+                    [float(row[column]) for row in shown],
+                    color=colour,
+                )
             if column == "teacher_entropy":
                 axes.axhline(math.log(PROTOTYPES), color="black", linestyle=":", linewidth=1)
             if column == "grad_norm":
@@ -97,7 +129,15 @@ def draw(runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]]
         line[0].set_ylabel("\n".join(name.rsplit(" ", 1)) if len(name) > 20 else name, fontsize=8)
         if first is not None:
             told = f"{first['sign'].split(',')[0]},\nstep {first['step']}"
-            line[1].text(0.97, 0.3, told, transform=line[1].transAxes, ha="right", fontsize=8, color="#D55E00")
+            line[1].text(
+                0.97,
+                0.3,
+                told,
+                transform=line[1].transAxes,
+                ha="right",
+                fontsize=8,
+                color="#D55E00",
+            )
     for axes in line:
         axes.set_xlabel("step", fontsize=8)
     figure.savefig(results / "collapse.png", dpi=90)

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 from dino_xcit.cli import parse
-from dino_xcit.config import AttentionConfig, KnnConfig, PretrainConfig
-from dino_xcit.knn import knn_eval
-from dino_xcit.pretrain import pretrain
-from dino_xcit.show import show_attention
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.figures.command import show_attention
+from dino_xcit.train.pretrain import pretrain
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -25,14 +27,26 @@ def main() -> None:
     outcome = pretrain(config)
     if outcome.interrupted:
         sys.exit(130)
-    print(f"\n{outcome.steps} steps; the same as `dino-xcit knn-eval --weights {outcome.folder} --nb_knn 20 --baselines`:")
+    print(
+        f"\n{outcome.steps} steps; the same as `dino-xcit knn-eval --weights {outcome.folder} --nb_knn 20 --baselines`:"
+    )
     knn_eval(KnnConfig(weights=str(outcome.folder), nb_knn=(20,), baselines=True))
     weights, figures = str(outcome.folder), f"{outcome.folder}/figures"
-    print(f"\nthe same as `dino-xcit attention --weights {weights} --masks shapes --figures heads overlay --html`:")
-    show_attention(
-        AttentionConfig(weights=(weights,), output_dir=figures, masks="shapes", figures=("heads", "overlay"), html=True)
+    print(
+        f"\nthe same as `dino-xcit attention --weights {weights} --masks shapes --figures heads overlay --html`:"
     )
-    print(f"\nall of this took {time.perf_counter() - start:.0f} s; look at {weights}/attention.png, {figures}/overlay.png")
+    show_attention(
+        AttentionConfig(
+            weights=(weights,),
+            output_dir=figures,
+            masks="shapes",
+            figures=("heads", "overlay"),
+            html=True,
+        )
+    )
+    print(
+        f"\nall of this took {time.perf_counter() - start:.0f} s; look at {weights}/attention.png, {figures}/overlay.png"
+    )
     print(f"and at {figures}/attention.html in a browser")
 
 

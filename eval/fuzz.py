@@ -38,16 +38,20 @@ from safetensors.torch import save as safetensors_bytes
 
 import dino_xcit
 from dino_xcit.cli import COMMANDS, parse
-from dino_xcit.config import KnnConfig, validate, validate_attention, validate_evaluation, validate_export
-from dino_xcit.data import decode
-from dino_xcit.features import OFFICIAL_FILES, FromFiles
-from dino_xcit.formats import to_official_names
-from dino_xcit.masks import read_mask
-from dino_xcit.run_folder import plain, read_config
-from dino_xcit.saving import is_whole
-from dino_xcit.video import is_video
-from dino_xcit.weights import load_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config.attention import validate_attention
+from dino_xcit.config.evaluation import KnnConfig, validate_evaluation
+from dino_xcit.config.export import validate_export
+from dino_xcit.config.pretrain import validate
+from dino_xcit.data.decode import decode
+from dino_xcit.evaluate.features import OFFICIAL_FILES, FileFeatures
+from dino_xcit.figures.localization import read_mask
+from dino_xcit.figures.video import is_video
+from dino_xcit.files import plain
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.run_folder import read_config
+from dino_xcit.train.checkpoints import is_whole
+from dino_xcit.weights.formats import to_official_names
+from dino_xcit.weights.load import load_backbone
 
 SECONDS = 10  # for one input
 GIB = 2**30
@@ -56,8 +60,26 @@ EXAMPLES = 500  # a round, between two looks at the clock
 # What hostile code would write. Of this process alone: another's must not be taken for ours.
 MARK = f"{tempfile.gettempdir()}/fuzzed-by-dino-xcit-{os.getpid()}"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"}
-CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree"}
+STARTS = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+}
+CHANGES = {
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.rmtree",
+}
 OTHERS = {"socket.connect", "urllib.Request", "ftplib.connect"}
 
 tried: collections.Counter[str] = collections.Counter()
@@ -78,7 +100,11 @@ class Guard:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        paths = [os.path.abspath(os.fsdecode(path)) for path in arguments[:2] if isinstance(path, (str, bytes))]
+        paths = [
+            os.path.abspath(os.fsdecode(path))
+            for path in arguments[:2]
+            if isinstance(path, (str, bytes))
+        ]
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
         if event in STARTS | OTHERS or (writes and not self._may(paths[0])):
             self.seen.append(f"{event} {paths}")
@@ -87,7 +113,12 @@ class Guard:
 
     def _may(self, path: str) -> bool:
         """Written in the folder, or by Python for itself."""
-        return path.startswith(f"{self.allowed}{os.sep}") or path == os.devnull or path.endswith(".pyc") or ".pyc." in path
+        return (
+            path.startswith(f"{self.allowed}{os.sep}")
+            or path == os.devnull
+            or path.endswith(".pyc")
+            or ".pyc." in path
+        )
 
     def __call__(self, name: str, action: Callable[[Path], Any], allowed: Path) -> None:
         """An action gives a value or raises ValueError, in time, and touches nothing outside the folder."""
@@ -135,7 +166,9 @@ def mutated(draw: Any, originals: dict[str, bytes]) -> bytes:
     data = bytearray(originals[draw(st.sampled_from(sorted(originals)))])
     for _ in range(draw(st.integers(0, 6))):
         at = draw(places(len(data)))
-        how = draw(st.sampled_from(["set", "set", "set", "insert", "delete", "cut", "repeat", "number"]))
+        how = draw(
+            st.sampled_from(["set", "set", "set", "insert", "delete", "cut", "repeat", "number"])
+        )
         if how == "set":
             new = draw(st.binary(min_size=1, max_size=4))
             data[at : at + len(new)] = new
@@ -159,12 +192,36 @@ def mutated(draw: Any, originals: dict[str, bytes]) -> bytes:
 def pictures() -> dict[str, bytes]:
     ramp = np.linspace(0, 255, 24 * 31 * 3).reshape(24, 31, 3).astype(np.uint8)
     found = {}
-    kinds = ["JPEG RGB", "JPEG L", "JPEG CMYK", "PNG RGB", "PNG RGBA", "PNG LA", "PNG P", "PNG 1", "PNG I;16", "GIF P"]
-    for kind in [*kinds, "WEBP RGB", "BMP RGB", "TIFF RGB", "TIFF L", "TIFF CMYK", "PPM RGB", "PPM L"]:
+    kinds = [
+        "JPEG RGB",
+        "JPEG L",
+        "JPEG CMYK",
+        "PNG RGB",
+        "PNG RGBA",
+        "PNG LA",
+        "PNG P",
+        "PNG 1",
+        "PNG I;16",
+        "GIF P",
+    ]
+    for kind in [
+        *kinds,
+        "WEBP RGB",
+        "BMP RGB",
+        "TIFF RGB",
+        "TIFF L",
+        "TIFF CMYK",
+        "PPM RGB",
+        "PPM L",
+    ]:
         file_format, mode = kind.split()
         buffer = io.BytesIO()
         image = Image.fromarray(ramp)
-        image = Image.fromarray(ramp[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+        image = (
+            Image.fromarray(ramp[..., 0].astype(np.uint16) * 256)
+            if mode == "I;16"
+            else image.convert(mode)
+        )
         image.save(buffer, file_format)
         found[kind] = buffer.getvalue()
     buffer = io.BytesIO()
@@ -175,7 +232,12 @@ def pictures() -> dict[str, bytes]:
     turned = io.BytesIO()
     frames[0].save(turned, "JPEG", exif=exif)
     postscript = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({MARK}) (w) file closefile\nshowpage\n%%EOF\n"
-    return {**found, "GIF moving": buffer.getvalue(), "JPEG turned": turned.getvalue(), "EPS": postscript.encode()}
+    return {
+        **found,
+        "GIF moving": buffer.getvalue(),
+        "JPEG turned": turned.getvalue(),
+        "EPS": postscript.encode(),
+    }
 
 
 class Code:
@@ -198,7 +260,9 @@ def checkpoints() -> dict[str, bytes]:
     torch.manual_seed(0)
     small = XCiT("xcit_pico2_p4", in_chans=1)
     backbone = {name: tensor.detach() for name, tensor in small.state_dict().items()}
-    official = {f"module.backbone.{name}": tensor for name, tensor in to_official_names(backbone).items()}
+    official = {
+        f"module.backbone.{name}": tensor for name, tensor in to_official_names(backbone).items()
+    }
     whole = saved(backbone)
     hostile = pickle.dumps(Code(os.system, f"touch {MARK}"), 2)
     rezipped = io.BytesIO()
@@ -206,10 +270,19 @@ def checkpoints() -> dict[str, bytes]:
         for item in old.infolist():
             new.writestr(item, hostile if item.filename.endswith("data.pkl") else old.read(item))
     return {
-        "safetensors": safetensors_bytes(backbone, {"dino_xcit": json.dumps({"arch": "xcit_pico2_p4", "in_chans": 1})}),
+        "safetensors": safetensors_bytes(
+            backbone, {"dino_xcit": json.dumps({"arch": "xcit_pico2_p4", "in_chans": 1})}
+        ),
         "torch.save": whole,
         "torch.save of old": saved(backbone, _use_new_zipfile_serialization=False),
-        "official": saved({"student": official, "teacher": official, "epoch": 1, "args": argparse.Namespace(arch="x")}),
+        "official": saved(
+            {
+                "student": official,
+                "teacher": official,
+                "epoch": 1,
+                "args": argparse.Namespace(arch="x"),
+            }
+        ),
         "pickle with code": hostile,
         "pickle that opens": pickle.dumps({"model": Code(open, MARK)}),
         "pickle that evaluates": pickle.dumps([Code(eval, f"open({MARK!r}, 'w')")], 4),
@@ -236,7 +309,9 @@ SCALARS = st.one_of(
     st.sampled_from(["1e-3", "/etc", "../..", "~"]),
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
 )
 VALIDATE: dict[str, Callable[[Any], None]] = {
     "pretrain": validate,
@@ -269,14 +344,21 @@ TAGS = (
 def options(draw: Any) -> bytes:
     """Options of the commands with anything as their values; files of laughs; any bytes."""
     if draw(st.integers(0, 9)) == 0:
-        return draw(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace")))
+        return draw(
+            st.binary(max_size=200)
+            | st.text(max_size=200).map(lambda text: text.encode(errors="replace"))
+        )
     command = draw(st.sampled_from(sorted(COMMANDS)))
     config = COMMANDS[command][1]()
     lines = [f"# {command}\n"]
     for name in draw(st.lists(st.sampled_from(sorted(vars(config))), max_size=4, unique=True)):
         as_it_is = yaml.safe_dump({name: plain(getattr(config, name))})
         hostile = f"{name}: {draw(st.sampled_from(TAGS))}\n"
-        lines.append(draw(st.sampled_from([as_it_is, as_it_is, yaml.safe_dump({name: draw(VALUES)}), hostile])))
+        lines.append(
+            draw(
+                st.sampled_from([as_it_is, as_it_is, yaml.safe_dump({name: draw(VALUES)}), hostile])
+            )
+        )
     if draw(st.integers(0, 9)) == 0:
         lines.append("x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n")
         for i in range(1, draw(st.integers(2, 30))):
@@ -313,7 +395,9 @@ def try_options(data: bytes) -> None:
     command = named if named in COMMANDS else "pretrain"
 
     def parsed(_: Path) -> None:
-        VALIDATE.get(command, validate_evaluation)(parse(command, COMMANDS[command][1], ["--config", str(path)]))
+        VALIDATE.get(command, validate_evaluation)(
+            parse(command, COMMANDS[command][1], ["--config", str(path)])
+        )
 
     guard("options", parsed, folder)
     guard("configs of run folders", lambda _: read_config(folder), folder)
@@ -327,11 +411,17 @@ def try_checkpoint(data: bytes) -> None:
 
 def try_features(data: bytes) -> None:
     files = dict(
-        zip(sum(OFFICIAL_FILES.values(), ()), 2 * (WHOLE_FEATURES["features"], WHOLE_FEATURES["labels"]), strict=True)
+        zip(
+            sum(OFFICIAL_FILES.values(), ()),
+            2 * (WHOLE_FEATURES["features"], WHOLE_FEATURES["labels"]),
+            strict=True,
+        )
     )
     for name, content in {**files, sorted(files)[zlib.crc32(data) % len(files)]: data}.items():
         written(name, content)
-    guard("features and labels", lambda _: FromFiles(KnnConfig(load_features=str(folder))), folder)
+    guard(
+        "features and labels", lambda _: FileFeatures(KnnConfig(load_features=str(folder))), folder
+    )
 
 
 WHOLE_FEATURES = feature_files()
@@ -360,7 +450,9 @@ def run(target: str, examples: int, seed: int | None = None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -375,7 +467,11 @@ def main() -> None:
             run(target, EXAMPLES, arguments.seed + rounds)
         rounds += 1
         left = max(0, arguments.minutes - (time.monotonic() - start) / 60)
-        print(f"round {rounds}: {sum(tried.values())} inputs tried, {left:.1f} minutes left", file=sys.stderr, flush=True)
+        print(
+            f"round {rounds}: {sum(tried.values())} inputs tried, {left:.1f} minutes left",
+            file=sys.stderr,
+            flush=True,
+        )
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "minutes": round((time.monotonic() - start) / 60, 1),

@@ -201,9 +201,15 @@ PROMISES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write; what it says of promises not tried stays")
-    parser.add_argument("--only", default="", help="try only promises whose test has this in its name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write; what it says of promises not tried stays"
+    )
+    parser.add_argument(
+        "--only", default="", help="try only promises whose test has this in its name"
+    )
     arguments = parser.parse_args()
     there = arguments.output is not None and arguments.output.exists()
     found = {one["test"]: one for one in json.loads(arguments.output.read_text())} if there else {}
@@ -235,10 +241,26 @@ def broken(folder: Path, promise: Promise) -> Iterator[None]:
 
 
 def passes(folder: Path, test: str) -> bool:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{test}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     try:
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False)
+        run = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return False
     assert run.returncode in (0, 1), run.stdout.decode()[-2000:]

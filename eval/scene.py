@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino_xcit.shapes import SIZE, draw_shape
+from dino_xcit.data.shapes import SIZE, draw_shape
 
 SPACING = 44  # pixels between shapes, before they are moved
 MOVED = SPACING - SIZE - 2
@@ -22,7 +22,11 @@ def scene(height: int, width: int, seed: int) -> np.ndarray:
     """uint8 (height, width)"""
     rng = np.random.default_rng(seed)
     ground = np.rint(255 * rng.normal(0.5, 0.02, (height, width)).clip(0, 1)).astype(np.uint8)
-    places = [(y, x) for y in range(8, height - SPACING + 1, SPACING) for x in range(8, width - SPACING + 1, SPACING)]
+    places = [
+        (y, x)
+        for y in range(8, height - SPACING + 1, SPACING)
+        for x in range(8, width - SPACING + 1, SPACING)
+    ]
     for index, (y, x) in enumerate(place for place in places if rng.random() < SHOWN):
         shape = draw_shape(seed, "validation", index, channels=1)
         top, left = y + rng.integers(MOVED), x + rng.integers(MOVED)
@@ -31,13 +35,17 @@ def scene(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     for name, default in (("width", 640), ("height", 384), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(scene(options.height, options.width, options.seed)).save(options.file, optimize=True)
+    Image.fromarray(scene(options.height, options.width, options.seed)).save(
+        options.file, optimize=True
+    )
 
 
 if __name__ == "__main__":

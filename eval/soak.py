@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import dino_xcit
-from dino_xcit.saving import is_whole
+from dino_xcit.train.checkpoints import is_whole
 
 OPTIONS = (
     "--arch xcit_pico2_p4 --dataset shapes --num_images 640 --in_chans 1 --mean 0.5 --std 0.25 --global_crops_size 16 "
@@ -51,15 +51,27 @@ WORKER_KILLED = 0.2  # share of the starts in which a loader worker is killed fi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=1, help="rounds begin until so much time is over")
-    parser.add_argument("--epochs", type=int, default=36, help=f"epochs of {STEPS_PER_EPOCH} steps in a round")
-    parser.add_argument("--seed", type=int, default=0, help="of the kills, and of the first round's run")
-    parser.add_argument("--output", type=Path, help="JSON file to write; rounds that it has are kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hours", type=float, default=1, help="rounds begin until so much time is over"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=36, help=f"epochs of {STEPS_PER_EPOCH} steps in a round"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the kills, and of the first round's run"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write; rounds that it has are kept"
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     there = arguments.output is not None and arguments.output.exists()
-    rounds: list[dict[str, Any]] = json.loads(arguments.output.read_text())["rounds"] if there else []
+    rounds: list[dict[str, Any]] = (
+        json.loads(arguments.output.read_text())["rounds"] if there else []
+    )
     before = len(rounds)
     while len(rounds) == before or time.monotonic() - start < 3600 * arguments.hours:
         began = time.monotonic()
@@ -93,12 +105,17 @@ def one_round(folder: Path, epochs: int, seed: int) -> dict[str, Any]:
     steps = epochs * STEPS_PER_EPOCH
     flags = [*OPTIONS.split(), "--epochs", str(epochs), "--seed", str(seed)]
     watched: list[tuple[int, int, int]] = []
-    undisturbed = threading.Thread(target=run_undisturbed, args=(folder / "undisturbed", flags, watched))
+    undisturbed = threading.Thread(
+        target=run_undisturbed, args=(folder / "undisturbed", flags, watched)
+    )
     undisturbed.start()
     with ThreadPoolExecutor(VICTIMS) as pool:
         victims = [folder / f"killed{i}" for i in range(VICTIMS)]
         killed = list(
-            pool.map(lambda i: run_killed(victims[i], flags, steps, random.Random(VICTIMS * seed + i)), range(VICTIMS))
+            pool.map(
+                lambda i: run_killed(victims[i], flags, steps, random.Random(VICTIMS * seed + i)),
+                range(VICTIMS),
+            )
         )
     undisturbed.join()
     ends = [same(folder / "undisturbed", victim) for victim in victims]
@@ -188,12 +205,22 @@ def run_killed(folder: Path, flags: list[str], steps: int, rng: random.Random) -
         _, said = process.communicate(timeout=300)
         if process.returncode == 0:
             said = said.replace(str(folder), folder.name)
-            ignored = f"{number.name} after {after:.2f} s, at step {reached}: {said}" if reached < steps - LAST_STEPS else ""
+            ignored = (
+                f"{number.name} after {after:.2f} s, at step {reached}: {said}"
+                if reached < steps - LAST_STEPS
+                else ""
+            )
             return Killed(kills, workers_killed, starts, repeated, ignored)
         # A signal that comes before our handlers are there ends the process as it ends any.
-        assert process.returncode in (CODES[number], -number), (number, process.returncode, said[-3000:])
+        assert process.returncode in (CODES[number], -number), (
+            number,
+            process.returncode,
+            said[-3000:],
+        )
         # Workers of a process that is killed on the spot may complain.
-        assert "Traceback" not in said or number == signal.SIGKILL or process.returncode < 0, said[-3000:]
+        assert "Traceback" not in said or number == signal.SIGKILL or process.returncode < 0, said[
+            -3000:
+        ]
         kills[number.name] += 1
         checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
         there = [path for path in checkpoints if path.exists()]
@@ -234,7 +261,9 @@ def step_of(folder: Path) -> int:
 
 def same(one: Path, other: Path) -> End:
     """In what two runs that should have ended alike differ."""
-    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (one, other)]
+    states = [
+        torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (one, other)
+    ]
     differing = [
         f"{part}/{path}"
         for part in ("state_dict", "optimizer_states", "global_step")
@@ -244,7 +273,12 @@ def same(one: Path, other: Path) -> End:
     tables = []
     for folder in (one, other):
         with (folder / "metrics.csv").open(newline="") as file:
-            tables.append([{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)])
+            tables.append(
+                [
+                    {k: v for k, v in row.items() if k != "images_per_second"}
+                    for row in csv.DictReader(file)
+                ]
+            )
     if tables[0] != tables[1]:
         differing.append("metrics.csv")
     kept = ("last.ckpt", "previous.ckpt", "sound.ckpt")
@@ -255,7 +289,9 @@ def same(one: Path, other: Path) -> End:
 def paired(one: Any, other: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     if isinstance(one, (dict, list)):
         keys = one.keys() if isinstance(one, dict) else range(max(len(one), len(other)))
-        return {k: v for key in keys for k, v in paired(one[key], other[key], f"{path}.{key}").items()}
+        return {
+            k: v for key in keys for k, v in paired(one[key], other[key], f"{path}.{key}").items()
+        }
     return {path: (one, other)}
 
 
@@ -265,7 +301,9 @@ def equal(one: Any, other: Any) -> bool:
 
 def growth(watched: list[tuple[int, int, int]]) -> dict[str, Any]:
     """Of the second half of the undisturbed run, by a straight line through what was seen."""
-    steps, resident, descriptors = np.array([row for row in watched if row[0] > watched[-1][0] / 2], float).T
+    steps, resident, descriptors = np.array(
+        [row for row in watched if row[0] > watched[-1][0] / 2], float
+    ).T
     slope = np.polyfit(steps, resident / 1024, 1)[0] * 1000
     return {
         "resident_mib": round(resident[-1] / 1024),

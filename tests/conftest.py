@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dino_xcit.config import PretrainConfig
+from dino_xcit.config.pretrain import PretrainConfig
 
 torch.set_num_threads(1)  # tiny tensors, and tests run side by side
 
@@ -50,7 +50,9 @@ def tiny(tmp_path: Path) -> PretrainConfig:
 def run_cli():
     """Run `dino-xcit` in a process of its own -> the finished process."""
 
-    def run(*arguments: Any, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: Any, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "dino_xcit.cli", *map(str, arguments)],
             capture_output=True,

@@ -8,8 +8,8 @@ import timm
 import torch
 from timm.models import xcit as timm_xcit
 
-from dino_xcit import attention
-from dino_xcit.attention import (
+from dino_xcit.figures import maps as maps_module
+from dino_xcit.figures.maps import (
     bytes_per_pixel,
     check_layer,
     class_attention,
@@ -21,7 +21,7 @@ from dino_xcit.attention import (
     require_class_attention,
     similarity,
 )
-from dino_xcit.xcit import XCiT
+from dino_xcit.model.xcit import XCiT
 
 NANO, TINY, PICO = "xcit_n12_p16", "xcit_t12_p8", "xcit_pico2_p8"  # tokens_norm off, on, on
 CASES = [(NANO, (32, 80)), (TINY, (24, 40)), (PICO, (40, 24))]
@@ -38,7 +38,11 @@ def filled(theirs):
         elif name.endswith("running_var"):
             state[name] = 0.5 + noise.abs()
         else:
-            state[name] = 0.3 * noise + name.endswith("weight") if old.is_floating_point() else torch.tensor(3)
+            state[name] = (
+                0.3 * noise + name.endswith("weight")
+                if old.is_floating_point()
+                else torch.tensor(3)
+            )
     theirs.load_state_dict(state, strict=True, assign=True)
     return theirs.eval()
 
@@ -47,7 +51,9 @@ def pair(arch):
     """timm's network and ours with its weights."""
     with torch.device("meta"):  # skips initial values
         if arch == PICO:
-            theirs = timm_xcit.Xcit(patch_size=8, num_classes=0, embed_dim=64, depth=2, num_heads=4, tokens_norm=True)
+            theirs = timm_xcit.Xcit(
+                patch_size=8, num_classes=0, embed_dim=64, depth=2, num_heads=4, tokens_norm=True
+            )
         else:
             names = {NANO: "xcit_nano_12_p16_224", TINY: "xcit_tiny_12_p8_224"}
             theirs = timm.create_model(names[arch], pretrained=False, num_classes=0)
@@ -65,7 +71,9 @@ def pico(**options):
 def timm_tokens(theirs, images, blocks):
     """Tokens that timm's first so many XCA blocks leave (B, N, C), and the grid."""
     tokens, (H, W) = theirs.patch_embed(images)
-    tokens = tokens + theirs.pos_embed(len(images), H, W).reshape(len(images), -1, H * W).transpose(1, 2)
+    tokens = tokens + theirs.pos_embed(len(images), H, W).reshape(len(images), -1, H * W).transpose(
+        1, 2
+    )
     for block in theirs.blocks[:blocks]:
         tokens = block(tokens, H, W)
     return tokens, H, W
@@ -85,7 +93,10 @@ def naive_class_attention(theirs, images, layer):
         for head in range(heads):
             part = slice(head * d, (head + 1) * d)
             q = block.attn.q.weight[part] @ one[0] + block.attn.q.bias[part]
-            logits = [q @ (block.attn.k.weight[part] @ token + block.attn.k.bias[part]) / math.sqrt(d) for token in one]
+            logits = [
+                q @ (block.attn.k.weight[part] @ token + block.attn.k.bias[part]) / math.sqrt(d)
+                for token in one
+            ]
             rows.append(torch.stack(logits).exp() / torch.stack(logits).exp().sum())
     return torch.stack(rows).unflatten(0, (len(images), heads)), H, W
 
@@ -102,7 +113,10 @@ def naive_queries_and_keys(theirs, images, layer):
         of_kind = []
         for one in normed:
             starts = [kind * C + head * d for head in range(heads)]
-            values = [one @ block.attn.qkv.weight[s : s + d].T + block.attn.qkv.bias[s : s + d] for s in starts]
+            values = [
+                one @ block.attn.qkv.weight[s : s + d].T + block.attn.qkv.bias[s : s + d]
+                for s in starts
+            ]
             of_kind.append([value / value.square().sum(0).sqrt() for value in values])
         found.append(of_kind)
     return *found, H, W
@@ -124,7 +138,9 @@ def test_class_attention_is_the_formula_on_timms_weights(arch, size, layer):
     assert maps.shape[2:] == (H, W)
     torch.testing.assert_close(maps.flatten(2), expected[:, :, 1:], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(maps.sum((2, 3)), 1 - expected[:, :, 0])
-    torch.testing.assert_close(maps[1, 2, 1, 2], expected[1, 2, 1 + W + 2], rtol=1e-4, atol=1e-6)  # row-major
+    torch.testing.assert_close(
+        maps[1, 2, 1, 2], expected[1, 2, 1 + W + 2], rtol=1e-4, atol=1e-6
+    )  # row-major
 
 
 def test_last_class_attention_layer_is_the_default_and_negative_layers_count_from_it():
@@ -169,7 +185,9 @@ def test_an_image_is_seen_alone():
 
 
 def test_nothing_is_recorded_for_gradients():
-    for maps in look(pico(), torch.randn(1, 3, 16, 24, requires_grad=True), xca_layer=0, features=True):
+    for maps in look(
+        pico(), torch.randn(1, 3, 16, 24, requires_grad=True), xca_layer=0, features=True
+    ):
         assert not maps.requires_grad
 
 
@@ -181,7 +199,9 @@ def test_no_hook_stays_on_the_backbone(fails):
             look(backbone, torch.randn(1, 3, 17, 24), xca_layer=1)
     else:
         look(backbone, torch.randn(1, 3, 16, 24), xca_layer=1)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in backbone.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in backbone.modules()
+    )
 
 
 def test_maps_are_float32_whatever_the_pass_is_in():
@@ -213,7 +233,9 @@ def test_magnitudes_and_covariance_are_those_of_timms_blocks(arch, size, layer):
         for head in range(ours.heads):
             q, k = queries[b][head], keys[b][head]
             for maps, vectors in ((sight.queries, q), (sight.keys, k)):
-                lengths = torch.stack([vector.square().sum().sqrt() for vector in vectors]).view(H, W)
+                lengths = torch.stack([vector.square().sum().sqrt() for vector in vectors]).view(
+                    H, W
+                )
                 torch.testing.assert_close(maps[b, head], lengths, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(sight.covariance[b, head], q.T @ k, rtol=1e-3, atol=1e-4)
     assert sight.queries.std() > 1e-3
@@ -229,7 +251,9 @@ def test_covariance_is_what_the_layer_takes_the_softmax_of():
     xca = backbone.blocks[1].attn
     xca.temperature.uniform_(0.5, 2)
     given = []
-    with_hook = xca.register_forward_hook(lambda _, inputs, output: given.append((inputs[0], output)))
+    with_hook = xca.register_forward_hook(
+        lambda _, inputs, output: given.append((inputs[0], output))
+    )
     covariance = look(backbone, images, xca_layer=1).covariance
     with_hook.remove()
     tokens, expected = given[0]
@@ -252,10 +276,15 @@ def test_squared_magnitudes_of_a_head_sum_to_its_channels():
 def test_layers_that_are_not_there_are_refused_by_their_flag():
     backbone, images = pico(), torch.randn(1, 3, 16, 24)
     for layer in (2, -3):
-        with pytest.raises(ValueError, match=rf"--layer is {layer}; expected 0 to 1, or -1 for the last"):
+        with pytest.raises(
+            ValueError, match=rf"--layer is {layer}; expected 0 to 1, or -1 for the last"
+        ):
             class_attention(backbone, images, layer)
     for layer in (len(backbone.blocks), -len(backbone.blocks) - 1):
-        with pytest.raises(ValueError, match=rf"--xca_layer is {layer}; expected 0 to {len(backbone.blocks) - 1}, or -1"):
+        with pytest.raises(
+            ValueError,
+            match=rf"--xca_layer is {layer}; expected 0 to {len(backbone.blocks) - 1}, or -1",
+        ):
             look(backbone, images, xca_layer=layer)
     for layer in range(-3, 3):
         check_layer("layer", layer, 3)
@@ -264,7 +293,9 @@ def test_layers_that_are_not_there_are_refused_by_their_flag():
 
 
 def test_a_network_without_class_attention_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="Linear has no class-attention layers; expected the weights of an XCiT"):
+    with pytest.raises(
+        ValueError, match="Linear has no class-attention layers; expected the weights of an XCiT"
+    ):
         require_class_attention(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Linear has no class-attention"):
         class_attention(torch.nn.Linear(2, 2), torch.zeros(1, 3, 16, 16))
@@ -320,7 +351,9 @@ def test_mass_mask_by_hand():
     assert mass_mask(one, 0.51).tolist() == [[True, False], [True, False]]
     assert mass_mask(one, 0.79).tolist() == [[True, False], [True, False]]
     assert mass_mask(one, 0.99).tolist() == [[True, True], [True, True]]
-    assert mass_mask(7 * one, 0.51).tolist() == mass_mask(one, 0.51).tolist()  # a map need not sum to one
+    assert (
+        mass_mask(7 * one, 0.51).tolist() == mass_mask(one, 0.51).tolist()
+    )  # a map need not sum to one
 
 
 def test_of_tied_patches_mass_mask_keeps_as_many_as_are_needed_the_last_first():
@@ -369,13 +402,15 @@ def features_of(seed, *shape):
     strengths = np.array([5, 3, 2, 0.5, 0.3, 0.2, 0.1, 0.1])
     turn = np.linalg.qr(np.random.default_rng(99).normal(size=(8, 8)))[0]
     return torch.from_numpy(
-        (turn @ (strengths[:, None] * rng.normal(size=(8, math.prod(shape)))) + 4).astype(np.float32)
+        (turn @ (strengths[:, None] * rng.normal(size=(8, math.prod(shape)))) + 4).astype(
+            np.float32
+        )
     ).view(8, *shape)
 
 
 def test_colours_are_scikit_learns_principal_components_up_to_sign(monkeypatch):
     decomposition = pytest.importorskip("sklearn.decomposition")
-    monkeypatch.setattr(attention, "CLIPPED", 0.0)
+    monkeypatch.setattr(maps_module, "CLIPPED", 0.0)
     several = [features_of(0, 6, 5), features_of(1, 3, 8)]
     colours = pca_colours(several)
     assert [tuple(c.shape) for c in colours] == [(6, 5, 3), (3, 8, 3)]
@@ -384,13 +419,16 @@ def test_colours_are_scikit_learns_principal_components_up_to_sign(monkeypatch):
     found = np.concatenate([c.flatten(0, 1).numpy() for c in colours])
     for channel in range(3):
         expected = (parts[:, channel] - parts[:, channel].min()) / np.ptp(parts[:, channel])
-        error = min(np.abs(found[:, channel] - expected).max(), np.abs(found[:, channel] - 1 + expected).max())
+        error = min(
+            np.abs(found[:, channel] - expected).max(),
+            np.abs(found[:, channel] - 1 + expected).max(),
+        )
         assert error < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_sign_of_a_component_is_that_of_its_largest_entry(monkeypatch, seed):
-    monkeypatch.setattr(attention, "CLIPPED", 0.0)
+    monkeypatch.setattr(maps_module, "CLIPPED", 0.0)
     features = features_of(seed, 6, 5)
     rows = features.flatten(1).T.double().numpy()
     _, vectors = np.linalg.eigh(np.cov(rows.T))
@@ -433,7 +471,10 @@ def test_patches_that_are_all_alike_have_a_colour():
 
 def test_jaccard_is_a_count_of_pixels():
     rng = np.random.default_rng(0)
-    masks, truth = torch.from_numpy(rng.random((2, 3, 4, 5)) < 0.5), torch.from_numpy(rng.random((2, 1, 4, 5)) < 0.4)
+    masks, truth = (
+        torch.from_numpy(rng.random((2, 3, 4, 5)) < 0.5),
+        torch.from_numpy(rng.random((2, 1, 4, 5)) < 0.4),
+    )
     counted = torch.from_numpy(rng.random((2, 1, 4, 5)) < 0.7)
     for given in (None, counted):
         found = jaccard(masks, truth, given)
@@ -462,7 +503,10 @@ def test_jaccard_of_nothing_with_nothing_is_nan():
 
 def test_larger_backbones_and_smaller_patches_need_more_memory_for_a_pixel():
     with torch.device("meta"):
-        needed = {arch: bytes_per_pixel(XCiT(arch)) for arch in ("xcit_s12_p8", "xcit_s12_p4", "xcit_n12_p8")}
+        needed = {
+            arch: bytes_per_pixel(XCiT(arch))
+            for arch in ("xcit_s12_p8", "xcit_s12_p4", "xcit_n12_p8")
+        }
     assert needed["xcit_n12_p8"] < needed["xcit_s12_p8"] < needed["xcit_s12_p4"]
     assert min(needed.values()) > 12 * 3  # at least the image in float32, three times
     assert max(needed.values()) < 10_000

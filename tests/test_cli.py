@@ -11,7 +11,8 @@ import time
 import pytest
 
 from dino_xcit.cli import join_lists, main, parse
-from dino_xcit.config import AttentionConfig, PretrainConfig
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.pretrain import PretrainConfig
 
 
 def config(*arguments: str) -> PretrainConfig:
@@ -60,7 +61,9 @@ def test_a_switch_needs_no_value():
 
 
 def test_a_list_ends_at_the_next_flag():
-    joined, _ = join_lists(["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig)
+    joined, _ = join_lists(
+        ["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig
+    )
     assert joined == ["--mean=[0.1, 0.2, 0.3]", "--seed", "3", "--std=[1, 1, 1]"]
 
 
@@ -91,7 +94,10 @@ def test_other_trainer_options_are_reachable():
         (["pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
         (["pretrain", "--arch", "xcit_s12_p9"], ["xcit_s12_p9", "xcit_s12_p8"]),
         (["pretrain", "--global_crops_scale", "0.5"], ["--global_crops_scale", "2 elements"]),
-        (["pretrain", "--global_crops_scale", "0.5", "0.2"], ["--global_crops_scale", "0 < from <= to <= 1"]),
+        (
+            ["pretrain", "--global_crops_scale", "0.5", "0.2"],
+            ["--global_crops_scale", "0 < from <= to <= 1"],
+        ),
         (["pretrain", "--in_chans", "1"], ["--mean", "--in_chans 1"]),
         (["pretrain", "--teacher_temp", "0"], ["--teacher_temp", "positive"]),
         (["pretrain", "--data_path", "nowhere"], ["--data_path nowhere", "does not exist"]),
@@ -99,12 +105,21 @@ def test_other_trainer_options_are_reachable():
             ["pretrain", "--dataset", "torch/fashion_mist", "--data_path", "."],
             ["torch/fashion_mist", "--data_path .", "Unknown"],
         ),
-        (["pretrain", "--num_images", "63", "--devices", "1"], ["63 images", "--batch_size_per_gpu"]),
-        (["pretrain", "--precision", "bf16-true"], ["--precision is 'bf16-true'", "32-true, bf16-mixed"]),
+        (
+            ["pretrain", "--num_images", "63", "--devices", "1"],
+            ["63 images", "--batch_size_per_gpu"],
+        ),
+        (
+            ["pretrain", "--precision", "bf16-true"],
+            ["--precision is 'bf16-true'", "32-true, bf16-mixed"],
+        ),
         (["pretrain", "--strategy", "fsdp"], ["--strategy is 'fsdp'", "ddp"]),
         (["pretrain", "--trainer.max_epochs", "3"], ["--trainer.max_epochs"]),
         (["pretrain", "--accelerator", "abacus"], ["--accelerator abacus"]),
-        (["pretrain", "--global_crops_size", "100", "--dry_run", "true"], ["100", "patch size 16", "96 x 96", "112 x 112"]),
+        (
+            ["pretrain", "--global_crops_size", "100", "--dry_run", "true"],
+            ["100", "patch size 16", "96 x 96", "112 x 112"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
@@ -123,7 +138,18 @@ def attention(*arguments: str) -> AttentionConfig:
 
 def test_images_are_the_words_that_belong_to_no_flag():
     config = attention(
-        "a.png", "--weights", "W", "b c.png", "--layer", "-2", "d", "--html", "e.png", "--titles", "false", "f"
+        "a.png",
+        "--weights",
+        "W",
+        "b c.png",
+        "--layer",
+        "-2",
+        "d",
+        "--html",
+        "e.png",
+        "--titles",
+        "false",
+        "f",
     )
     assert config.images == ("a.png", "b c.png", "d", "e.png", "f")
     assert (config.weights, config.layer, config.html, config.titles) == (("W",), -2, True, False)
@@ -131,14 +157,42 @@ def test_images_are_the_words_that_belong_to_no_flag():
 
 def test_lists_before_images_end_where_the_words_are_no_items_of_theirs():
     config = attention(
-        "--figures", "heads", "pca", "a.png", "--point", "0.5", "1e-1", "b.png", "--format", "pdf", "c", "--dpi", "72", "d"
+        "--figures",
+        "heads",
+        "pca",
+        "a.png",
+        "--point",
+        "0.5",
+        "1e-1",
+        "b.png",
+        "--format",
+        "pdf",
+        "c",
+        "--dpi",
+        "72",
+        "d",
     )
     assert config.images == ("a.png", "b.png", "c", "d")
-    assert (config.figures, config.point, config.format, config.dpi) == (("heads", "pca"), (0.5, 0.1), ("pdf",), 72)
+    assert (config.figures, config.point, config.format, config.dpi) == (
+        ("heads", "pca"),
+        (0.5, 0.1),
+        ("pdf",),
+        72,
+    )
 
 
 def test_a_word_list_takes_one_word_a_flag():
-    config = attention("--weights", "A", "a.png", "--weights", "B", "--names", "the first", "--names=second", "b.png")
+    config = attention(
+        "--weights",
+        "A",
+        "a.png",
+        "--weights",
+        "B",
+        "--names",
+        "the first",
+        "--names=second",
+        "b.png",
+    )
     assert (config.weights, config.names) == (("A", "B"), ("the first", "second"))
     assert config.images == ("a.png", "b.png")
 
@@ -154,18 +208,28 @@ def test_an_option_without_a_value_is_told(text, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(text)
     assert main(["pretrain", "--config", str(tmp_path / "config.yaml")]) == 2
     said = capsys.readouterr().err
-    assert said == f"dino-xcit pretrain: --{text.split(':')[0]} has no value; leave it out for its default, or give it one\n"
+    assert (
+        said
+        == f"dino-xcit pretrain: --{text.split(':')[0]} has no value; leave it out for its default, or give it one\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("x0: &x0 [1, 1]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40)), "more than 1000000"),
+        (
+            "x0: &x0 [1, 1]\n"
+            + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40)),
+            "more than 1000000",
+        ),
         ("mean: " + "[" * 5000 + "]" * 5000, "nested too deep"),
         ("mean: &a [*a]", "more than 1000000"),
         ("seed: !!int x", "is not readable as YAML: invalid literal"),
         ("seed: !!bool x", "is not readable as YAML: "),
-        ("arch: !!python/object/apply:os.mkdir [hacked]", "could not determine a constructor for the tag"),
+        (
+            "arch: !!python/object/apply:os.mkdir [hacked]",
+            "could not determine a constructor for the tag",
+        ),
         ("arch: \xff", "is not readable as YAML: 'utf-8' codec"),
     ],
 )
@@ -192,9 +256,20 @@ def test_ctrl_c_while_modules_load_ends_at_once(tmp_path):
         "            except KeyboardInterrupt: pass\n"
         "sys.meta_path.insert(0, Swallow())\n"
     )
-    command = [sys.executable, "-m", "dino_xcit.cli", "export", "--weights", str(tmp_path / "gone.pth")]
+    command = [
+        sys.executable,
+        "-m",
+        "dino_xcit.cli",
+        "export",
+        "--weights",
+        str(tmp_path / "gone.pth"),
+    ]
     run = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 130, run.stderr
     assert run.stderr == ""

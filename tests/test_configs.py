@@ -10,10 +10,13 @@ import pytest
 import yaml
 
 from dino_xcit.cli import COMMANDS, parse
-from dino_xcit.config import PretrainConfig, validate, validate_attention, validate_evaluation, validate_export
+from dino_xcit.config.attention import validate_attention
+from dino_xcit.config.evaluation import validate_evaluation
+from dino_xcit.config.export import validate_export
+from dino_xcit.config.pretrain import PretrainConfig, validate
+from dino_xcit.model.architectures import resolve_architecture
 from dino_xcit.run_folder import write_config
-from dino_xcit.schedules import Schedules
-from dino_xcit.xcit import resolve_architecture
+from dino_xcit.train.schedules import Schedules
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 PROTOCOLS = sorted((Path(__file__).parent.parent / "eval/protocols").glob("*.yaml"))
@@ -49,9 +52,16 @@ def test_a_config_holds_only_options_and_is_not_the_default_throughout(file):
         ("s12_p8", 960, 9.375e-4, 4e-5),
     ],
 )
-def test_the_published_recipes_train_with_the_published_batch_and_rates(name, total_batch, peak, end):
+def test_the_published_recipes_train_with_the_published_batch_and_rates(
+    name, total_batch, peak, end
+):
     config = load(FILES[0].parent / f"{name}.yaml")
-    batch = config.batch_size_per_gpu * int(config.devices) * config.num_nodes * config.accumulate_grad_batches
+    batch = (
+        config.batch_size_per_gpu
+        * int(config.devices)
+        * config.num_nodes
+        * config.accumulate_grad_batches
+    )
     assert batch == total_batch
     schedules = Schedules(config=config, steps_per_epoch=1_281_167 // batch, total_batch=batch)
     warmup = 10 * schedules.steps_per_epoch
@@ -79,9 +89,11 @@ def check(command: str) -> None:
         with pytest.raises(SystemExit, match="0"):
             parse(name, config_class, arguments)
     else:
-        validation = {"pretrain": validate, "attention": validate_attention, "export": validate_export}.get(
-            name, validate_evaluation
-        )
+        validation = {
+            "pretrain": validate,
+            "attention": validate_attention,
+            "export": validate_export,
+        }.get(name, validate_evaluation)
         validation(parse(name, config_class, arguments))
 
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.crops import MultiCrop, draw_boxes, resize
-from dino_xcit.photometric import Draw
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.crops import MultiCrop, sample_boxes
+from dino_xcit.data.framing import resize
+from dino_xcit.data.photometric import PhotometricParam
 
 RATIOS = (3 / 4, 4 / 3)
 CONFIG = PretrainConfig(global_crops_size=24, local_crops_size=12, local_crops_number=3)
@@ -26,13 +27,15 @@ def image(height=50, width=70, channels=3):
 def many_boxes(height, width, config=CONFIG, images=IMAGES):
     """(images, V, 4): top, left, height, width."""
     crop, rng = MultiCrop(config), np.random.default_rng(0)
-    return np.stack([draw_boxes(rng, height, width, crop.scale_low, crop.scale_high) for _ in range(images)])
+    return np.stack(
+        [sample_boxes(rng, height, width, crop.scale_low, crop.scale_high) for _ in range(images)]
+    )
 
 
 def many_draws(config=CONFIG, images=IMAGES):
     """(images, V, len(Draw))."""
     crop, rng = MultiCrop(config), np.random.default_rng(0)
-    return np.stack([crop.draw_photometric(rng) for _ in range(images)])
+    return np.stack([crop.sample_photometric(rng) for _ in range(images)])
 
 
 def assert_share(drawn, probability):
@@ -48,7 +51,7 @@ def assert_same_mean(sample, other):
 
 
 def assert_same_views(one, other, same=True):
-    for name in ("global_crops", "global_draws", "local_crops", "local_draws"):
+    for name in ("global_crops", "global_params", "local_crops", "local_params"):
         assert torch.equal(getattr(one, name), getattr(other, name)) == same, name
 
 
@@ -62,11 +65,19 @@ def test_boxes_are_inside_and_of_allowed_area_and_aspect(height, width):
     assert (np.minimum(np.minimum(top, left), np.minimum(h, w) - 1) >= 0).all()
     assert (top + h <= height).all()
     assert (left + w <= width).all()
-    fallback = np.array(RandomResizedCrop.get_params(torch.empty(1, height, width), [2.0, 2.0], list(RATIOS)))
+    fallback = np.array(
+        RandomResizedCrop.get_params(torch.empty(1, height, width), [2.0, 2.0], list(RATIOS))
+    )
     drawn = (boxes != fallback).any(-1)
     assert drawn.mean() > 0.95
-    for kind, (low, high) in ((slice(0, 2), CONFIG.global_crops_scale), (slice(2, None), CONFIG.local_crops_scale)):
-        a, b = h[:, kind][drawn[:, kind]], w[:, kind][drawn[:, kind]]  # sides were rounded: up to half a pixel off
+    for kind, (low, high) in (
+        (slice(0, 2), CONFIG.global_crops_scale),
+        (slice(2, None), CONFIG.local_crops_scale),
+    ):
+        a, b = (
+            h[:, kind][drawn[:, kind]],
+            w[:, kind][drawn[:, kind]],
+        )  # sides were rounded: up to half a pixel off
         assert ((a + 0.5) * (b + 0.5) >= low * height * width).all()
         assert ((a - 0.5) * (b - 0.5) <= high * height * width).all()
         assert ((b + 0.5) / (a - 0.5) >= RATIOS[0]).all()
@@ -74,15 +85,20 @@ def test_boxes_are_inside_and_of_allowed_area_and_aspect(height, width):
 
 
 @pytest.mark.parametrize(
-    ("kind", "scale"), [(0, CONFIG.global_crops_scale), (1, CONFIG.global_crops_scale), (4, (0.05, 0.4))]
+    ("kind", "scale"),
+    [(0, CONFIG.global_crops_scale), (1, CONFIG.global_crops_scale), (4, (0.05, 0.4))],
 )
 def test_boxes_are_distributed_as_torchvisions(kind, scale):
     height, width = 240, 320
     ours = many_boxes(height, width)[:, kind]
     torch.manual_seed(0)
     blank = torch.empty(1, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), list(RATIOS)) for _ in range(IMAGES)])
-    traits = [[b[:, 0], b[:, 1], b[:, 2] * b[:, 3], np.log(b[:, 3] / b[:, 2])] for b in (ours, theirs)]
+    theirs = np.array(
+        [RandomResizedCrop.get_params(blank, list(scale), list(RATIOS)) for _ in range(IMAGES)]
+    )
+    traits = [
+        [b[:, 0], b[:, 1], b[:, 2] * b[:, 3], np.log(b[:, 3] / b[:, 2])] for b in (ours, theirs)
+    ]
     for sample, other in zip(*traits, strict=True):
         assert_same_mean(sample, other)
         assert_same_mean((sample - other.mean()) ** 2, (other - other.mean()) ** 2)
@@ -96,7 +112,9 @@ def test_boxes_are_anywhere_in_the_image_down_to_the_last_pixel():
     assert ((places == margins).mean((0, 1)) > 0.05).all()
     offsets = (places - margins / 2).reshape(len(boxes), -1)  # (images, V * 2), symmetric around 0
     assert (np.abs(offsets.mean(0)) <= 4 * offsets.std(0) / np.sqrt(len(boxes))).all()
-    assert np.abs(np.corrcoef(offsets.T) - np.eye(offsets.shape[1])).max() < 0.12  # each place is drawn on its own
+    assert (
+        np.abs(np.corrcoef(offsets.T) - np.eye(offsets.shape[1])).max() < 0.12
+    )  # each place is drawn on its own
 
 
 def test_each_kind_of_crop_fills_its_own_range_of_scales():
@@ -132,7 +150,10 @@ def assert_within_one_level(views, expected):
 
 def pil_resize(picture, size):
     """uint8 (C, H, W) -> uint8 (C, size, size)."""
-    channels = [Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BICUBIC) for channel in picture]
+    channels = [
+        Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BICUBIC)
+        for channel in picture
+    ]
     return torch.from_numpy(np.stack([np.array(channel) for channel in channels]))
 
 
@@ -148,11 +169,15 @@ def test_views_are_the_boxes_cut_out_and_resized(channels):
     picture, key = image(channels=channels), (3, 1, 4)
     crop = MultiCrop(CONFIG)
     views = crop(picture, key)
-    boxes = draw_boxes(np.random.default_rng(key), 50, 70, crop.scale_low, crop.scale_high)
+    boxes = sample_boxes(np.random.default_rng(key), 50, 70, crop.scale_low, crop.scale_high)
     assert views.global_crops.shape == (2, channels, 24, 24)
     assert views.local_crops.shape == (3, channels, 12, 12)
-    for view, (top, left, h, w) in zip([*views.global_crops, *views.local_crops], boxes, strict=True):
-        assert_within_one_level(view, pil_resize(picture[:, top : top + h, left : left + w], view.shape[-1]))
+    for view, (top, left, h, w) in zip(
+        [*views.global_crops, *views.local_crops], boxes, strict=True
+    ):
+        assert_within_one_level(
+            view, pil_resize(picture[:, top : top + h, left : left + w], view.shape[-1])
+        )
 
 
 def test_sizes_and_number_of_crops_follow_the_options():
@@ -160,16 +185,16 @@ def test_sizes_and_number_of_crops_follow_the_options():
     views = MultiCrop(config)(image(), (0, 0, 0))
     assert views.global_crops.shape == (2, 3, 40, 40)
     assert views.local_crops.shape == (5, 3, 8, 8)
-    assert views.global_draws.shape == (2, len(Draw))
-    assert views.local_draws.shape == (5, len(Draw))
-    assert views.local_draws.dtype == torch.float32
+    assert views.global_params.shape == (2, len(PhotometricParam))
+    assert views.local_params.shape == (5, len(PhotometricParam))
+    assert views.local_params.dtype == torch.float32
 
 
 def test_no_local_crops():
     views = MultiCrop(replace(CONFIG, local_crops_number=0))(image(), (0, 0, 0))
     assert views.global_crops.shape == (2, 3, 24, 24)
     assert views.local_crops.shape == (0, 3, 12, 12)
-    assert views.local_draws.shape == (0, len(Draw))
+    assert views.local_params.shape == (0, len(PhotometricParam))
 
 
 # -- keys --------------------------------------------------------------------------------------------------------
@@ -200,30 +225,30 @@ def test_views_of_one_image_differ():
 
 def test_photometric_probabilities_are_those_configured():
     draws = many_draws()
-    assert_share(draws[..., Draw.FLIP], 0.5)
-    assert_share(draws[..., Draw.GRAYSCALE], 0.2)
-    assert_share(draws[..., Draw.HUE] != 0, 0.8)
+    assert_share(draws[..., PhotometricParam.FLIP], 0.5)
+    assert_share(draws[..., PhotometricParam.GRAYSCALE], 0.2)
+    assert_share(draws[..., PhotometricParam.HUE] != 0, 0.8)
     for views, blur, solarize in ((0, 1.0, 0.0), (1, 0.1, 0.2), (slice(2, None), 0.5, 0.0)):
-        assert_share(draws[:, views, Draw.SIGMA] > 0, blur)
-        assert_share(draws[:, views, Draw.SOLARIZE], solarize)
+        assert_share(draws[:, views, PhotometricParam.SIGMA] > 0, blur)
+        assert_share(draws[:, views, PhotometricParam.SOLARIZE], solarize)
 
 
 def test_other_probabilities_are_obeyed():
     config = replace(CONFIG, flip_prob=1.0, color_jitter_prob=0.0, grayscale_prob=0.7)
     config = replace(config, blur_prob=(0.0, 1.0, 0.3), solarize_prob=(1.0, 0.0, 0.4))
     draws = many_draws(config)
-    assert (draws[..., Draw.FLIP] == 1).all()
-    assert (draws[..., Draw.BRIGHTNESS : Draw.HUE] == 1).all()
-    assert (draws[..., Draw.HUE] == 0).all()
-    assert_share(draws[..., Draw.GRAYSCALE], 0.7)
+    assert (draws[..., PhotometricParam.FLIP] == 1).all()
+    assert (draws[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] == 1).all()
+    assert (draws[..., PhotometricParam.HUE] == 0).all()
+    assert_share(draws[..., PhotometricParam.GRAYSCALE], 0.7)
     for views, blur, solarize in ((0, 0.0, 1.0), (1, 1.0, 0.0), (slice(2, None), 0.3, 0.4)):
-        assert_share(draws[:, views, Draw.SIGMA] > 0, blur)
-        assert_share(draws[:, views, Draw.SOLARIZE], solarize)
+        assert_share(draws[:, views, PhotometricParam.SIGMA] > 0, blur)
+        assert_share(draws[:, views, PhotometricParam.SOLARIZE], solarize)
 
 
 def test_jitter_of_a_view_is_all_or_nothing_and_uniform_in_its_range():
     draws = many_draws()
-    jitter = draws[..., Draw.BRIGHTNESS : Draw.HUE + 1] - [1, 1, 1, 0]
+    jitter = draws[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] - [1, 1, 1, 0]
     jittered = (jitter != 0).all(-1)
     assert (jittered | (jitter == 0).all(-1)).all()
     for values, strength in zip(jitter[jittered].T, (0.4, 0.4, 0.2, 0.1), strict=True):
@@ -234,7 +259,9 @@ def test_jitter_of_a_view_is_all_or_nothing_and_uniform_in_its_range():
 
 
 def test_jitter_ranks_are_permutations_each_equally_likely():
-    ranks = many_draws()[..., Draw.BRIGHTNESS_RANK : Draw.HUE_RANK + 1].reshape(-1, 4)
+    ranks = many_draws()[
+        ..., PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.HUE_RANK + 1
+    ].reshape(-1, 4)
     assert (np.sort(ranks, axis=1) == np.arange(4)).all()
     orders, counts = np.unique(ranks, axis=0, return_counts=True)
     assert len(orders) == 24
@@ -243,7 +270,7 @@ def test_jitter_ranks_are_permutations_each_equally_likely():
 
 
 def test_blur_is_uniform_in_its_range():
-    sigma = many_draws(replace(CONFIG, blur_sigma=(0.3, 1.5)))[:, 0, Draw.SIGMA]
+    sigma = many_draws(replace(CONFIG, blur_sigma=(0.3, 1.5)))[:, 0, PhotometricParam.SIGMA]
     assert sigma.min() == pytest.approx(0.3, abs=0.01)
     assert sigma.max() == pytest.approx(1.5, abs=0.01)
     assert sigma.mean() == pytest.approx(0.9, abs=4 * 1.2 / np.sqrt(12 * len(sigma)))
@@ -251,23 +278,31 @@ def test_blur_is_uniform_in_its_range():
 
 def test_views_are_drawn_independently():
     draws = many_draws()
-    for column in (Draw.FLIP, Draw.GRAYSCALE, Draw.BRIGHTNESS):
+    for column in (PhotometricParam.FLIP, PhotometricParam.GRAYSCALE, PhotometricParam.BRIGHTNESS):
         assert np.abs(np.corrcoef(draws[..., column].T) - np.eye(5)).max() < 0.1
 
 
 def test_stochastic_depth_is_drawn_with_its_rate_and_keeps_the_mean():
     crop = MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=0.25))
-    paths = np.stack([crop.draw_paths(np.random.default_rng(i)) for i in range(400)])
+    paths = np.stack([crop.sample_paths(np.random.default_rng(i)) for i in range(400)])
     assert paths.shape[1:] == (crop.views, crop.layers, 3)
     assert set(np.unique(paths)) == {0, np.float32(1 / 0.75)}
     assert paths.mean() == pytest.approx(1, abs=0.02)
-    assert (crop.draw_paths(np.random.default_rng(0)) == paths[0]).all()
-    assert (MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=1.0)).draw_paths(np.random.default_rng(0)) == 0).all()
+    assert (crop.sample_paths(np.random.default_rng(0)) == paths[0]).all()
+    assert (
+        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=1.0)).sample_paths(
+            np.random.default_rng(0)
+        )
+        == 0
+    ).all()
 
 
 def test_stochastic_depth_does_not_change_the_crops():
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
-    one, other = (MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=rate))(image, (0, 1, 2)) for rate in (0.0, 0.5))
+    one, other = (
+        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=rate))(image, (0, 1, 2))
+        for rate in (0.0, 0.5)
+    )
     assert torch.equal(one.global_crops, other.global_crops)
-    assert torch.equal(one.local_draws, other.local_draws)
+    assert torch.equal(one.local_params, other.local_params)
     assert not torch.equal(one.local_paths, other.local_paths)

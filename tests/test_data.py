@@ -13,8 +13,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.data import CropDataset, CropLoader, Order, decode, open_images
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.decode import decode
+from dino_xcit.data.images import open_images
+from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
 
@@ -61,10 +63,14 @@ def folder_config(root: Path, **options) -> PretrainConfig:
 def test_every_format_decodes_as_pil_reads_it(mode, file_format):
     data = encoded(Image.fromarray(RAMP).convert(mode), file_format)
     for channels, pil_mode in ((3, "RGB"), (1, "L")):
-        expected = np.asarray(Image.open(io.BytesIO(data)).convert(pil_mode)).reshape(40, 60, channels)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert(pil_mode)).reshape(
+            40, 60, channels
+        )
         decoded = decode(data, channels).permute(1, 2, 0).numpy()
         assert decoded.dtype == np.uint8
-        assert np.abs(decoded.astype(int) - expected).max() <= 2  # grey from a colour JPEG is its own luma channel
+        assert (
+            np.abs(decoded.astype(int) - expected).max() <= 2
+        )  # grey from a colour JPEG is its own luma channel
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
@@ -105,7 +111,16 @@ def test_truncated_files_are_errors(file_format):
     [
         (["a.jpg", "b.png", "c.webp"], None),
         (["cat/a.jpg", "cat/b.jpg", "dog/c.jpg"], 2),
-        (["train/cat/a.jpg", "train/cat/b.jpg", "train/dog/c.jpg", "val/cat/d.jpg", "val/dog/e.jpg"], 2),
+        (
+            [
+                "train/cat/a.jpg",
+                "train/cat/b.jpg",
+                "train/dog/c.jpg",
+                "val/cat/d.jpg",
+                "val/dog/e.jpg",
+            ],
+            2,
+        ),
         (["2021/jan/a.jpg", "2021/feb/b.jpg", "2021/feb/c.TIF"], 2),
     ],
 )
@@ -160,7 +175,9 @@ def test_empty_and_wrong_folders_say_what_was_found(tmp_path):
 
 def test_only_known_kinds_of_named_sets_are_opened(tmp_path):
     make_folder(tmp_path, ["a.png"])
-    with pytest.raises(ValueError, match="--dataset photos is unknown; expected shapes, torch/NAME"):
+    with pytest.raises(
+        ValueError, match="--dataset photos is unknown; expected shapes, torch/NAME"
+    ):
         open_images(dataclasses.replace(TINY, dataset="photos", data_path=str(tmp_path)), "train")
 
 
@@ -208,14 +225,14 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
 # -- order -----------------------------------------------------------------------------------------------------------
 
 
-def visited(order: Order) -> list[list[tuple[int, int]]]:
+def visited(order: StepBatchSampler) -> list[list[tuple[int, int]]]:
     return list(order)
 
 
 def test_every_epoch_visits_each_image_at_most_once_in_another_order():
     config = dataclasses.replace(TINY, epochs=3)
-    passes = visited(Order(config, 50))
-    assert len(passes) == 3 * (50 // 8) == len(Order(config, 50))
+    passes = visited(StepBatchSampler(config, 50))
+    assert len(passes) == 3 * (50 // 8) == len(StepBatchSampler(config, 50))
     epochs = [[i for chunk in passes for e, i in chunk if e == epoch] for epoch in range(3)]
     assert all(max(Counter(epoch).values()) == 1 for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -223,50 +240,84 @@ def test_every_epoch_visits_each_image_at_most_once_in_another_order():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_what_one_would_have_seen(processes):
-    alone = visited(Order(TINY, 50))
+    alone = visited(StepBatchSampler(TINY, 50))
     config = dataclasses.replace(TINY, batch_size_per_gpu=TINY.batch_size_per_gpu // processes)
-    together = [visited(Order(config, 50, rank, processes)) for rank in range(processes)]
-    assert [[p for share in shares for p in share] for shares in zip(*together, strict=True)] == alone
+    together = [visited(StepBatchSampler(config, 50, rank, processes)) for rank in range(processes)]
+    assert [
+        [p for share in shares for p in share] for shares in zip(*together, strict=True)
+    ] == alone
 
 
 def test_accumulated_passes_make_up_the_steps_of_the_larger_batch():
-    alone = visited(Order(TINY, 50))
+    alone = visited(StepBatchSampler(TINY, 50))
     config = dataclasses.replace(TINY, batch_size_per_gpu=4, accumulate_grad_batches=2)
-    parts = visited(Order(config, 50))
+    parts = visited(StepBatchSampler(config, 50))
     assert [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)] == alone
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 6, 7, 11])
 def test_an_order_goes_on_where_it_stopped(done):
-    order = Order(TINY, 50)
+    order = StepBatchSampler(TINY, 50)
     whole = visited(order)
     order.passes_done = done
     assert visited(order) == whole[done:]
 
 
 def test_fewer_images_than_a_step_takes_is_an_error_that_names_the_flag():
-    with pytest.raises(ValueError, match=r"7 images are fewer than one step takes \(8: .*lower --batch_size_per_gpu"):
-        Order(TINY, 7)
+    with pytest.raises(
+        ValueError,
+        match=r"7 images are fewer than one step takes \(8: .*lower --batch_size_per_gpu",
+    ):
+        StepBatchSampler(TINY, 7)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_change_nothing(workers):
     images = open_images(TINY, "train")
-    reference = [CropDataset(images, TINY)[position][0] for chunk in Order(TINY, len(images)) for position in chunk]
-    loader = CropLoader(CropDataset(images, TINY), Order(TINY, len(images)), num_workers=workers, pin_memory=False)
+    reference = [
+        CropDataset(images, TINY)[position][0]
+        for chunk in StepBatchSampler(TINY, len(images))
+        for position in chunk
+    ]
+    loader = CropLoader(
+        CropDataset(images, TINY),
+        StepBatchSampler(TINY, len(images)),
+        num_workers=workers,
+        pin_memory=False,
+    )
     seen = [batch.views for batch in loader]
-    for name in ("global_crops", "global_draws", "global_paths", "local_crops", "local_draws", "local_paths"):
-        assert torch.equal(torch.cat([views[name] for views in seen]), torch.stack([vars(v)[name] for v in reference]))
+    for name in (
+        "global_crops",
+        "global_params",
+        "global_paths",
+        "local_crops",
+        "local_params",
+        "local_paths",
+    ):
+        assert torch.equal(
+            torch.cat([views[name] for views in seen]),
+            torch.stack([vars(v)[name] for v in reference]),
+        )
 
 
 def test_the_loader_remembers_how_many_batches_it_handed_out():
     images = open_images(TINY, "train")
-    loader = CropLoader(CropDataset(images, TINY), Order(TINY, len(images)), num_workers=2, pin_memory=False)
+    loader = CropLoader(
+        CropDataset(images, TINY),
+        StepBatchSampler(TINY, len(images)),
+        num_workers=2,
+        pin_memory=False,
+    )
     batches = iter(loader)
     first = [next(batches) for _ in range(3)]
     rest = list(batches)
     assert len(first) + len(rest) == len(loader)
-    other = CropLoader(CropDataset(images, TINY), Order(TINY, len(images)), num_workers=0, pin_memory=False)
+    other = CropLoader(
+        CropDataset(images, TINY),
+        StepBatchSampler(TINY, len(images)),
+        num_workers=0,
+        pin_memory=False,
+    )
     other.load_state_dict({"passes": 3})
     resumed = list(other)
     assert len(resumed) == len(rest)

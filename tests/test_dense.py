@@ -10,8 +10,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from dino_xcit.dense import Pyramid, default_layers
-from dino_xcit.xcit import XCiT
+from dino_xcit.model.dense import Pyramid, default_layers
+from dino_xcit.model.xcit import XCiT
 
 
 @pytest.mark.parametrize("arch", ["xcit_n12_p16", "xcit_n12_p8", "xcit_pico2_p4"])
@@ -19,7 +19,9 @@ def test_scales_have_strides_4_to_32_of_the_padded_image(arch):
     pyramid = Pyramid(XCiT(arch))
     scales = pyramid(torch.randn(2, 3, 100, 130))  # padded to 128 x 160
     assert list(scales) == ["0", "1", "2", "3"]
-    expected = [(2, pyramid.out_channels, 128 // stride, 160 // stride) for stride in (4, 8, 16, 32)]
+    expected = [
+        (2, pyramid.out_channels, 128 // stride, 160 // stride) for stride in (4, 8, 16, 32)
+    ]
     assert [tuple(scale.shape) for scale in scales.values()] == expected
 
 
@@ -43,7 +45,9 @@ def test_scales_are_tokens_of_timms_layers():
             x = block(x, H, W)
             after.append(x.transpose(1, 2).reshape(1, -1, H, W))
         scales = Pyramid(ours, (2, 4, 6, 9)).eval()(images)
-    torch.testing.assert_close(scales["2"], after[6], rtol=1e-4, atol=1e-5)  # stride 16 is the patch grid
+    torch.testing.assert_close(
+        scales["2"], after[6], rtol=1e-4, atol=1e-5
+    )  # stride 16 is the patch grid
     torch.testing.assert_close(scales["3"], F.max_pool2d(after[9], 2), rtol=1e-4, atol=1e-5)
 
 
@@ -68,6 +72,10 @@ def test_a_detector_of_torchvision_learns_through_it():
     )
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 44.0]]), "labels": torch.tensor([1])}
     sum(detector([torch.rand(3, 64, 80)], [target]).values()).backward()
-    for layer in (pyramid.backbone.blocks[0].mlp.fc1, pyramid.backbone.patch_embed.proj[0][0], pyramid.scales[0]):
+    for layer in (
+        pyramid.backbone.blocks[0].mlp.fc1,
+        pyramid.backbone.patch_embed.proj[0][0],
+        pyramid.scales[0],
+    ):
         assert layer.weight.grad.abs().max() > 0
     assert len(detector.eval()([torch.rand(3, 70, 64)])) == 1

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_xcit import dino
-from dino_xcit.dino import DINOHead, DINOLoss, Embeddings
+from dino_xcit.model import chunked_loss
+from dino_xcit.model.chunked_loss import Embeddings
+from dino_xcit.model.dino import DINOHead, DINOLoss
 
 B, K, TEACHER_TEMP, STUDENT_TEMP = 3, 11, 0.05, 0.1
 
@@ -37,7 +38,9 @@ def naive_pairs(student, teacher, center):
 
 def naive_loss(student, teacher, center):
     """The mean over pairs and images of -q . log p."""
-    return torch.stack([-(q * log_p).sum(-1).mean() for q, log_p in naive_pairs(student, teacher, center)]).mean()
+    return torch.stack(
+        [-(q * log_p).sum(-1).mean() for q, log_p in naive_pairs(student, teacher, center)]
+    ).mean()
 
 
 @pytest.mark.parametrize("local_crops", [0, 1, 6])
@@ -89,7 +92,9 @@ def test_kl_is_the_mean_divergence_over_pairs(local_crops):
 
 def test_uniform_teacher_has_entropy_ln_k_and_certain_teacher_zero():
     loss = DINOLoss(K)
-    assert loss.statistics(torch.tensor(0.0), torch.zeros(B, 2, K), 0.04)[0].item() == pytest.approx(log(K))
+    assert loss.statistics(torch.tensor(0.0), torch.zeros(B, 2, K), 0.04)[
+        0
+    ].item() == pytest.approx(log(K))
     certain = F.one_hot(torch.arange(2 * B).reshape(B, 2), K).float()
     assert loss.statistics(torch.tensor(0.0), certain, 0.01)[0].item() == pytest.approx(0, abs=1e-6)
 
@@ -132,21 +137,28 @@ IMAGES, VIEWS, DIM = 7, 4, 5
 def embeddings(views, seed, learn=True):
     generator = torch.Generator().manual_seed(seed)
     of_views = F.normalize(torch.randn(IMAGES, views, DIM, generator=generator), dim=-1)
-    weight_v, weight_g = torch.randn(K, DIM, generator=generator), torch.arange(K)[:, None] / 4  # the first of length 0
+    weight_v, weight_g = (
+        torch.randn(K, DIM, generator=generator),
+        torch.arange(K)[:, None] / 4,
+    )  # the first of length 0
     return Embeddings(*[tensor.requires_grad_(learn) for tensor in (of_views, weight_v, weight_g)])
 
 
 @pytest.mark.parametrize("global_views", [1, 2])
 @pytest.mark.parametrize("prototypes", [1, 3, K, 1000])
-def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(prototypes, global_views, monkeypatch):
-    monkeypatch.setattr(dino, "NUMBERS_IN_CACHE", IMAGES * VIEWS * prototypes)
+def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(
+    prototypes, global_views, monkeypatch
+):
+    monkeypatch.setattr(chunked_loss, "NUMBERS_IN_CACHE", IMAGES * VIEWS * prototypes)
     student, teacher = embeddings(VIEWS, 0), embeddings(global_views, 1, learn=False)
     parts, whole = loss_with_center(), loss_with_center()
     of_teacher = teacher.logits()
     value, statistics = parts.of_embeddings(student, teacher, TEACHER_TEMP)
     values = (value, whole(student.logits(), of_teacher, TEACHER_TEMP))
     torch.testing.assert_close(*values)
-    for one, other in zip(*[torch.autograd.grad(3 * value, student) for value in values], strict=True):
+    for one, other in zip(
+        *[torch.autograd.grad(3 * value, student) for value in values], strict=True
+    ):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(statistics, whole.statistics(values[1], of_teacher, TEACHER_TEMP))
     for loss in (parts, whole):
@@ -156,7 +168,9 @@ def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(p
 
 def test_in_parts_under_autocast_gradients_are_near_those_in_float32():
     student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
-    expected = torch.autograd.grad(loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0], student)
+    expected = torch.autograd.grad(
+        loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0], student
+    )
     with torch.autocast("cpu", torch.bfloat16):
         value = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0]
     for one, other in zip(torch.autograd.grad(value, student), expected, strict=True):
@@ -180,9 +194,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("views", [3, 9])
 def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
     limit = 2 * IMAGES * 9
-    monkeypatch.setattr(dino, "NUMBERS_IN_CACHE", limit)
+    monkeypatch.setattr(chunked_loss, "NUMBERS_IN_CACHE", limit)
     with LargestTensor() as largest:
-        loss_with_center().of_embeddings(embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP)[0].backward()
+        loss_with_center().of_embeddings(
+            embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP
+        )[0].backward()
     assert largest.elements <= max(limit, K * DIM, IMAGES * views * DIM) < IMAGES * views * K
 
 
@@ -197,7 +213,9 @@ class ReferenceHead(nn.Module):
         bn = [nn.BatchNorm1d(hidden)] if use_bn else []
         more_bn = [nn.BatchNorm1d(hidden)] if use_bn else []
         first, second = nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden)
-        self.mlp = nn.Sequential(first, *bn, nn.GELU(), second, *more_bn, nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            first, *bn, nn.GELU(), second, *more_bn, nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
         self.last_layer = weight_norm(nn.Linear(bottleneck, out_dim, bias=False))
 
     def forward(self, x):
@@ -208,14 +226,18 @@ class ReferenceHead(nn.Module):
 @pytest.mark.parametrize("norm_last_layer", [False, True])
 def test_head_is_official_dinos(norm_last_layer, use_bn):
     torch.manual_seed(0)
-    head = DINOHead(5, 9, hidden_dim=8, bottleneck_dim=4, use_bn=use_bn, norm_last_layer=norm_last_layer)
+    head = DINOHead(
+        5, 9, hidden_dim=8, bottleneck_dim=4, use_bn=use_bn, norm_last_layer=norm_last_layer
+    )
     reference = ReferenceHead(5, 9, 8, 4, use_bn)
     for parameter in head.parameters():
         if parameter.requires_grad:
             nn.init.uniform_(parameter, -1.0, 1.5)
     reference.mlp.load_state_dict(head.mlp.state_dict(), strict=True)
     weight = reference.last_layer.parametrizations.weight
-    weight.load_state_dict({"original0": head.last_layer.weight_g, "original1": head.last_layer.weight_v}, strict=True)
+    weight.load_state_dict(
+        {"original0": head.last_layer.weight_g, "original1": head.last_layer.weight_v}, strict=True
+    )
 
     x = torch.randn(6, 5)
     outputs = [head(x), reference(x)]
@@ -225,12 +247,16 @@ def test_head_is_official_dinos(norm_last_layer, use_bn):
         (output * direction).sum().backward()
     for ours, theirs in zip(head.mlp.parameters(), reference.mlp.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(head.last_layer.weight_v.grad, weight.original1.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        head.last_layer.weight_v.grad, weight.original1.grad, rtol=1e-4, atol=1e-5
+    )
     if norm_last_layer:
         assert head.last_layer.weight_g.grad is None
         assert (head.last_layer.weight_g == 1).all()
     else:
-        torch.testing.assert_close(head.last_layer.weight_g.grad, weight.original0.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            head.last_layer.weight_g.grad, weight.original0.grad, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_fixed_gain_keeps_logits_between_minus_one_and_one():
@@ -247,7 +273,11 @@ def test_head_takes_any_leading_axes():
 
 
 def test_biases_of_the_head_start_at_zero_and_weights_are_truncated_normal():
-    layers = [layer for layer in DINOHead(64, 9, hidden_dim=128, bottleneck_dim=32).mlp if isinstance(layer, nn.Linear)]
+    layers = [
+        layer
+        for layer in DINOHead(64, 9, hidden_dim=128, bottleneck_dim=32).mlp
+        if isinstance(layer, nn.Linear)
+    ]
     assert len(layers) == 3
     for layer in layers:
         assert not layer.bias.any()

@@ -18,9 +18,9 @@ from conftest import TINY
 from PIL import Image
 
 from dino_xcit.cli import main
-from dino_xcit.config import KnnConfig
-from dino_xcit.knn import knn_eval
-from dino_xcit.pretrain import pretrain
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.train.pretrain import pretrain
 
 CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # of every CPU the same numbers
 
@@ -29,13 +29,23 @@ CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # of every CPU the sam
 def run(tmp_path_factory) -> Path:
     """A finished pretraining of two epochs, with a k-NN accuracy in its metrics."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain(dataclasses.replace(TINY, output_dir=str(folder), num_images=200, eval_num_images=10_000))
+    pretrain(
+        dataclasses.replace(TINY, output_dir=str(folder), num_images=200, eval_num_images=10_000)
+    )
     return folder
 
 
 @pytest.fixture
 def options(run, tmp_path) -> list[str]:
-    return ["--weights", str(run), "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out"), *CPU]
+    return [
+        "--weights",
+        str(run),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *CPU,
+    ]
 
 
 def read(folder: Path, name: str):
@@ -69,14 +79,30 @@ def test_pretraining_logs_the_number_that_knn_eval_finds(run, options, tmp_path)
     main(["knn-eval", *options, "--nb_knn", "20"])
     logged = (run / "metrics.csv").read_text().splitlines()
     column = logged[0].split(",").index("knn_top1")
-    assert read(tmp_path / "out", "knn.json")["results"][0]["top1"] == pytest.approx(float(logged[-1].split(",")[column]))
+    assert read(tmp_path / "out", "knn.json")["results"][0]["top1"] == pytest.approx(
+        float(logged[-1].split(",")[column])
+    )
 
 
 def test_results_go_to_the_run_folder_and_every_kind_of_weights_gives_the_same(run, tmp_path):
     found = []
     for weights in (run, run / "teacher.safetensors", run / "checkpoints/last.ckpt"):
         (run / "knn.json").unlink(missing_ok=True)
-        assert main(["knn-eval", "--weights", str(weights), "--cache_dir", str(tmp_path), *CPU, "--nb_knn", "10"]) == 0
+        assert (
+            main(
+                [
+                    "knn-eval",
+                    "--weights",
+                    str(weights),
+                    "--cache_dir",
+                    str(tmp_path),
+                    *CPU,
+                    "--nb_knn",
+                    "10",
+                ]
+            )
+            == 0
+        )
         found.append(read(run, "knn.json")["results"])
     assert found[0] == found[1] == found[2]
     assert len(list(tmp_path.glob("*/features.npy"))) == 2, "one cache for the same tensors"
@@ -86,10 +112,25 @@ def test_results_go_to_the_run_folder_and_every_kind_of_weights_gives_the_same(r
 def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_cli):
     shared = {
         "heads": ["--lr", "0.01", "0.1", "1", "--epochs", "20"],
-        "dino": ["--epochs", "2", "--lr", "0.5", "--batch_size", "199"],  # the last step has one image for two processes
+        "dino": [
+            "--epochs",
+            "2",
+            "--lr",
+            "0.5",
+            "--batch_size",
+            "199",
+        ],  # the last step has one image for two processes
         "logistic": ["--c", "0.01", "1", "100"],
     }[protocol]
-    arguments = ["linear-eval", *options, "--protocol", protocol, *shared, "--batch_size_per_gpu", "16"]
+    arguments = [
+        "linear-eval",
+        *options,
+        "--protocol",
+        protocol,
+        *shared,
+        "--batch_size_per_gpu",
+        "16",
+    ]
     reports, name = [], "linear.json" if protocol == "heads" else f"linear_{protocol}.json"
     for devices in ("1", "2"):
         given = [
@@ -111,7 +152,9 @@ def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_
         for row in report["results"]:
             row["chosen"].pop("held_out_top1", None)
     assert reports[0]["results"] == reports[1]["results"]
-    assert reports[0]["feature_extraction"]["images"] == reports[1]["feature_extraction"]["images"] > 0
+    assert (
+        reports[0]["feature_extraction"]["images"] == reports[1]["feature_extraction"]["images"] > 0
+    )
 
 
 def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
@@ -137,7 +180,16 @@ def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
 
 
 def test_a_killed_evaluation_goes_on_from_the_batch_it_was_in(options, tmp_path):
-    arguments = ["knn-eval", *options, "--nb_knn", "5", "--batch_size_per_gpu", "4", "--num_workers", "0"]
+    arguments = [
+        "knn-eval",
+        *options,
+        "--nb_knn",
+        "5",
+        "--batch_size_per_gpu",
+        "4",
+        "--num_workers",
+        "0",
+    ]
     command = [sys.executable, "-m", "dino_xcit.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     cache = tmp_path / "cache"
@@ -147,7 +199,9 @@ def test_a_killed_evaluation_goes_on_from_the_batch_it_was_in(options, tmp_path)
     def images_done() -> int:
         return sum(int((np.load(path) > 0).sum()) for path in cache.glob("*/state.npy"))
 
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             deadline = time.monotonic() + 120
             while images_done() < 300 and time.monotonic() < deadline and process.poll() is None:
@@ -175,13 +229,30 @@ def test_ctrl_c_says_how_to_go_on(options, capsys, monkeypatch):
 def test_features_come_from_and_go_to_official_files(options, tmp_path):
     dump = tmp_path / "dump"
     assert main(["knn-eval", *options, "--nb_knn", "10", "--dump_features", str(dump)]) == 0
-    shapes = {name: tuple(torch.load(dump / f"{name}.pth").shape) for name in ("trainfeat", "testfeat", "trainlabels")}
+    shapes = {
+        name: tuple(torch.load(dump / f"{name}.pth").shape)
+        for name in ("trainfeat", "testfeat", "trainlabels")
+    }
     assert shapes == {"trainfeat": (200, 64), "testfeat": (2000, 64), "trainlabels": (200,)}
     torch.testing.assert_close(torch.load(dump / "trainfeat.pth").norm(dim=1), torch.ones(200))
     expected = read(tmp_path / "out", "knn.json")["results"]
     assert main(["knn-eval", "--load_features", str(dump), "--nb_knn", "10", *CPU]) == 0
     assert read(dump, "knn.json")["results"] == expected
-    assert main(["linear-eval", "--load_features", str(dump), "--protocol", "logistic", "--c", "1", *CPU]) == 0
+    assert (
+        main(
+            [
+                "linear-eval",
+                "--load_features",
+                str(dump),
+                "--protocol",
+                "logistic",
+                "--c",
+                "1",
+                *CPU,
+            ]
+        )
+        == 0
+    )
     assert read(dump, "linear_logistic.json")["results"][0]["top1"] > 10
 
 
@@ -190,7 +261,10 @@ def test_parts_of_the_features_can_be_chosen(options, tmp_path):
     for blocks, pooled in ((1, "false"), (2, "false"), (1, "true"), (2, "true")):
         dump = tmp_path / f"{blocks}{pooled}"
         chosen = ["--n_last_blocks", str(blocks), "--avgpool_patchtokens", pooled]
-        assert main(["knn-eval", *options, *chosen, "--nb_knn", "5", "--dump_features", str(dump)]) == 0
+        assert (
+            main(["knn-eval", *options, *chosen, "--nb_knn", "5", "--dump_features", str(dump)])
+            == 0
+        )
         widths[blocks, pooled] = torch.load(dump / "testfeat.pth").shape[1]
     assert widths == {(1, "false"): 64, (2, "false"): 128, (1, "true"): 128, (2, "true"): 192}
 
@@ -207,50 +281,131 @@ def folder_of_images(root: Path, splits: dict[str, dict[str, int]]) -> Path:
 
 
 def test_three_validation_images_are_enough(run, tmp_path):
-    root = folder_of_images(tmp_path / "images", {"train": {"a": 8, "b": 9}, "val": {"a": 2, "b": 1}})
-    arguments = ["--weights", str(run), "--data_path", str(root), "--output_dir", str(tmp_path), "--no_cache", *CPU]
+    root = folder_of_images(
+        tmp_path / "images", {"train": {"a": 8, "b": 9}, "val": {"a": 2, "b": 1}}
+    )
+    arguments = [
+        "--weights",
+        str(run),
+        "--data_path",
+        str(root),
+        "--output_dir",
+        str(tmp_path),
+        "--no_cache",
+        *CPU,
+    ]
     assert main(["knn-eval", *arguments, "--nb_knn", "1", "17"]) == 0
-    assert read(tmp_path, "knn.json")["data"] == {"train": 17, "validation": 3, "classes": 2, "unreadable": 0}
+    assert read(tmp_path, "knn.json")["data"] == {
+        "train": 17,
+        "validation": 3,
+        "classes": 2,
+        "unreadable": 0,
+    }
     assert main(["linear-eval", *arguments, "--lr", "0.1", "1", "--epochs", "3"]) == 0
 
 
 def test_classes_of_one_split_only(run, tmp_path, capsys):
-    root = folder_of_images(tmp_path / "images", {"train": {"a": 8, "b": 9}, "val": {"b": 4, "c": 4}})
-    arguments = ["--weights", str(run), "--data_path", str(root), "--output_dir", str(tmp_path), "--no_cache", *CPU]
+    root = folder_of_images(
+        tmp_path / "images", {"train": {"a": 8, "b": 9}, "val": {"b": 4, "c": 4}}
+    )
+    arguments = [
+        "--weights",
+        str(run),
+        "--data_path",
+        str(root),
+        "--output_dir",
+        str(tmp_path),
+        "--no_cache",
+        *CPU,
+    ]
     assert main(["knn-eval", *arguments, "--nb_knn", "5"]) == 0
     assert "1 classes of the validation images have no training images" in capsys.readouterr().err
     report = read(tmp_path, "knn.json")
     assert report["data"]["validation"] == 8
     assert report["results"][0]["top1"] <= 50
-    assert main(["linear-eval", *arguments, "--lr", "0.1", "--epochs", "3", "--protocol", "dino", "--num_workers", "0"]) == 0
+    assert (
+        main(
+            [
+                "linear-eval",
+                *arguments,
+                "--lr",
+                "0.1",
+                "--epochs",
+                "3",
+                "--protocol",
+                "dino",
+                "--num_workers",
+                "0",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["knn-eval"], ["--weights or --load_features, neither"]),
-        (["knn-eval", "--weights", "nowhere"], ["--weights nowhere", "does not exist", "timm:NAME"]),
-        (["knn-eval", "--weights", "RUN", "--nb_knn", "10", "201"], ["--nb_knn 201", "200 training images"]),
+        (
+            ["knn-eval", "--weights", "nowhere"],
+            ["--weights nowhere", "does not exist", "timm:NAME"],
+        ),
+        (
+            ["knn-eval", "--weights", "RUN", "--nb_knn", "10", "201"],
+            ["--nb_knn 201", "200 training images"],
+        ),
         (["knn-eval", "--weights", "RUN", "--temperature", "0"], ["--temperature", "positive"]),
-        (["knn-eval", "--weights", "RUN", "--image_size", "17"], ["--image_size 17", "patch size 4"]),
-        (["knn-eval", "--weights", "RUN", "--resize_size", "12"], ["--resize_size 12", "--image_size 16"]),
-        (["knn-eval", "--weights", "RUN", "--n_last_blocks", "3"], ["--n_last_blocks 3", "2 layers"]),
+        (
+            ["knn-eval", "--weights", "RUN", "--image_size", "17"],
+            ["--image_size 17", "patch size 4"],
+        ),
+        (
+            ["knn-eval", "--weights", "RUN", "--resize_size", "12"],
+            ["--resize_size 12", "--image_size 16"],
+        ),
+        (
+            ["knn-eval", "--weights", "RUN", "--n_last_blocks", "3"],
+            ["--n_last_blocks 3", "2 layers"],
+        ),
         (["knn-eval", "--weights", "RUN", "--in_chans", "1"], ["--mean", "--in_chans 1"]),
-        (["knn-eval", "--weights", "RUN/teacher.safetensors", "--arch", "xcit_n12_p8"], ["xcit_n12_p8", "missing"]),
+        (
+            ["knn-eval", "--weights", "RUN/teacher.safetensors", "--arch", "xcit_n12_p8"],
+            ["xcit_n12_p8", "missing"],
+        ),
         (["knn-eval", "--weights", "RUN", "--accelerator", "abacus"], ["--accelerator abacus"]),
         (["knn-eval", "--weights", "RUN", "--data_path", "unlabelled"], ["have no labels"]),
-        (["knn-eval", "--weights", "RUN", "--data_path", "noval"], ["no validation images", "val/"]),
-        (["knn-eval", "--weights", "RUN", "--load_features", "dump"], ["--weights or --load_features, both"]),
+        (
+            ["knn-eval", "--weights", "RUN", "--data_path", "noval"],
+            ["no validation images", "val/"],
+        ),
+        (
+            ["knn-eval", "--weights", "RUN", "--load_features", "dump"],
+            ["--weights or --load_features, both"],
+        ),
         (["knn-eval", "--load_features", "dump"], ["--load_features dump has no trainfeat.pth"]),
         (["knn-eval", "--weights", "elsewhere.safetensors"], ["--data_path or --dataset"]),
-        (["linear-eval", "--weights", "RUN", "--protocol", "svm"], ["--protocol", "heads", "dino", "logistic"]),
-        (["linear-eval", "--weights", "RUN", "--train_fraction", "2"], ["--train_fraction", "up to 1"]),
-        (["linear-eval", "--weights", "RUN", "--protocol", "dino", "--lr", "1", "2"], ["--lr", "one number"]),
-        (["linear-eval", "--load_features", "dump", "--protocol", "dino"], ["--load_features", "--protocol dino"]),
+        (
+            ["linear-eval", "--weights", "RUN", "--protocol", "svm"],
+            ["--protocol", "heads", "dino", "logistic"],
+        ),
+        (
+            ["linear-eval", "--weights", "RUN", "--train_fraction", "2"],
+            ["--train_fraction", "up to 1"],
+        ),
+        (
+            ["linear-eval", "--weights", "RUN", "--protocol", "dino", "--lr", "1", "2"],
+            ["--lr", "one number"],
+        ),
+        (
+            ["linear-eval", "--load_features", "dump", "--protocol", "dino"],
+            ["--load_features", "--protocol dino"],
+        ),
         (["linear-eval", "--weights", "RUN", "--evaluate", "nowhere"], ["--evaluate nowhere"]),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    run, arguments, words, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     folder_of_images(tmp_path / "unlabelled", {"train": {".": 3}, "val": {".": 3}})
     folder_of_images(tmp_path / "noval", {"train": {"a": 3, "b": 3}})
@@ -258,7 +413,9 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words, tmp_path, 
     given = [argument.replace("RUN", str(run)) for argument in arguments]
     given += [] if "--accelerator" in given else CPU
     assert main([*given, "--output_dir", str(tmp_path / "out")]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("features of ")]
+    err = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("features of ")
+    ]
     assert len(err) == 1, err
     for word in words:
         assert word in err[0]
@@ -272,13 +429,22 @@ def test_a_diverged_network_is_told(run, tmp_path, capsys):
     tensors = load_file(run / "teacher.safetensors")
     tensors["norm.bias"][3] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors", metadata=metadata)
-    arguments = ["--weights", str(tmp_path / "nan.safetensors"), "--dataset", "shapes", "--no_cache", *CPU]
+    arguments = [
+        "--weights",
+        str(tmp_path / "nan.safetensors"),
+        "--dataset",
+        "shapes",
+        "--no_cache",
+        *CPU,
+    ]
     assert main(["knn-eval", *arguments, "--output_dir", str(tmp_path)]) == 1
     assert re.search(r"--weights .*nan.safetensors: .* not finite", capsys.readouterr().err)
 
 
 def test_an_evaluation_of_python_is_the_one_of_the_command(run, options, tmp_path, capsys):
     machine = {"accelerator": "cpu", "precision": "32-true"}
-    report = knn_eval(KnnConfig(weights=str(run), nb_knn=(7,), output_dir=str(tmp_path), no_cache=True, **machine))
+    report = knn_eval(
+        KnnConfig(weights=str(run), nb_knn=(7,), output_dir=str(tmp_path), no_cache=True, **machine)
+    )
     assert main(["knn-eval", *options, "--nb_knn", "7"]) == 0
     assert report["results"] == read(tmp_path / "out", "knn.json")["results"]

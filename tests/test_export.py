@@ -10,15 +10,18 @@ import pytest
 import timm
 import torch
 
-from dino_xcit.attention import class_attention
 from dino_xcit.cli import main
-from dino_xcit.config import KnnConfig, PretrainConfig
-from dino_xcit.knn import knn_eval
-from dino_xcit.pretrain import pretrain
-from dino_xcit.weights import load_backbone, save_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.figures.maps import class_attention
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.weights.load import load_backbone, save_backbone
 
-NANO = PretrainConfig(arch="xcit_n12_p16", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64)
+NANO = PretrainConfig(
+    arch="xcit_n12_p16", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,16 @@ def test_timm_opens_the_folder_with_its_size_and_normalisation(here, nano):
     network = timm.create_model("local-dir:export/xcit_n12_p16_timm", pretrained=True).eval()
     same_features(nano, network)
     data = timm.data.resolve_data_config({}, model=network)
-    assert [list(data[name]) for name in ("input_size", "mean", "std")] == [[1, 64, 64], [0.3], [0.2]]
+    assert [list(data[name]) for name in ("input_size", "mean", "std")] == [
+        [1, 64, 64],
+        [0.3],
+        [0.2],
+    ]
     assert network.pretrained_cfg["crop_pct"] == 1  # below 96 pixels nothing is cut off
     again = load_backbone("timm:local-dir:export/xcit_n12_p16_timm")
-    assert all(torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items()
+    )
 
 
 def test_official_names_come_back(here, nano):
@@ -66,7 +75,9 @@ def test_official_names_come_back(here, nano):
     assert tensors["cls_attn_blocks.1.attn.qkv.weight"].shape == (3 * 128, 128)
     assert not any(name.startswith(("pos_embed.", "head")) for name in tensors)
     again = load_backbone("out/dino_xcit_nano_12_p16.pth")
-    assert all(torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, nano.state_dict()[name]) for name, tensor in again.state_dict().items()
+    )
 
 
 def test_torch_export_takes_any_batch_and_size(here, nano):
@@ -80,8 +91,12 @@ def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     assert export("--format", "onnx", "--attention") == 0
-    assert [path.name for path in Path("export").iterdir()] == ["xcit_n12_p16.onnx"]  # weights inside
-    session = onnxruntime.InferenceSession("export/xcit_n12_p16.onnx", providers=["CPUExecutionProvider"])
+    assert [path.name for path in Path("export").iterdir()] == [
+        "xcit_n12_p16.onnx"
+    ]  # weights inside
+    session = onnxruntime.InferenceSession(
+        "export/xcit_n12_p16.onnx", providers=["CPUExecutionProvider"]
+    )
     for batch, size in ((1, (16, 16)), (3, (80, 32))):
         images = torch.randn(batch, 1, *size)
         features, maps = session.run(None, {"images": images.numpy()})
@@ -93,12 +108,23 @@ def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
 def test_a_run_becomes_a_folder_for_the_hub_with_its_recipe_scores_and_figure(tiny, tmp_path):
     config = dataclasses.replace(tiny, arch="xcit_n12_p8", epochs=1, num_images=16)
     folder = pretrain(config).folder
-    report = knn_eval(KnnConfig(weights=str(folder), nb_knn=(5,), accelerator="cpu", no_cache=True, num_workers=0))
+    report = knn_eval(
+        KnnConfig(weights=str(folder), nb_knn=(5,), accelerator="cpu", no_cache=True, num_workers=0)
+    )
     out = tmp_path / "out"
-    assert main(["export", "--weights", str(folder), "--format", "hf", "--output_dir", str(out)]) == 0
+    assert (
+        main(["export", "--weights", str(folder), "--format", "hf", "--output_dir", str(out)]) == 0
+    )
     place = out / "xcit_n12_p8_hf"
     assert [path.name for path in out.iterdir()] == [place.name]
-    files = {"README.md", "config.json", "model.safetensors", "config.yaml", "attention.png", "knn.json"}
+    files = {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "config.yaml",
+        "attention.png",
+        "knn.json",
+    }
     assert {path.name for path in place.iterdir()} == files
     card = (place / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
@@ -108,12 +134,17 @@ def test_a_run_becomes_a_folder_for_the_hub_with_its_recipe_scores_and_figure(ti
     network = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
     images = torch.randn(1, 3, 24, 16)
     with torch.no_grad():
-        torch.testing.assert_close(network(images), load_backbone(folder)(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            network(images), load_backbone(folder)(images), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("arch", "ablation", "told"),
-    [("xcit_pico2_p4", {}, "timm has no xcit_pico2_p4"), ("xcit_n12_p16", {"lpi": False}, "timm has no XCiT without lpi")],
+    [
+        ("xcit_pico2_p4", {}, "timm has no xcit_pico2_p4"),
+        ("xcit_n12_p16", {"lpi": False}, "timm has no XCiT without lpi"),
+    ],
 )
 def test_networks_that_timm_lacks_are_refused(here, capsys, arch, ablation, told):
     config = dataclasses.replace(NANO, arch=arch, **ablation)
@@ -125,7 +156,9 @@ def test_networks_that_timm_lacks_are_refused(here, capsys, arch, ablation, told
 
 
 def test_a_file_that_is_not_the_same_takes_no_place(here, monkeypatch):
-    monkeypatch.setattr("dino_xcit.export.to_official_names", lambda tensors: {k: 2 * v for k, v in tensors.items()})
+    monkeypatch.setattr(
+        "dino_xcit.export.to_official_names", lambda tensors: {k: 2 * v for k, v in tensors.items()}
+    )
     with pytest.raises(RuntimeError, match="gives other features"):
         export("--format", "official")
     assert list(Path("export").iterdir()) == []
@@ -135,7 +168,10 @@ def test_a_file_that_is_not_the_same_takes_no_place(here, monkeypatch):
     ("arguments", "told"),
     [
         (["--format", "tensorrt"], "--format"),
-        (["--attention"], "--attention is True; expected false without --format onnx or torch_export"),
+        (
+            ["--attention"],
+            "--attention is True; expected false without --format onnx or torch_export",
+        ),
         (["--weights", "gone.pth"], "--weights gone.pth does not exist; expected a run folder"),
         (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
     ],
@@ -150,4 +186,7 @@ def test_missing_packages_are_named(here, capsys, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export("--format", "onnx") == 2
-    assert "--format onnx needs onnxruntime: pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    assert (
+        "--format onnx needs onnxruntime: pip install onnx onnxscript onnxruntime"
+        in capsys.readouterr().err
+    )

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from dino_xcit.cli import parse
-from dino_xcit.config import KnnConfig, LinearConfig, PretrainConfig
-from dino_xcit.data import open_images
-from dino_xcit.knn import knn_eval
-from dino_xcit.linear import linear_eval
-from dino_xcit.pretrain import pretrain
+from dino_xcit.config.evaluation import KnnConfig, LinearConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.images import open_images
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.evaluate.linear import linear_eval
+from dino_xcit.train.pretrain import pretrain
 
 ROOT = os.environ.get("FASHION_MNIST")
 CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
@@ -27,7 +28,12 @@ pytestmark = pytest.mark.skipif(not ROOT, reason="FASHION_MNIST is not set")
 def config(tmp_path) -> PretrainConfig:
     config = parse("pretrain", PretrainConfig, ["--config", str(CONFIG), "--data_path", str(ROOT)])
     return dataclasses.replace(
-        config, output_dir=str(tmp_path / "run"), num_images=128, epochs=1, warmup_epochs=1, num_workers=0
+        config,
+        output_dir=str(tmp_path / "run"),
+        num_images=128,
+        epochs=1,
+        warmup_epochs=1,
+        num_workers=0,
     )
 
 
@@ -67,18 +73,35 @@ def features(config, tmp_path) -> Path:
 
 
 def test_both_evaluations_agree_with_scikit_learn(features, tmp_path):
-    neighbors, linear_model = pytest.importorskip("sklearn.neighbors"), pytest.importorskip("sklearn.linear_model")
+    neighbors, linear_model = (
+        pytest.importorskip("sklearn.neighbors"),
+        pytest.importorskip("sklearn.linear_model"),
+    )
     names = ("trainfeat", "trainlabels", "testfeat", "testlabels")
-    train, train_labels, test, labels = (torch.load(features / f"{name}.pth").numpy() for name in names)
+    train, train_labels, test, labels = (
+        torch.load(features / f"{name}.pth").numpy() for name in names
+    )
     knn = json.loads((tmp_path / "run/knn.json").read_text())
     assert knn["data"] == {"train": 2000, "validation": 10_000, "classes": 10, "unreadable": 0}
     for row in knn["results"]:
         reference = neighbors.KNeighborsClassifier(
-            row["k"], metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+            row["k"],
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / 0.07),
         ).fit(train, train_labels)
-        assert row["top1"] == pytest.approx(100 * reference.score(test, labels), abs=0.03)  # rounding turns a few near ties
-    options = {"load_features": str(features), "protocol": "logistic", "accelerator": "cpu", "devices": "1"}
+        assert row["top1"] == pytest.approx(
+            100 * reference.score(test, labels), abs=0.03
+        )  # rounding turns a few near ties
+    options = {
+        "load_features": str(features),
+        "protocol": "logistic",
+        "accelerator": "cpu",
+        "devices": "1",
+    }
     for c in (1.0, 100.0):
         row = linear_eval(LinearConfig(c=(c,), **options))["results"][0]
-        reference = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=10_000).fit(train.astype(float), train_labels)
+        reference = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=10_000).fit(
+            train.astype(float), train_labels
+        )
         assert row["top1"] == pytest.approx(100 * reference.score(test, labels), abs=0.05)

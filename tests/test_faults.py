@@ -18,13 +18,22 @@ import torch
 from conftest import TINY
 from test_data import folder_config, make_folder
 
-from dino_xcit import data
-from dino_xcit.config import AttentionConfig, KnnConfig
-from dino_xcit.data import WORKER_DEATHS, CropDataset, CropLoader, Order, ShapeSet, decode, open_images, surviving
-from dino_xcit.knn import knn_eval
-from dino_xcit.pretrain import pretrain
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.data import decode as decode_module
+from dino_xcit.data.decode import decode
+from dino_xcit.data.images import ShapeSet, open_images
+from dino_xcit.data.loader import (
+    WORKER_DEATHS,
+    CropDataset,
+    CropLoader,
+    StepBatchSampler,
+    surviving,
+)
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.figures.command import show_attention
 from dino_xcit.run_folder import read_bad_images, read_metrics
-from dino_xcit.show import show_attention
+from dino_xcit.train.pretrain import pretrain
 
 # -- workers that die ------------------------------------------------------------------------------------------------
 
@@ -48,7 +57,14 @@ class Deadly(ShapeSet):
 
 def batches(images, workers: int):
     config = dataclasses.replace(TINY, epochs=2)
-    return list(CropLoader(CropDataset(images, config), Order(config, len(images)), workers, pin_memory=False))
+    return list(
+        CropLoader(
+            CropDataset(images, config),
+            StepBatchSampler(config, len(images)),
+            workers,
+            pin_memory=False,
+        )
+    )
 
 
 def test_a_worker_that_dies_takes_no_batch_with_it(tmp_path, capsys):
@@ -62,11 +78,15 @@ def test_a_worker_that_dies_takes_no_batch_with_it(tmp_path, capsys):
 
 
 def test_workers_that_keep_dying_end_the_run_in_one_line():
-    with pytest.raises(ValueError, match=r"6 loader workers died one after the other .*--num_workers 0"):
+    with pytest.raises(
+        ValueError, match=r"6 loader workers died one after the other .*--num_workers 0"
+    ):
         batches(Deadly(None, 0, "train", 64, 3), workers=1)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()]
+)
 def test_a_worker_may_die_while_it_hands_over_a_batch(error, capsys):
     starts = []
 
@@ -95,11 +115,13 @@ def test_other_errors_of_a_loader_are_not_taken_for_a_death():
 
 
 def test_a_file_that_nothing_ever_writes_to_counts_as_unreadable(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SECONDS_TO_READ", 0.2)
+    monkeypatch.setattr(decode_module, "SECONDS_TO_READ", 0.2)
     folder = make_folder(tmp_path / "images", [f"{i:02}.png" for i in range(16)])
     (folder / "03.png").unlink()
     os.mkfifo(folder / "03.png")
-    config = folder_config(folder, output_dir=str(tmp_path / "run"), num_workers=1, epochs=1, batch_size_per_gpu=8)
+    config = folder_config(
+        folder, output_dir=str(tmp_path / "run"), num_workers=1, epochs=1, batch_size_per_gpu=8
+    )
     start = time.monotonic()
     assert pretrain(config).step == 2
     assert time.monotonic() - start < 30
@@ -129,32 +151,64 @@ SIDE = 100_000
 
 def png_bomb() -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
     )
 
 
 def jpeg_bomb() -> bytes:  # 65,500 is the most that libjpeg takes
     frame = struct.pack(">BHHB", 8, 65_500, 65_500, 3) + bytes([1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0])
-    return b"\xff\xd8\xff\xc0" + struct.pack(">H", 2 + len(frame)) + frame + b"\xff\xda\x00\x0c\x03" + bytes(9) + b"\xff\xd9"
+    return (
+        b"\xff\xd8\xff\xc0"
+        + struct.pack(">H", 2 + len(frame))
+        + frame
+        + b"\xff\xda\x00\x0c\x03"
+        + bytes(9)
+        + b"\xff\xd9"
+    )
 
 
 def gif_bomb() -> bytes:  # 16 bits a side
     screen = struct.pack("<HHBBB", 65_535, 65_535, 0x80, 0, 0) + bytes(6)
-    return b"GIF89a" + screen + b"," + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\x02\x02\x4c\x01\x00;"
+    return (
+        b"GIF89a"
+        + screen
+        + b","
+        + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0)
+        + b"\x02\x02\x4c\x01\x00;"
+    )
 
 
 def tiff_bomb() -> bytes:
-    tags = [(256, SIDE), (257, SIDE), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, SIDE), (279, 8)]
+    tags = [
+        (256, SIDE),
+        (257, SIDE),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, SIDE),
+        (279, 8),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\x00" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def bmp_bomb() -> bytes:
-    return b"BM" + struct.pack("<IHHI", 1 << 20, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 24, *[0] * 6)
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 1 << 20, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, SIDE, SIDE, 1, 24, *[0] * 6)
+    )
 
 
 def ppm_bomb() -> bytes:
@@ -167,7 +221,9 @@ def webp_bomb() -> bytes:  # 14 bits a side; the header of an extended file take
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-BOMBS = {f.__name__: f for f in (png_bomb, jpeg_bomb, gif_bomb, tiff_bomb, bmp_bomb, ppm_bomb, webp_bomb)}
+BOMBS = {
+    f.__name__: f for f in (png_bomb, jpeg_bomb, gif_bomb, tiff_bomb, bmp_bomb, ppm_bomb, webp_bomb)
+}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -213,14 +269,14 @@ def test_a_run_goes_on_over_an_image_bomb(tmp_path):
 
 # -- images that run code, names that break files --------------------------------------------------------------------
 
-POSTSCRIPT = (
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(touched) (w) file closefile\nshowpage\n%%EOF\n"
-)
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(touched) (w) file closefile\nshowpage\n%%EOF\n"
 
 
 def test_postscript_named_png_starts_no_interpreter(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        subprocess, "check_call", lambda *_, **__: pytest.fail("a process was started")
+    )
     with pytest.raises(ValueError, match="not an image"):
         decode(POSTSCRIPT, 3)
 
@@ -239,7 +295,9 @@ def test_bad_images_of_any_name_are_listed_one_a_line_and_once(tmp_path):
     folder = make_folder(tmp_path / "images", [f"{i:02}.png" for i in range(16)])
     for name in NAMES:
         (folder / name).write_bytes(b"no image")
-    config = folder_config(folder, output_dir=str(tmp_path / "run"), epochs=3, batch_size_per_gpu=11)
+    config = folder_config(
+        folder, output_dir=str(tmp_path / "run"), epochs=3, batch_size_per_gpu=11
+    )
     pretrain(dataclasses.replace(config, epochs=2))
     listed = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert len(listed) == len(NAMES)
@@ -249,8 +307,18 @@ def test_bad_images_of_any_name_are_listed_one_a_line_and_once(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_path):
-    classes = ["new\nline", "<script>alert(1)<", "quo\"te's, and comma", "\u0645\u0631\u062d\u0628\u0627 \U0001f98a"]
-    names = [f"{split}/{kind}/{i} {kind}.png" for split in ("train", "val") for kind in classes for i in range(6)]
+    classes = [
+        "new\nline",
+        "<script>alert(1)<",
+        "quo\"te's, and comma",
+        "\u0645\u0631\u062d\u0628\u0627 \U0001f98a",
+    ]
+    names = [
+        f"{split}/{kind}/{i} {kind}.png"
+        for split in ("train", "val")
+        for kind in classes
+        for i in range(6)
+    ]
     folder = make_folder(tmp_path / "images", names)
     config = folder_config(folder, output_dir=str(tmp_path / "run"), epochs=1, batch_size_per_gpu=8)
     pretrain(config)
@@ -260,7 +328,9 @@ def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_p
         text.replace(f"output_dir: {tmp_path}/run", f"output_dir: {tmp_path}/elsewhere")
     )
     before = {path for path in tmp_path.rglob("*") if tmp_path / "run" not in path.parents}
-    knn_eval(KnnConfig(weights=str(tmp_path / "run"), nb_knn=(3,), cache_dir=str(tmp_path / "run/cache")))
+    knn_eval(
+        KnnConfig(weights=str(tmp_path / "run"), nb_knn=(3,), cache_dir=str(tmp_path / "run/cache"))
+    )
     problems = show_attention(
         AttentionConfig(
             weights=(str(tmp_path / "run"),),

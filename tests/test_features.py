@@ -19,49 +19,54 @@ from timm.models import VisionTransformer
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from dino_xcit import features, shapes
-from dino_xcit.config import ClassificationConfig
-from dino_xcit.data import open_images
-from dino_xcit.features import (
-    DONE,
-    NOT_DONE,
+from dino_xcit.config.evaluation import ClassificationConfig
+from dino_xcit.data import shapes
+from dino_xcit.data.framing import EvalDataset, Transform, centre_crop, default_resize
+from dino_xcit.data.images import open_images
+from dino_xcit.evaluate import features
+from dino_xcit.evaluate.feature_store import DONE, NOT_DONE, UNREADABLE, FeatureStore, extract
+from dino_xcit.evaluate.features import (
     OFFICIAL_FILES,
-    UNREADABLE,
-    EvalDataset,
-    FromFiles,
-    Frozen,
+    FeatureExtractor,
+    FileFeatures,
     Pixels,
-    Store,
-    Transform,
-    baselines,
-    centre_crop,
-    default_resize,
     dump_features,
-    extract,
     part_slice,
-    resolve,
-    subjects,
 )
-from dino_xcit.knn import knn_classify
-from dino_xcit.machine import launch
-from dino_xcit.report import hits
-from dino_xcit.run_folder import METRICS, write_config
-from dino_xcit.weights import TEACHER, backbone_metadata, build, load_backbone, save_backbone
+from dino_xcit.evaluate.inputs import baselines, resolve, subjects
+from dino_xcit.evaluate.knn import knn_classify
+from dino_xcit.evaluate.report import hits
+from dino_xcit.run_folder import METRICS, TEACHER, write_config
+from dino_xcit.runtime import launch
+from dino_xcit.weights.formats import backbone_metadata
+from dino_xcit.weights.load import build, load_backbone, save_backbone
 
 CPU = torch.device("cpu")
 SIDE = 16
 TRANSFORM = Transform(SIDE, SIDE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-FOLDER = [f"{split}/{name}/{i}.png" for split, count in (("train", 3), ("val", 2)) for name in "ab" for i in range(count)]
+FOLDER = [
+    f"{split}/{name}/{i}.png"
+    for split, count in (("train", 3), ("val", 2))
+    for name in "ab"
+    for i in range(count)
+]
 TRAIN_IMAGES, IMAGES = 6, 10  # in FOLDER
 CPU_ONLY = ClassificationConfig(
-    accelerator="cpu", devices="1", precision="32-true", feature_dtype="float32", num_workers=0, batch_size_per_gpu=4
+    accelerator="cpu",
+    devices="1",
+    precision="32-true",
+    feature_dtype="float32",
+    num_workers=0,
+    batch_size_per_gpu=4,
 )
 
 
 # -- framing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("image_size", "resize_size"), [(224, 256), (384, 438), (96, 109), (95, 95), (32, 32)])
+@pytest.mark.parametrize(
+    ("image_size", "resize_size"), [(224, 256), (384, 438), (96, 109), (95, 95), (32, 32)]
+)
 def test_default_resize_is_eight_sevenths_of_crops_that_are_not_small(image_size, resize_size):
     assert default_resize(image_size) == resize_size
 
@@ -81,13 +86,19 @@ def test_default_resize_is_eight_sevenths_of_crops_that_are_not_small(image_size
         (98, 49, 224, 256),  # 256 / 49 * 98 is a hair less than 512
     ],
 )
-def test_framing_is_torchvisions_resize_and_centre_crop_of_pil_images(height, width, size, resize_size):
+def test_framing_is_torchvisions_resize_and_centre_crop_of_pil_images(
+    height, width, size, resize_size
+):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    reference = Compose([Resize(resize_size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)])
+    reference = Compose(
+        [Resize(resize_size, interpolation=InterpolationMode.BICUBIC), CenterCrop(size)]
+    )
     framed = centre_crop(torch.from_numpy(image).permute(2, 0, 1), size, resize_size)
     assert framed.dtype == torch.uint8
     assert framed.shape == (3, size, size)
-    difference = framed.permute(1, 2, 0).numpy().astype(int) - np.asarray(reference(Image.fromarray(image)))
+    difference = framed.permute(1, 2, 0).numpy().astype(int) - np.asarray(
+        reference(Image.fromarray(image))
+    )
     assert np.abs(difference).max() <= 1
 
 
@@ -100,23 +111,31 @@ def backbone_of(seed=0, config=TINY):
 
 
 def random_images(count, side=SIDE, channels=3, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, channels, side, side), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, channels, side, side), dtype=np.uint8)
+    )
 
 
 def normalised_by_hand(images):
-    planes = [(images[:, c].double() / 255 - TRANSFORM.mean[c]) / TRANSFORM.std[c] for c in range(3)]
+    planes = [
+        (images[:, c].double() / 255 - TRANSFORM.mean[c]) / TRANSFORM.std[c] for c in range(3)
+    ]
     return torch.stack(planes, dim=1).float()
 
 
 def test_frozen_gives_the_parts_of_a_backbone_in_eval_mode():
-    features = Frozen(backbone_of().train(), TRANSFORM, CPU)(random_images(5))
+    features = FeatureExtractor(backbone_of().train(), TRANSFORM, CPU)(random_images(5))
     backbone = backbone_of().eval()
     x = normalised_by_hand(random_images(5))
     assert not features.requires_grad
     assert features.dtype == torch.float32
     with torch.no_grad():
-        tokens = torch.cat([backbone.cls_token.expand(5, -1, -1), backbone.patch_tokens(x)[0]], dim=1)
-        first_layer = backbone.norm(backbone.cls_attn_blocks[0](tokens, class_token_only=True)[0][:, 0])
+        tokens = torch.cat(
+            [backbone.cls_token.expand(5, -1, -1), backbone.patch_tokens(x)[0]], dim=1
+        )
+        first_layer = backbone.norm(
+            backbone.cls_attn_blocks[0](tokens, class_token_only=True)[0][:, 0]
+        )
         expected = [backbone(x), first_layer, backbone.forward_features(x)[:, 1:].mean(1)]
     assert features.shape == (5, 3, 64)
     for part, of_part in enumerate(expected):
@@ -125,38 +144,46 @@ def test_frozen_gives_the_parts_of_a_backbone_in_eval_mode():
 
 def test_frozen_other_networks_have_one_part():
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    features = Frozen(network, TRANSFORM, CPU)(random_images(4))
+    features = FeatureExtractor(network, TRANSFORM, CPU)(random_images(4))
     assert features.shape == (4, 1, 12)
     torch.testing.assert_close(features[:, 0], network(normalised_by_hand(random_images(4))))
 
 
 def test_frozen_half_precision_is_near_and_comes_out_in_float32():
     backbone = backbone_of()
-    exact, half = (Frozen(backbone, TRANSFORM, CPU, p)(random_images(4)) for p in ("32-true", "bf16-mixed"))
+    exact, half = (
+        FeatureExtractor(backbone, TRANSFORM, CPU, p)(random_images(4))
+        for p in ("32-true", "bf16-mixed")
+    )
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     assert F.cosine_similarity(half, exact, dim=-1).min() > 0.999
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 4))
-    assert Frozen(network, TRANSFORM, CPU, "bf16-mixed")(random_images(4)).dtype == torch.float32
+    assert (
+        FeatureExtractor(network, TRANSFORM, CPU, "bf16-mixed")(random_images(4)).dtype
+        == torch.float32
+    )
 
 
 def test_frozen_shape_of_features():
-    assert Frozen(backbone_of(), TRANSFORM, CPU).shape() == (3, 64)
-    assert Frozen(Pixels(), TRANSFORM, CPU).shape() == (1, 3 * SIDE**2)
+    assert FeatureExtractor(backbone_of(), TRANSFORM, CPU).shape() == (3, 64)
+    assert FeatureExtractor(Pixels(), TRANSFORM, CPU).shape() == (1, 3 * SIDE**2)
 
 
 @pytest.mark.parametrize(
     "network",
     [
         backbone_of,
-        lambda: VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=0),
+        lambda: VisionTransformer(
+            img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=0
+        ),
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()),
     ],
     ids=["xcit", "of one size", "of other channels"],
 )
 def test_frozen_shape_refuses_images_that_the_network_does_not_take(network):
     with pytest.raises(ValueError, match="--image_size 18"):
-        Frozen(network(), TRANSFORM._replace(image_size=18), CPU).shape()
+        FeatureExtractor(network(), TRANSFORM._replace(image_size=18), CPU).shape()
 
 
 def test_pixels_are_averaged_down_to_32_and_never_up():
@@ -167,7 +194,9 @@ def test_pixels_are_averaged_down_to_32_and_never_up():
 
 
 def test_baselines_are_pixels_and_the_same_network_untrained():
-    backbone = backbone_of(seed=1, config=dataclasses.replace(TINY, l2_norm=False, in_chans=1, mean=(0.5,), std=(0.5,)))
+    backbone = backbone_of(
+        seed=1, config=dataclasses.replace(TINY, l2_norm=False, in_chans=1, mean=(0.5,), std=(0.5,))
+    )
     (pixels, _), (name, untrained) = baselines(CPU_ONLY, backbone, Pixels())
     assert (pixels, name) == ("raw pixels", "xcit_pico2_p4, untrained")
     assert not untrained.blocks[0].attn.l2_norm
@@ -215,7 +244,7 @@ def test_parts_that_a_network_does_not_have_are_errors(layers, avgpool, parts, p
 
 
 def filled_store(folder, shape=(4, 2, 3), dtype="float32"):
-    store = Store.on_disk(folder, shape, dtype)
+    store = FeatureStore.on_disk(folder, shape, dtype)
     store.features[:] = np.arange(np.prod(shape)).reshape(shape)
     store.mark(np.array([0, 2, 3]), np.array([True, False, True]))
 
@@ -225,11 +254,11 @@ def contents(store):
 
 
 def test_a_store_on_disk_is_found_as_it_was_left(tmp_path):
-    new = Store.on_disk(tmp_path / "deep" / "folder", (4, 2, 3), "float16")
+    new = FeatureStore.on_disk(tmp_path / "deep" / "folder", (4, 2, 3), "float16")
     assert (new.features.shape, new.features.dtype) == ((4, 2, 3), np.float16)
     assert new.state.tolist() == 4 * [NOT_DONE]
     filled_store(tmp_path / "store")
-    again = Store.on_disk(tmp_path / "store", (4, 2, 3), "float32")
+    again = FeatureStore.on_disk(tmp_path / "store", (4, 2, 3), "float32")
     assert again.features.flatten().tolist() == list(range(24))
     assert again.state.tolist() == [DONE, NOT_DONE, UNREADABLE, DONE]
 
@@ -256,20 +285,24 @@ BREAKING = {
 def test_a_store_with_a_broken_file_starts_anew(tmp_path, name, how):
     filled_store(tmp_path)
     BREAKING[how](tmp_path / name)
-    store = Store.on_disk(tmp_path, (4, 2, 3), "float32")
+    store = FeatureStore.on_disk(tmp_path, (4, 2, 3), "float32")
     assert contents(store) == (np.zeros((4, 2, 3)).tolist(), 4 * [NOT_DONE])
     assert {path.name for path in tmp_path.iterdir()} == {"features.npy", "state.npy"}
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 2, 3), "float32"), ((4, 3, 2), "float32"), ((4, 2, 3), "float16")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 2, 3), "float32"), ((4, 3, 2), "float32"), ((4, 2, 3), "float16")]
+)
 def test_a_store_of_other_features_starts_anew(tmp_path, shape, dtype):
     filled_store(tmp_path)
-    store = Store.on_disk(tmp_path, shape, dtype)
+    store = FeatureStore.on_disk(tmp_path, shape, dtype)
     assert contents(store) == (np.zeros(shape).tolist(), shape[0] * [NOT_DONE])
     assert store.features.dtype == dtype
 
 
-def test_no_old_state_is_left_beside_features_when_a_new_start_is_interrupted(tmp_path, monkeypatch):
+def test_no_old_state_is_left_beside_features_when_a_new_start_is_interrupted(
+    tmp_path, monkeypatch
+):
     filled_store(tmp_path)
     truncate(tmp_path / "features.npy")
     unlink = Path.unlink
@@ -281,21 +314,25 @@ def test_no_old_state_is_left_beside_features_when_a_new_start_is_interrupted(tm
 
     monkeypatch.setattr(Path, "unlink", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Store.on_disk(tmp_path, (4, 2, 3), "float32")
+        FeatureStore.on_disk(tmp_path, (4, 2, 3), "float32")
     assert not (tmp_path / "state.npy").exists()
 
 
 def test_rows_are_marked_only_after_their_features_are_on_disk(tmp_path, monkeypatch):
-    store = Store.on_disk(tmp_path, (4, 2, 3), "float32")
+    store = FeatureStore.on_disk(tmp_path, (4, 2, 3), "float32")
     flushed = []
-    monkeypatch.setattr(np.memmap, "flush", lambda array: flushed.append((Path(array.filename).name, store.state.tolist())))
+    monkeypatch.setattr(
+        np.memmap,
+        "flush",
+        lambda array: flushed.append((Path(array.filename).name, store.state.tolist())),
+    )
     store.mark(np.array([1, 3]), np.array([True, False]))
     marked = [NOT_DONE, DONE, NOT_DONE, UNREADABLE]
     assert flushed == [("features.npy", 4 * [NOT_DONE]), ("state.npy", marked)]
 
 
 def test_a_store_in_memory_has_nothing_done():
-    store = Store.in_memory((3, 2), "float16")
+    store = FeatureStore.in_memory((3, 2), "float16")
     assert contents(store) == (np.zeros((3, 2)).tolist(), 3 * [NOT_DONE])
     assert store.features.dtype == np.float16
 
@@ -328,24 +365,26 @@ class Counting:
 
 
 def run_extract(frozen, store, rows=np.arange(10), batch_size=4, num_workers=0, **options):  # noqa: B008
-    return extract(frozen, Numbered(), rows, store, batch_size=batch_size, num_workers=num_workers, **options)
+    return extract(
+        frozen, Numbered(), rows, store, batch_size=batch_size, num_workers=num_workers, **options
+    )
 
 
 def test_rows_of_the_store_are_the_images_asked_for():
-    store, rows = Store.in_memory((6, 1, 1)), np.array([21, 3, 49, 8, 0, 5])
+    store, rows = FeatureStore.in_memory((6, 1, 1)), np.array([21, 3, 49, 8, 0, 5])
     assert run_extract(Counting(), store, rows) == 6
     assert store.features.flatten().tolist() == rows.tolist()
     assert store.state.tolist() == [UNREADABLE, DONE, UNREADABLE, DONE, UNREADABLE, DONE]
 
 
 def test_workers_of_the_extraction_change_nothing():
-    store = Store.in_memory((10, 1, 1))
+    store = FeatureStore.in_memory((10, 1, 1))
     assert run_extract(Counting(), store, num_workers=2) == 10
     assert store.features.flatten().tolist() == list(range(10))
 
 
 def test_what_is_done_is_not_done_again():
-    store = Store.in_memory((10, 1, 1))
+    store = FeatureStore.in_memory((10, 1, 1))
     store.state[[0, 1, 2, 3, 9]] = [DONE, DONE, UNREADABLE, DONE, DONE]
     frozen = Counting()
     store.state[2] = DONE
@@ -355,7 +394,7 @@ def test_what_is_done_is_not_done_again():
 
 
 def test_images_that_could_not_be_read_are_tried_again():
-    store = Store.in_memory((10, 1, 1))
+    store = FeatureStore.in_memory((10, 1, 1))
     run_extract(Counting(), store)
     assert (store.state == UNREADABLE).sum() == 2
     readable = [(image, True) for image, _ in (Numbered()[i] for i in range(10))]
@@ -367,8 +406,8 @@ def test_images_that_could_not_be_read_are_tried_again():
 
 def test_an_interrupted_extraction_goes_on_after_the_last_batch(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_extract(Counting(batches=2), Store.on_disk(tmp_path, (10, 1, 1), "float32"))
-    frozen, store = Counting(), Store.on_disk(tmp_path, (10, 1, 1), "float32")
+        run_extract(Counting(batches=2), FeatureStore.on_disk(tmp_path, (10, 1, 1), "float32"))
+    frozen, store = Counting(), FeatureStore.on_disk(tmp_path, (10, 1, 1), "float32")
     assert store.state.tolist() == [UNREADABLE] + 6 * [DONE] + [UNREADABLE] + 2 * [NOT_DONE]
     store.state[[0, 7]] = DONE
     assert run_extract(frozen, store) == 2
@@ -377,20 +416,23 @@ def test_an_interrupted_extraction_goes_on_after_the_last_batch(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_processes_share_an_extraction(processes):
-    backbone = Frozen(backbone_of(), TRANSFORM, CPU)
+    backbone = FeatureExtractor(backbone_of(), TRANSFORM, CPU)
     images = [(image, True) for image in random_images(11)]
     options = {"rows": np.arange(11), "batch_size": 3, "num_workers": 0}
-    alone = Store.in_memory((11, 3, 64))
+    alone = FeatureStore.in_memory((11, 3, 64))
     extract(backbone, images, store=alone, **options)
-    stores = [Store.in_memory((11, 3, 64)) for _ in range(processes)]
-    made = [extract(backbone, images, store=s, share=(rank, processes), **options) for rank, s in enumerate(stores)]
+    stores = [FeatureStore.in_memory((11, 3, 64)) for _ in range(processes)]
+    made = [
+        extract(backbone, images, store=s, share=(rank, processes), **options)
+        for rank, s in enumerate(stores)
+    ]
     assert sum(made) == 11
     assert (sum(store.state for store in stores) == DONE).all()
     assert np.array_equal(sum(store.features for store in stores), alone.features)
 
 
 def test_processes_that_start_late_leave_nothing_undone():
-    store = Store.in_memory((16, 1, 1))
+    store = FeatureStore.in_memory((16, 1, 1))
     made = [run_extract(Counting(), store, np.arange(16), share=(rank, 2)) for rank in range(2)]
     assert made == [8, 8]
     assert NOT_DONE not in store.state
@@ -398,7 +440,7 @@ def test_processes_that_start_late_leave_nothing_undone():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_an_error(value):
-    store = Store.in_memory((10, 1, 1))
+    store = FeatureStore.in_memory((10, 1, 1))
 
     def frozen(images):
         return torch.where(images[:, 0, 0, :1, None] == 5, value, 1.0)
@@ -409,7 +451,7 @@ def test_features_that_are_not_finite_are_an_error(value):
 
 
 def test_features_beyond_the_range_of_float16_are_an_error():
-    store = Store.in_memory((10, 1, 1), "float16")
+    store = FeatureStore.in_memory((10, 1, 1), "float16")
     with pytest.raises(FloatingPointError):
         run_extract(lambda images: torch.full((len(images), 1, 1), 1e5), store)
     assert store.state.tolist() == 10 * [NOT_DONE]
@@ -441,7 +483,9 @@ def make_folder(root, names=FOLDER, side=20):
     """A random image for each name."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_images(1, side, seed=seed)[0].permute(1, 2, 0).numpy()).save(root / name)
+        Image.fromarray(random_images(1, side, seed=seed)[0].permute(1, 2, 0).numpy()).save(
+            root / name
+        )
     return root
 
 
@@ -469,12 +513,15 @@ def made(config, fabric):
 def test_features_of_a_split_are_the_backbones_of_its_framed_images(config, fabric, tmp_path):
     _, subject, classes, (train, validation) = evaluate(config, fabric, "train", "validation")
     transform = Transform(SIDE, SIDE, TINY.mean, TINY.std)
-    frozen = Frozen(load_backbone(config.weights), transform, CPU)
+    frozen = FeatureExtractor(load_backbone(config.weights), transform, CPU)
     assert subject.frozen.transform == transform
     assert classes == {0: "a", 1: "b"}
     for split, folder, count in ((train, "train", 3), (validation, "val", 2)):
         paths = [f"{folder}/{name}/{i}.png" for name in "ab" for i in range(count)]
-        images = [torch.from_numpy(np.array(Image.open(tmp_path / "images" / path))).permute(2, 0, 1) for path in paths]
+        images = [
+            torch.from_numpy(np.array(Image.open(tmp_path / "images" / path))).permute(2, 0, 1)
+            for path in paths
+        ]
         framed = torch.stack([centre_crop(image, SIDE, SIDE) for image in images])
         torch.testing.assert_close(split.features, frozen(framed), rtol=1e-4, atol=1e-5)
         assert split.labels.tolist() == count * [0] + count * [1]
@@ -485,8 +532,14 @@ def test_the_runs_own_shapes_are_meant_when_no_data_are_named(fabric, tmp_path):
     run = save_run(tmp_path / "run", dataclasses.replace(TINY, seed=3))
     config = dataclasses.replace(CPU_ONLY, weights=str(run / TEACHER), no_cache=True)
     for asked, count in ((None, TINY.num_images), (20, 20)):
-        resolved, subject, classes, _ = evaluate(dataclasses.replace(config, num_images=asked), fabric)
-        assert (resolved.dataset, resolved.seed, resolved.image_size) == ("shapes", 0, TINY.global_crops_size)
+        resolved, subject, classes, _ = evaluate(
+            dataclasses.replace(config, num_images=asked), fabric
+        )
+        assert (resolved.dataset, resolved.seed, resolved.image_size) == (
+            "shapes",
+            0,
+            TINY.global_crops_size,
+        )
         assert classes[2] == "slants"
         assert (len(subject.images["train"]), len(subject.images["validation"])) == (count, 12)
         expected = shapes.draw_shape(3, "train", 7).image
@@ -495,15 +548,22 @@ def test_the_runs_own_shapes_are_meant_when_no_data_are_named(fabric, tmp_path):
 
 def test_the_runs_own_folder_is_meant_when_no_data_are_named(fabric, tmp_path):
     root = make_folder(tmp_path / "images")
-    run = save_run(tmp_path / "run", dataclasses.replace(TINY, dataset=None, data_path=str(root), num_images=None))
-    resolved, subject, _, _ = evaluate(dataclasses.replace(CPU_ONLY, weights=str(run), no_cache=True), fabric)
+    run = save_run(
+        tmp_path / "run",
+        dataclasses.replace(TINY, dataset=None, data_path=str(root), num_images=None),
+    )
+    resolved, subject, _, _ = evaluate(
+        dataclasses.replace(CPU_ONLY, weights=str(run), no_cache=True), fabric
+    )
     assert (resolved.data_path, resolved.dataset, resolved.seed) == (str(root), None, 0)
     assert Path(subject.images["validation"].name(3)) == root / "val/b/1.png"
 
 
 def test_named_data_come_before_the_runs_own(config, fabric):
     assert made(config, fabric) == IMAGES
-    drawn = dataclasses.replace(config, data_path=None, dataset="shapes", num_images=15, seed=5, no_cache=True)
+    drawn = dataclasses.replace(
+        config, data_path=None, dataset="shapes", num_images=15, seed=5, no_cache=True
+    )
     resolved, subject, _, _ = evaluate(drawn, fabric)
     assert resolved.seed == 5
     assert len(subject.images["train"]) == 15
@@ -524,7 +584,13 @@ def test_what_the_weights_do_not_say_has_defaults_and_flags_come_first():
     resolved, _ = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes"), said)
     assert (resolved.in_chans, resolved.image_size, resolved.resize_size) == (1, 112, 128)
     assert (resolved.mean, resolved.std) == ((0.3,), (0.2,))
-    flags = {"in_chans": 4, "mean": 4 * (0.1,), "std": 4 * (0.2,), "image_size": 32, "resize_size": 40}
+    flags = {
+        "in_chans": 4,
+        "mean": 4 * (0.1,),
+        "std": 4 * (0.2,),
+        "image_size": 32,
+        "resize_size": 40,
+    }
     resolved, _ = resolve(dataclasses.replace(CPU_ONLY, dataset="shapes", **flags), said)
     assert {name: getattr(resolved, name) for name in flags} == flags
 
@@ -546,7 +612,10 @@ def test_options_that_do_not_fit_the_weights_are_errors(config, fabric, options,
 def names_and_labels(subject, classes, split):
     """Folder of each image and the name of its label."""
     images = subject.images[split]
-    return [(Path(images.name(i)).parent.name, classes[label]) for i, label in enumerate(subject.labels(split).tolist())]
+    return [
+        (Path(images.name(i)).parent.name, classes[label])
+        for i, label in enumerate(subject.labels(split).tolist())
+    ]
 
 
 @pytest.mark.parametrize(
@@ -558,24 +627,37 @@ def names_and_labels(subject, classes, split):
         ["train/b/1.png", "train/c/2.png", "val/a/3.png", "val/a/4.png"],
     ],
 )
-def test_labels_mean_the_same_in_both_splits_whatever_classes_these_have(config, fabric, tmp_path, capsys, names):
+def test_labels_mean_the_same_in_both_splits_whatever_classes_these_have(
+    config, fabric, tmp_path, capsys, names
+):
     root = make_folder(tmp_path / "other", names)
     _, subject, classes, _ = evaluate(dataclasses.replace(config, data_path=str(root)), fabric)
     for split, folder in (("train", "train"), ("validation", "val")):
         named = names_and_labels(subject, classes, split)
-        assert [folder_of_image for folder_of_image, _ in named] == [n.split("/")[1] for n in names if n.startswith(folder)]
+        assert [folder_of_image for folder_of_image, _ in named] == [
+            n.split("/")[1] for n in names if n.startswith(folder)
+        ]
         assert all(folder_of_image == name for folder_of_image, name in named)
     unseen = {n.split("/")[1] for n in names if n.startswith("val")} - {
         n.split("/")[1] for n in names if n.startswith("train")
     }
     said = capsys.readouterr().err
-    assert (f"{len(unseen)} classes of the validation images have no training images" in said) == bool(unseen)
+    assert (
+        f"{len(unseen)} classes of the validation images have no training images" in said
+    ) == bool(unseen)
 
 
 def test_images_of_a_class_without_training_images_count_as_wrong(config, fabric, tmp_path):
-    root = make_folder(tmp_path / "other", ["train/a/1.png", "train/c/2.png", "val/a/3.png", "val/b/4.png", "val/c/5.png"])
-    make_folder(root, ["val/a/3.png", "val/c/5.png"], side=20)  # of class a and c, the same pictures as in training
-    _, _, _, (train, validation) = evaluate(dataclasses.replace(config, data_path=str(root)), fabric, "train", "validation")
+    root = make_folder(
+        tmp_path / "other",
+        ["train/a/1.png", "train/c/2.png", "val/a/3.png", "val/b/4.png", "val/c/5.png"],
+    )
+    make_folder(
+        root, ["val/a/3.png", "val/c/5.png"], side=20
+    )  # of class a and c, the same pictures as in training
+    _, _, _, (train, validation) = evaluate(
+        dataclasses.replace(config, data_path=str(root)), fabric, "train", "validation"
+    )
     ranked = knn_classify(train.features, train.labels, validation.features, nb_knn=(1,))[1]
     assert hits(ranked, validation.labels, 1).tolist() == [True, False, True]
 
@@ -587,13 +669,24 @@ def test_images_of_a_class_without_training_images_count_as_wrong(config, fabric
             ["train/1.png", "train/2.png", "val/a/3.png", "val/b/4.png"],
             "the training images of --data_path .* have no labels",
         ),
-        (["train/a/1.png", "train/b/2.png", "val/3.png", "val/4.png"], "the validation images of --data_path .* no labels"),
-        (["train/a/1.png", "train/a/2.png", "val/a/3.png"], "the training images of --data_path .* have no labels"),
-        (["train/a/1.png", "train/b/2.png"], "--data_path .* has no validation images; expected val/ beside train/"),
+        (
+            ["train/a/1.png", "train/b/2.png", "val/3.png", "val/4.png"],
+            "the validation images of --data_path .* no labels",
+        ),
+        (
+            ["train/a/1.png", "train/a/2.png", "val/a/3.png"],
+            "the training images of --data_path .* have no labels",
+        ),
+        (
+            ["train/a/1.png", "train/b/2.png"],
+            "--data_path .* has no validation images; expected val/ beside train/",
+        ),
         (["a/1.png", "b/2.png"], "--data_path .* has no validation images"),
     ],
 )
-def test_folders_without_labels_or_validation_images_are_errors(config, fabric, tmp_path, names, problem):
+def test_folders_without_labels_or_validation_images_are_errors(
+    config, fabric, tmp_path, names, problem
+):
     root = make_folder(tmp_path / "other", names)
     with pytest.raises(ValueError, match=problem):
         evaluate(dataclasses.replace(config, data_path=str(root)), fabric)
@@ -608,7 +701,9 @@ def test_unreadable_images_are_left_out_of_features_and_labels(config, fabric, t
         assert train.labels.tolist() == subject.labels("train").tolist() == [0, 0, 1, 1, 1]
         assert train.features.shape == (5, 3, 64)
         last = EvalDataset(subject.images["train"], subject.frozen.transform)[5][0]
-        torch.testing.assert_close(train.features[4], subject.frozen(last[None])[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            train.features[4], subject.frozen(last[None])[0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_how_many_images_cannot_be_read_is_told(config, fabric, tmp_path, capsys):
@@ -676,13 +771,17 @@ def test_features_are_made_once(config, fabric, capsys):
     capsys.readouterr()
     _, subject, _, second = evaluate(config, fabric, "train", "validation")
     assert (subject.made, subject.seconds) == (0, 0.0)
-    assert all(torch.equal(one.features, other.features) for one, other in zip(first, second, strict=True))
-    assert all(torch.equal(one.labels, other.labels) for one, other in zip(first, second, strict=True))
+    assert all(
+        torch.equal(one.features, other.features) for one, other in zip(first, second, strict=True)
+    )
+    assert all(
+        torch.equal(one.labels, other.labels) for one, other in zip(first, second, strict=True)
+    )
     assert f"{subject.name}, train: from {config.cache_dir}" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(config, fabric, monkeypatch):
-    through, whole = [], Frozen.__call__
+    through, whole = [], FeatureExtractor.__call__
 
     def counted(frozen, images):
         through.append(len(images))
@@ -690,11 +789,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(config, fabric, monk
             raise KeyboardInterrupt
         return whole(frozen, images)
 
-    monkeypatch.setattr(Frozen, "__call__", counted)
+    monkeypatch.setattr(FeatureExtractor, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config, fabric, "train", "validation")
     assert through == [1, 4, 2, 4]
-    monkeypatch.setattr(Frozen, "__call__", whole)
+    monkeypatch.setattr(FeatureExtractor, "__call__", whole)
     assert made(config, fabric) == IMAGES - TRAIN_IMAGES
 
 
@@ -731,7 +830,9 @@ def test_options_that_change_features_make_new_ones(config, fabric, options):
     ],
 )
 def test_features_are_stored_in_the_numbers_asked_for(config, fabric, precision, dtype, stored):
-    split = evaluate(dataclasses.replace(config, precision=precision, feature_dtype=dtype), fabric, "train")[3][0]
+    split = evaluate(
+        dataclasses.replace(config, precision=precision, feature_dtype=dtype), fabric, "train"
+    )[3][0]
     assert split.features.dtype == stored
 
 
@@ -744,7 +845,9 @@ def test_other_weights_make_new_features(config, fabric, tmp_path):
 
 def test_another_ablation_with_the_same_tensors_makes_new_features(config, fabric, tmp_path):
     _, _, _, (with_norm,) = evaluate(config, fabric, "train")
-    save_backbone(backbone_of(), dataclasses.replace(TINY, l2_norm=False), tmp_path / "run" / TEACHER)
+    save_backbone(
+        backbone_of(), dataclasses.replace(TINY, l2_norm=False), tmp_path / "run" / TEACHER
+    )
     _, subject, _, (without,) = evaluate(config, fabric, "train")
     assert subject.made == TRAIN_IMAGES
     assert not torch.allclose(with_norm.features, without.features, atol=1e-3)
@@ -830,7 +933,11 @@ def test_the_cache_is_where_caches_are(config, fabric, tmp_path, monkeypatch):
 def test_baselines_have_features_of_their_own(config, fabric):
     save_backbone(backbone_of(seed=1), TINY, Path(config.weights) / TEACHER)
     with subjects(dataclasses.replace(config, baselines=True), fabric) as (_, evaluated, _):
-        assert [subject.name for subject in evaluated] == [config.weights, "raw pixels", "xcit_pico2_p4, untrained"]
+        assert [subject.name for subject in evaluated] == [
+            config.weights,
+            "raw pixels",
+            "xcit_pico2_p4, untrained",
+        ]
         features = [subject.split("train").features for subject in evaluated]
         assert [subject.made for subject in evaluated] == 3 * [TRAIN_IMAGES]
     assert [tuple(f.shape[1:]) for f in features] == [(3, 64), (1, 3 * SIDE**2), (3, 64)]
@@ -867,8 +974,12 @@ def save_features(folder, **changes):
 
 @pytest.mark.parametrize("labels", [torch.int64, torch.int32, torch.float32])
 def test_features_of_files_stand_in_a_subjects_place(tmp_path, fabric, labels):
-    config, tensors = save_features(tmp_path / "dump", testlabels=torch.tensor([2, 1, 0], dtype=labels))
-    resolved, subject, classes, (train, validation) = evaluate(config, fabric, "train", "validation")
+    config, tensors = save_features(
+        tmp_path / "dump", testlabels=torch.tensor([2, 1, 0], dtype=labels)
+    )
+    resolved, subject, classes, (train, validation) = evaluate(
+        config, fabric, "train", "validation"
+    )
     assert (resolved, classes) == (config, {0: "0", 1: "1", 2: "2"})
     assert (subject.made, subject.seconds, subject.unreadable, subject.shape) == (0, 0.0, 0, (1, 8))
     assert torch.equal(train.features[:, 0], tensors["trainfeat"])
@@ -879,9 +990,11 @@ def test_features_of_files_stand_in_a_subjects_place(tmp_path, fabric, labels):
 
 def test_labels_of_files_may_be_any_whole_numbers(tmp_path):
     config, _ = save_features(
-        tmp_path, trainlabels=torch.tensor([7, 10**12, 3, 7, 3]), testlabels=torch.tensor([5, 10**12, 3])
+        tmp_path,
+        trainlabels=torch.tensor([7, 10**12, 3, 7, 3]),
+        testlabels=torch.tensor([5, 10**12, 3]),
     )
-    files = FromFiles(config)
+    files = FileFeatures(config)
     assert files.classes == {0: "3", 1: "5", 2: "7", 3: "1000000000000"}
     assert files.labels("train").tolist() == [2, 3, 0, 2, 0]
     assert files.labels("validation").tolist() == [1, 3, 0]
@@ -892,7 +1005,7 @@ def test_one_number_that_is_not_finite_among_features_of_files_is_found(tmp_path
     rows = torch.zeros(5, 8)
     rows[3, 4] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        FromFiles(save_features(tmp_path, trainfeat=rows)[0])
+        FileFeatures(save_features(tmp_path, trainfeat=rows)[0])
 
 
 def test_dumped_features_load_again(config, fabric, tmp_path):
@@ -900,17 +1013,26 @@ def test_dumped_features_load_again(config, fabric, tmp_path):
         for number, parts in enumerate((slice(0, 1), slice(0, 3, 2))):
             folder = tmp_path / f"dump {number}"
             dump_features(subject, parts, folder)
-            assert {path.name for path in folder.iterdir()} == {f for files in OFFICIAL_FILES.values() for f in files}
-            loaded = FromFiles(ClassificationConfig(load_features=str(folder)))
+            assert {path.name for path in folder.iterdir()} == {
+                f for files in OFFICIAL_FILES.values() for f in files
+            }
+            loaded = FileFeatures(ClassificationConfig(load_features=str(folder)))
             for name in ("train", "validation"):
                 expected = F.normalize(subject.split(name).features[:, parts].flatten(1), dim=1)
                 torch.testing.assert_close(loaded.split(name).features, expected[:, None])
                 assert torch.equal(loaded.labels(name), subject.split(name).labels)
-            assert torch.load(folder / "trainfeat.pth", weights_only=True).shape == (TRAIN_IMAGES, 64 * (1 + number))
+            assert torch.load(folder / "trainfeat.pth", weights_only=True).shape == (
+                TRAIN_IMAGES,
+                64 * (1 + number),
+            )
 
 
 def test_dumped_features_are_float32_whatever_was_stored(config, fabric, tmp_path):
-    with subjects(dataclasses.replace(config, feature_dtype="float16"), fabric) as (_, (subject,), _):
+    with subjects(dataclasses.replace(config, feature_dtype="float16"), fabric) as (
+        _,
+        (subject,),
+        _,
+    ):
         dump_features(subject, slice(0, 1), tmp_path / "dump")
     features = torch.load(tmp_path / "dump/testfeat.pth", weights_only=True)
     assert features.dtype == torch.float32
@@ -921,21 +1043,42 @@ def test_dumped_features_are_float32_whatever_was_stored(config, fabric, tmp_pat
 def test_a_missing_file_of_features_is_named(tmp_path, name):
     config, _ = save_features(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=rf"has no {name}; expected trainfeat\.pth, trainlabels\.pth, testfeat\.pth, test"):
-        FromFiles(config)
+    with pytest.raises(
+        ValueError,
+        match=rf"has no {name}; expected trainfeat\.pth, trainlabels\.pth, testfeat\.pth, test",
+    ):
+        FileFeatures(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"trainfeat": torch.zeros(5)}, r"trainfeat\.pth does not hold a tensor of 2 dimensions"),
-        ({"testfeat": torch.zeros(3, 1, 8)}, r"testfeat\.pth does not hold a tensor of 2 dimensions"),
-        ({"testlabels": torch.zeros(3, 1)}, r"testlabels\.pth does not hold a tensor of 1 dimensions"),
+        (
+            {"testfeat": torch.zeros(3, 1, 8)},
+            r"testfeat\.pth does not hold a tensor of 2 dimensions",
+        ),
+        (
+            {"testlabels": torch.zeros(3, 1)},
+            r"testlabels\.pth does not hold a tensor of 1 dimensions",
+        ),
         ({"testlabels": torch.full((3,), 0.5)}, r"testlabels\.pth does not hold whole numbers"),
-        ({"trainlabels": torch.arange(5) - 1}, r"trainlabels\.pth does not hold whole numbers from 0"),
-        ({"testfeat": torch.full((3, 8), torch.inf)}, r"testfeat\.pth holds numbers that are not finite"),
-        ({"trainfeat": torch.full((5, 8), torch.nan)}, r"trainfeat\.pth holds numbers that are not finite"),
-        ({"testfeat": torch.zeros(0, 8), "testlabels": torch.zeros(0, dtype=torch.int64)}, r"testfeat\.pth is empty"),
+        (
+            {"trainlabels": torch.arange(5) - 1},
+            r"trainlabels\.pth does not hold whole numbers from 0",
+        ),
+        (
+            {"testfeat": torch.full((3, 8), torch.inf)},
+            r"testfeat\.pth holds numbers that are not finite",
+        ),
+        (
+            {"trainfeat": torch.full((5, 8), torch.nan)},
+            r"trainfeat\.pth holds numbers that are not finite",
+        ),
+        (
+            {"testfeat": torch.zeros(0, 8), "testlabels": torch.zeros(0, dtype=torch.int64)},
+            r"testfeat\.pth is empty",
+        ),
         ({"trainfeat": {"features": torch.zeros(5, 8)}}, r"trainfeat\.pth does not hold a tensor"),
         ({"trainlabels": torch.zeros(4)}, r"trainfeat\.pth has 5 rows and trainlabels\.pth 4"),
         ({"testfeat": torch.zeros(2, 8)}, r"testfeat\.pth has 2 rows and testlabels\.pth 3"),
@@ -945,7 +1088,7 @@ def test_a_missing_file_of_features_is_named(tmp_path, name):
 def test_files_that_do_not_hold_features_are_errors(tmp_path, changes, problem):
     config, _ = save_features(tmp_path, **changes)
     with pytest.raises(ValueError, match=problem):
-        FromFiles(config)
+        FileFeatures(config)
 
 
 class Code:
@@ -956,12 +1099,14 @@ class Code:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))]
+)
 def test_files_of_features_that_hold_code_are_refused(tmp_path, save):
     config, _ = save_features(tmp_path)
     save(Code(tmp_path / "executed"), tmp_path / "trainfeat.pth")
     with pytest.raises(ValueError, match=r"trainfeat\.pth is not a tensor file"):
-        FromFiles(config)
+        FileFeatures(config)
     assert not (tmp_path / "executed").exists()
 
 
@@ -969,12 +1114,12 @@ def test_a_truncated_file_of_features_is_an_error(tmp_path):
     config, _ = save_features(tmp_path)
     truncate(tmp_path / "testfeat.pth")
     with pytest.raises(ValueError, match=r"testfeat\.pth is not a tensor file"):
-        FromFiles(config)
+        FileFeatures(config)
 
 
 def test_the_key_of_files_changes_with_them(tmp_path):
     config, _ = save_features(tmp_path)
-    key = FromFiles(config).key
-    assert FromFiles(config).key == key
+    key = FileFeatures(config).key
+    assert FileFeatures(config).key == key
     touch(tmp_path / "trainfeat.pth")
-    assert FromFiles(config).key != key
+    assert FileFeatures(config).key != key

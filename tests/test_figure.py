@@ -12,9 +12,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from dino_xcit import config
-from dino_xcit.config import AttentionConfig
-from dino_xcit.figure import (
+from dino_xcit.config import pretrain
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.figures.drawing import (
     BAR_INCHES,
     GAP,
     HEAD_COLOURS,
@@ -42,9 +42,21 @@ from dino_xcit.figure import (
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
 SIGHT = {
     "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.01182, 0.04294, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.3039],
+    ],
 }
 GREY = (0.299, 0.587, 0.114)
 
@@ -84,10 +96,16 @@ def cielab(colours, sight):
     """sRGB in [0, 1] (n, 3) -> CIELAB (D65), as an eye of this sight has it."""
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     seen = (linear @ np.array(SIGHT[sight]).T).clip(0, 1)
-    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    to_xyz = [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.072175],
+        [0.0193339, 0.119192, 0.9503041],
+    ]
     xyz = seen @ np.array(to_xyz).T / [0.95047, 1, 1.08883]
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    return np.stack(
+        [116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1
+    )
 
 
 @pytest.mark.parametrize("sight", SIGHT)
@@ -95,7 +113,10 @@ def cielab(colours, sight):
 def test_colours_of_heads_are_told_apart_with_any_sight(heads, distance, sight):
     lab = cielab(head_colours(heads), sight)
     for one, other in itertools.combinations(range(heads), 2):
-        assert np.linalg.norm(lab[one] - lab[other]) >= distance, (HEAD_COLOURS[one], HEAD_COLOURS[other])
+        assert np.linalg.norm(lab[one] - lab[other]) >= distance, (
+            HEAD_COLOURS[one],
+            HEAD_COLOURS[other],
+        )
 
 
 def test_beyond_sixteen_heads_colours_repeat():
@@ -109,14 +130,17 @@ def test_beyond_sixteen_heads_colours_repeat():
 # -- images to draw over -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(1, (0, 0, 0)), (2, (0, 0, 0)), (3, (0, 1, 2)), (4, (0, 1, 2))])
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(1, (0, 0, 0)), (2, (0, 0, 0)), (3, (0, 1, 2)), (4, (0, 1, 2))]
+)
 def test_any_number_of_channels_becomes_rgb(channels, expected):
     image = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
     np.testing.assert_array_equal(rgb(image), np.stack([image[..., i] for i in expected], axis=-1))
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "times"), [(32, 20, 8), (3, 100, 3), (256, 10, 1), (255, 10, 2), (128, 128, 2), (129, 1, 2)]
+    ("height", "width", "times"),
+    [(32, 20, 8), (3, 100, 3), (256, 10, 1), (255, 10, 2), (128, 128, 2), (129, 1, 2)],
 )
 def test_small_images_are_magnified_until_the_long_side_has_256_pixels(height, width, times):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -124,7 +148,10 @@ def test_small_images_are_magnified_until_the_long_side_has_256_pixels(height, w
     assert patch == 4 * times
     assert pixels.shape == (height * times, width * times, 3)
     for y, x in [(0, 0), (height * times - 1, width * times - 1), (height * times // 2, times)]:
-        np.testing.assert_allclose(pixels[y, min(x, width * times - 1)], image[y // times, min(x // times, width - 1)] / 255)
+        np.testing.assert_allclose(
+            pixels[y, min(x, width * times - 1)],
+            image[y // times, min(x // times, width - 1)] / 255,
+        )
 
 
 @pytest.mark.parametrize(
@@ -166,9 +193,9 @@ def test_nearest_repeats_each_patch_exactly(patch):
 def test_patches_beyond_the_image_are_cut(interpolation):
     maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
     whole = spread(maps, 24, 32, 8, interpolation)
-    cut = spread(maps, 19, 26, 8, interpolation)
-    assert cut.shape == (2, 19, 26)
-    np.testing.assert_array_equal(cut, whole[:, :19, :26])
+    crop_boxes = spread(maps, 19, 26, 8, interpolation)
+    assert crop_boxes.shape == (2, 19, 26)
+    np.testing.assert_array_equal(crop_boxes, whole[:, :19, :26])
 
 
 def keys_kernel(t):
@@ -192,7 +219,9 @@ def naive_bicubic(one_map, patch):
 
 
 def test_bicubic_is_cubic_convolution_and_never_leaves_the_range_of_the_map():
-    one_map = np.random.default_rng(0).random((4, 5)).astype(np.float32) ** 6  # sharp: the cubic overshoots
+    one_map = (
+        np.random.default_rng(0).random((4, 5)).astype(np.float32) ** 6
+    )  # sharp: the cubic overshoots
     values = spread(one_map, 16, 20, 4, "bicubic")
     np.testing.assert_allclose(values, naive_bicubic(one_map, 4), atol=1e-5)
     assert values.min() == one_map.min()
@@ -219,11 +248,15 @@ def test_maps_may_have_any_strides():
 @pytest.mark.parametrize("colormap", ["inferno", "viridis", "gray"])
 def test_heat_is_matplotlibs_colormap_between_the_limits(colormap):
     values = np.random.default_rng(0).random((5, 6)) * 4 - 1
-    expected = matplotlib.colormaps[colormap](matplotlib.colors.Normalize(0, 2, clip=True)(values).filled())[..., :3]
+    expected = matplotlib.colormaps[colormap](
+        matplotlib.colors.Normalize(0, 2, clip=True)(values).filled()
+    )[..., :3]
     found = heat(values, 0, 2, colormap)
     assert found.shape == (5, 6, 3)
     np.testing.assert_allclose(found, expected)
-    np.testing.assert_array_equal(heat(np.array([0.0, 2.0]), 0, 2, colormap), heat(np.array([-9.0, 9.0]), 0, 2, colormap))
+    np.testing.assert_array_equal(
+        heat(np.array([0.0, 2.0]), 0, 2, colormap), heat(np.array([-9.0, 9.0]), 0, 2, colormap)
+    )
 
 
 def test_heat_of_a_flat_map_is_one_colour():
@@ -241,7 +274,9 @@ def test_overlay_and_cut_out_pixel_by_pixel():
     mask = np.random.default_rng(2).random((4, 5)) < 0.5
     over, kept = overlay(image, colours), cut_out(image, mask)
     for y, x in np.ndindex(4, 5):
-        np.testing.assert_allclose(over[y, x], 0.4 * grey_of(image[y, x]) + 0.6 * colours[y, x], rtol=1e-5)
+        np.testing.assert_allclose(
+            over[y, x], 0.4 * grey_of(image[y, x]) + 0.6 * colours[y, x], rtol=1e-5
+        )
         expected = image[y, x] if mask[y, x] else 3 * [0.25 * grey_of(image[y, x])]
         np.testing.assert_allclose(kept[y, x], expected, rtol=1e-5)
 
@@ -253,11 +288,17 @@ def test_composite_pixel_by_pixel():
     found = composite(image, values, limits)
     seen = set()
     for y, x in np.ndindex(4, 5):
-        places = [min(max((values[h, y, x] - low) / (high - low), 0), 1) for h, (low, high) in enumerate(limits)]
+        places = [
+            min(max((values[h, y, x] - low) / (high - low), 0), 1)
+            for h, (low, high) in enumerate(limits)
+        ]
         strongest = max(range(3), key=lambda h: places[h])
         seen.add(strongest)
         colour = matplotlib.colors.to_rgb(HEAD_COLOURS[strongest])
-        expected = [0.6 * (1 - places[strongest]) * grey_of(image[y, x]) + places[strongest] * part for part in colour]
+        expected = [
+            0.6 * (1 - places[strongest]) * grey_of(image[y, x]) + places[strongest] * part
+            for part in colour
+        ]
         np.testing.assert_allclose(found[y, x], expected, rtol=1e-4, atol=1e-6)
     assert len(seen) > 1
 
@@ -266,7 +307,9 @@ def test_a_head_that_looks_everywhere_alike_has_no_part_in_the_composite():
     image = picture(0, 2, 2)
     values = np.stack([np.full((2, 2), 0.25, np.float32), np.array([[0, 1], [0, 1]], np.float32)])
     found = composite(image, values, [(0.25, 0.25), (0, 1)])
-    np.testing.assert_allclose(found[:, 1], [matplotlib.colors.to_rgb(HEAD_COLOURS[1])] * 2, atol=1e-6)
+    np.testing.assert_allclose(
+        found[:, 1], [matplotlib.colors.to_rgb(HEAD_COLOURS[1])] * 2, atol=1e-6
+    )
     np.testing.assert_allclose(found[0, 0], 3 * [0.6 * grey_of(image[0, 0])], rtol=1e-5)
 
 
@@ -276,7 +319,11 @@ def test_cells_round_to_the_nearest_of_256_and_never_wrap_around():
     assert one.picture.dtype == np.uint8
     assert (one.title, one.note) == ("title", "note")
     white, most = np.ones((1, 1, 3), np.float32), np.ones((1, 1), np.float32)
-    for brightest in (overlay(white, white), composite(white, most[None], [(0, 1)]), cut_out(white, most > 0)):
+    for brightest in (
+        overlay(white, white),
+        composite(white, most[None], [(0, 1)]),
+        cut_out(white, most > 0),
+    ):
         assert cell(brightest).picture.max() == 255
 
 
@@ -284,7 +331,8 @@ def test_cells_round_to_the_nearest_of_256_and_never_wrap_around():
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("1", 1.0), ("20", 20.0)]
+    ("asked", "expected"),
+    [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("1", 1.0), ("20", 20.0)],
 )
 def test_a_width_is_a_venue_or_inches(asked, expected):
     assert inches(asked) == expected
@@ -292,20 +340,26 @@ def test_a_width_is_a_venue_or_inches(asked, expected):
 
 @pytest.mark.parametrize("asked", ["0.99", "20.1", "-3", "nan", "inf", "nips", "", "3in"])
 def test_other_widths_are_refused_with_every_name(asked):
-    with pytest.raises(ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")) as refusal:
+    with pytest.raises(
+        ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")
+    ) as refusal:
         inches(asked)
     for name, value in WIDTHS.items():
         assert f"{name} ({value:g})" in str(refusal.value)
 
 
 def test_the_help_names_the_venues_that_there_are():
-    source = Path(config.__file__).read_text()
+    source = Path(pretrain.__file__).read_text()
     (described,) = re.findall(r'\n    width: str = "\w+"\n    """(.*?)"""', source, re.DOTALL)
     whole, columns = " ".join(described.split()).split("one column:")
     named = re.findall(r"[a-z]+", whole.split("wide:")[1]) + re.findall(r"[a-z]+-column", columns)
     assert sorted(named) == sorted(WIDTHS)
     assert inches(AttentionConfig().width) == WIDTHS["neurips"]
-    assert all(WIDTHS[name] < WIDTHS[name.removesuffix("-column")] / 2 for name in WIDTHS if name.endswith("-column"))
+    assert all(
+        WIDTHS[name] < WIDTHS[name.removesuffix("-column")] / 2
+        for name in WIDTHS
+        if name.endswith("-column")
+    )
 
 
 # -- sheets ------------------------------------------------------------------------------------------------------------
@@ -331,7 +385,10 @@ def test_pictures_fill_the_page_but_for_the_gaps(tmp_path):
     found = np.zeros(seen.shape[:2], bool)
     for row, column in np.ndindex(rows, columns):
         top, left = row * (cell_height + GAP) * dpi, column * (cell_width + GAP) * dpi
-        box = [round(v) for v in (top + 1, top + cell_height * dpi - 1, left + 1, left + cell_width * dpi - 1)]
+        box = [
+            round(v)
+            for v in (top + 1, top + cell_height * dpi - 1, left + 1, left + cell_width * dpi - 1)
+        ]
         inside = seen[box[0] : box[1], box[2] : box[3]]
         assert (inside == greys[row, column]).all()
         found[max(0, box[0] - 2) : box[1] + 2, max(0, box[2] - 2) : box[3] + 2] = True
@@ -353,7 +410,9 @@ def test_pixels_of_a_picture_keep_their_places(tmp_path):
     """Upright, not mirrored, and not blurred."""
     corners = np.zeros((2, 2, 3))
     corners[0, 0], corners[0, 1], corners[1, 0] = (1, 0, 0), (0, 1, 0), (0, 0, 1)
-    seen = pixels_of(written(Sheet(name="sheet", rows=[[cell(corners)]]), tmp_path, width=1.0, dpi=100))
+    seen = pixels_of(
+        written(Sheet(name="sheet", rows=[[cell(corners)]]), tmp_path, width=1.0, dpi=100)
+    )
     assert seen.shape == (100, 100, 3)
     assert seen[10, 10].tolist() == seen[48, 48].tolist() == [255, 0, 0]
     assert seen[10, 90].tolist() == [0, 255, 0]
@@ -385,11 +444,16 @@ def texts_of(one, **options):
     with matplotlib.rc_context(STYLE):
         figure = draw(one, options.get("width", 5.5), options.get("titles", True))
         renderer = FigureCanvasAgg(figure).get_renderer()
-        return figure, [(text.get_text(), text.get_window_extent(renderer)) for text in figure.axes[0].texts]
+        return figure, [
+            (text.get_text(), text.get_window_extent(renderer)) for text in figure.axes[0].texts
+        ]
 
 
 def test_titles_stand_above_notes_and_only_where_there_are_any():
-    rows = [[plain_cell(0.2, "image"), plain_cell(0.3, "head 0", "1.23 nats")], [plain_cell(0.4), plain_cell(0.5)]]
+    rows = [
+        [plain_cell(0.2, "image"), plain_cell(0.3, "head 0", "1.23 nats")],
+        [plain_cell(0.4), plain_cell(0.5)],
+    ]
     _, texts = texts_of(Sheet(name="sheet", rows=rows))
     placed = {text: box for text, box in texts if text}
     assert set(placed) == {"image", "head 0", "1.23 nats"}
@@ -398,7 +462,9 @@ def test_titles_stand_above_notes_and_only_where_there_are_any():
     assert [text for text, _ in texts_of(Sheet(name="sheet", rows=rows), titles=False)[1]] == []
 
 
-@pytest.mark.parametrize("title", ["xcit_small_12_p8_224.fb_dist_in1k", "mmmmmmmmmmmmmmmmmm", "queries, head 11"])
+@pytest.mark.parametrize(
+    "title", ["xcit_small_12_p8_224.fb_dist_in1k", "mmmmmmmmmmmmmmmmmm", "queries, head 11"]
+)
 def test_titles_of_narrow_pictures_are_shortened_in_the_middle(title):
     figure, texts = texts_of(sheet(1, 8, title=title))
     for number, (text, box) in enumerate(texts):
@@ -448,7 +514,9 @@ def test_titles_are_no_formulas(tmp_path):
 def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_limits(tmp_path):
     dpi, width = 200, 3.0
     seen = pixels_of(written(sheet(2, 2, bar=BAR, height=20), tmp_path, width=width, dpi=dpi))
-    bar_width = BAR_INCHES + max(text_width(f"{value:.2g}") for value in np.linspace(BAR.low, BAR.high, 3))
+    bar_width = BAR_INCHES + max(
+        text_width(f"{value:.2g}") for value in np.linspace(BAR.low, BAR.high, 3)
+    )
     right = round((width - bar_width) * dpi)
     assert (seen[5:-5, right - 3] < 250).all(-1).mean() > 0.9  # the pictures end there
     assert (seen[:, right + 1 : right + 8] == 255).all()
@@ -456,7 +524,9 @@ def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_li
     high, low = (np.array(matplotlib.colormaps["viridis"](end)[:3]) * 255 for end in (1.0, 0.0))
     np.testing.assert_allclose(seen[3, x], high, atol=10)
     np.testing.assert_allclose(seen[-3, x], low, atol=10)
-    np.testing.assert_allclose(seen[len(seen) // 2, x], np.array(matplotlib.colormaps["viridis"](0.5)[:3]) * 255, atol=8)
+    np.testing.assert_allclose(
+        seen[len(seen) // 2, x], np.array(matplotlib.colormaps["viridis"](0.5)[:3]) * 255, atol=8
+    )
 
 
 def test_numbers_of_a_colour_bar_are_inside_the_page_and_beside_its_label():
@@ -485,12 +555,16 @@ def test_numbers_of_a_colour_bar_are_inside_the_page_and_beside_its_label():
 
 
 def test_a_pdf_is_as_wide_as_asked_and_has_its_fonts_in_it(tmp_path):
-    data = written(sheet(note="note", bar=BAR), tmp_path, "pdf", width=5.5, titles=True).read_bytes()
+    data = written(
+        sheet(note="note", bar=BAR), tmp_path, "pdf", width=5.5, titles=True
+    ).read_bytes()
     (box,) = re.findall(rb"/MediaBox \[ ?([^\]]*?) ?\]", data)
     left, bottom, right, top = (float(number) for number in box.split())
     assert (left, bottom) == (0, 0)
     assert right == pytest.approx(5.5 * 72)
-    pictures = pixels_of(written(sheet(note="note", bar=BAR), tmp_path, "png", width=5.5, titles=True))
+    pictures = pixels_of(
+        written(sheet(note="note", bar=BAR), tmp_path, "png", width=5.5, titles=True)
+    )
     assert top / right == pytest.approx(pictures.shape[0] / pictures.shape[1], rel=0.01)
     (font,) = set(re.findall(rb"/FontFile2 (\d+) 0 R", data))
     start = data.index(b"\n" + font + b" 0 obj")
@@ -506,7 +580,10 @@ def test_an_svg_asks_for_no_font_and_for_nothing_elsewhere(tmp_path):
     assert "<text" not in text
     assert "font-family" not in text
     assert len(re.findall(r"<image", text)) == 7
-    assert all(target.startswith(("#", "data:image/png;base64,")) for target in re.findall(r'href="([^"]*)"', text))
+    assert all(
+        target.startswith(("#", "data:image/png;base64,"))
+        for target in re.findall(r'href="([^"]*)"', text)
+    )
     assert "@import" not in text
     assert f'width="{5.5 * 72:g}pt"' in text
 
@@ -515,12 +592,19 @@ def test_an_svg_asks_for_no_font_and_for_nothing_elsewhere(tmp_path):
 def test_the_same_sheet_is_the_same_file(kind, tmp_path):
     one = sheet(1, 2, note="note", bar=BAR)
     (tmp_path / "again").mkdir()
-    files = [written(one, folder, kind, titles=True).read_bytes() for folder in (tmp_path, tmp_path / "again")]
+    files = [
+        written(one, folder, kind, titles=True).read_bytes()
+        for folder in (tmp_path, tmp_path / "again")
+    ]
     assert files[0] == files[1]
 
 
 def test_numbers_are_kept_beside_the_figure_and_load_without_pickle(tmp_path):
-    data = {"map": np.arange(6.0).reshape(2, 3), "names": np.array(["ä", "b"]), "options": np.array("{}")}
+    data = {
+        "map": np.arange(6.0).reshape(2, 3),
+        "names": np.array(["ä", "b"]),
+        "options": np.array("{}"),
+    }
     one = Sheet(name="one", rows=sheet(1, 1).rows, data=data)
     paths = write(one, tmp_path, ["pdf", "png"], width=1, titles=True, dpi=50)
     assert [path.name for path in paths] == ["one.pdf", "one.png", "one.npz"]
@@ -534,7 +618,9 @@ def test_numbers_are_kept_beside_the_figure_and_load_without_pickle(tmp_path):
 
 
 def test_a_sheet_without_numbers_leaves_no_file_for_them(tmp_path):
-    assert [p.name for p in write(sheet(1, 1), tmp_path, ["png"], width=1, titles=True, dpi=50)] == ["sheet.png"]
+    assert [
+        p.name for p in write(sheet(1, 1), tmp_path, ["png"], width=1, titles=True, dpi=50)
+    ] == ["sheet.png"]
 
 
 def test_the_readers_matplotlib_settings_come_back(tmp_path):
@@ -574,6 +660,8 @@ def test_the_label_of_a_colour_bar_is_inside_a_low_sheet():
     with matplotlib.rc_context(STYLE):
         figure = draw(one, 5.5, True)
         renderer = FigureCanvasAgg(figure).get_renderer()
-        label = next(text for text in figure.texts if text.get_rotation() == 90).get_window_extent(renderer)
+        label = next(text for text in figure.texts if text.get_rotation() == 90).get_window_extent(
+            renderer
+        )
     assert label.y0 >= 0
     assert label.y1 <= figure.bbox.height

@@ -13,21 +13,35 @@ import timm
 import torch
 from timm.models.xcit import checkpoint_filter_fn
 
-from dino_xcit.dino import DINOHead
-from dino_xcit.formats import describe, read_checkpoint, to_official_names, to_our_names
-from dino_xcit.weights import PUBLISHED, load_backbone
-from dino_xcit.xcit import ARCHITECTURES, XCiT, timm_name
+from dino_xcit.model.architectures import ARCHITECTURES, timm_name
+from dino_xcit.model.dino import DINOHead
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.weights.formats import describe, read_checkpoint, to_official_names, to_our_names
+from dino_xcit.weights.load import PUBLISHED, load_backbone
 
-OF_TIMM = [f"{short}_p{patch}" for short in ARCHITECTURES for patch in (16, 8) if timm_name(f"{short}_p{patch}")]
+OF_TIMM = [
+    f"{short}_p{patch}"
+    for short in ARCHITECTURES
+    for patch in (16, 8)
+    if timm_name(f"{short}_p{patch}")
+]
 
 
 def formula_filled(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Of a network on any device: numbers that differ between tensors, rows and columns."""
     tensors = {}
     for number, (name, tensor) in enumerate(network.state_dict().items()):
-        values = torch.arange(tensor.numel(), dtype=torch.float32).mul_(0.011).add_(0.37 * number).sin_().mul_(0.05)
+        values = (
+            torch.arange(tensor.numel(), dtype=torch.float32)
+            .mul_(0.011)
+            .add_(0.37 * number)
+            .sin_()
+            .mul_(0.05)
+        )
         filled = values.reshape(tensor.shape) + (1 if "norm" in name or "var" in name else 0)
-        tensors[name] = filled if tensor.is_floating_point() else torch.zeros_like(tensor, device="cpu")
+        tensors[name] = (
+            filled if tensor.is_floating_point() else torch.zeros_like(tensor, device="cpu")
+        )
     return tensors
 
 
@@ -37,9 +51,13 @@ def official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if name.startswith("pos_embed."):
             renamed["pos_embeder." + name[len("pos_embed.") :]] = tensor
-        elif ".attn." in name and name.startswith("cls_attn_blocks") and name.split(".")[3] in "qkv":
+        elif (
+            ".attn." in name and name.startswith("cls_attn_blocks") and name.split(".")[3] in "qkv"
+        ):
             block, kind = name.split(".")[1], name.split(".")[4]
-            rows = [tensors[f"cls_attn_blocks.{block}.attn.{part}.{kind}"] for part in ("q", "k", "v")]
+            rows = [
+                tensors[f"cls_attn_blocks.{block}.attn.{part}.{kind}"] for part in ("q", "k", "v")
+            ]
             renamed[f"cls_attn_blocks.{block}.attn.qkv.{kind}"] = torch.cat(rows)
         else:
             renamed[name] = tensor
@@ -61,7 +79,13 @@ def test_official_names_become_timms_as_by_timms_own_conversion(arch):
     assert all(torch.equal(a, published[name]) for name, a in to_official_names(found).items())
     assert to_official_names(found).keys() == published.keys()
     about = describe(found)
-    assert about == {"arch": arch, "in_chans": 3, "xca": True, "lpi": True, "learned_temperature": True}
+    assert about == {
+        "arch": arch,
+        "in_chans": 3,
+        "xca": True,
+        "lpi": True,
+        "learned_temperature": True,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +124,9 @@ def whole(nano, head, **changes):
 
 
 def same(found, expected) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 FILES = {
@@ -111,9 +137,13 @@ FILES = {
         "model": {**official(nano), "head.weight": torch.zeros(9, 128), "head.bias": torch.zeros(9)}
     },
     "timm's names": lambda nano, head: nano,
-    "lightning of anyone": lambda nano, head: {"state_dict": {f"teacher.backbone.{k}": v for k, v in nano.items()}},
+    "lightning of anyone": lambda nano, head: {
+        "state_dict": {f"teacher.backbone.{k}": v for k, v in nano.items()}
+    },
     "compiled": lambda nano, head: {f"_orig_mod.{k}": v for k, v in nano.items()},
-    "without counters": lambda nano, head: {k: v for k, v in official(nano).items() if "num_batches" not in k},
+    "without counters": lambda nano, head: {
+        k: v for k, v in official(nano).items() if "num_batches" not in k
+    },
 }
 
 
@@ -147,7 +177,10 @@ def test_checkpoint_key_names_the_network(nano, head, tmp_path):
     student = load_backbone(path, checkpoint_key="student").state_dict()
     assert torch.equal(student["cls_token"], 2 * nano["cls_token"])
     torch.save({"student": wrapped(nano, head), "epoch": 1}, path)
-    with pytest.raises(ValueError, match=r"full\.pth has no teacher, only the student; name it with --checkpoint_key"):
+    with pytest.raises(
+        ValueError,
+        match=r"full\.pth has no teacher, only the student; name it with --checkpoint_key",
+    ):
         load_backbone(path)
 
 
@@ -161,11 +194,15 @@ def test_channels_and_ablations_show_in_the_tensors(channels, tmp_path):
 
 
 def test_a_network_of_no_name_asks_for_arch(tmp_path):
-    tensors = {k: v for k, v in XCiT("xcit_n12_p8").state_dict().items() if not k.startswith("blocks.11.")}
+    tensors = {
+        k: v for k, v in XCiT("xcit_n12_p8").state_dict().items() if not k.startswith("blocks.11.")
+    }
     torch.save(tensors, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no architecture known here; name one with --arch"):
         load_backbone(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"does not fit xcit_n12_p8: missing: blocks\.11\.\S+, .* and \d+ more"):
+    with pytest.raises(
+        ValueError, match=r"does not fit xcit_n12_p8: missing: blocks\.11\.\S+, .* and \d+ more"
+    ):
         load_backbone(tmp_path / "w.pth", arch="xcit_n12_p8")
 
 
@@ -177,7 +214,9 @@ def test_gaps_leftovers_and_shapes_are_listed(nano, tmp_path):
     with pytest.raises(ValueError, match=re.escape(told)):
         load_backbone(tmp_path / "w.pth")
     torch.save(nano, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"of another shape: cls_token \(1, 1, 128\), expected \(1, 1, 192\)"):
+    with pytest.raises(
+        ValueError, match=r"of another shape: cls_token \(1, 1, 128\), expected \(1, 1, 192\)"
+    ):
         load_backbone(tmp_path / "w.pth", arch="xcit_t12_p16")
 
 
@@ -260,8 +299,12 @@ def test_a_download_that_stops_short_leaves_nothing(nano, monkeypatch, tmp_path)
     monkeypatch.setitem(PUBLISHED, name, served.as_uri())
     from pathlib import Path
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: Path(path).write_bytes(b"123"))
-    with pytest.raises(ValueError, match=r"could not be fetched .3 bytes came of 5.; put file:.* at .*checkpoints"):
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, path: Path(path).write_bytes(b"123")
+    )
+    with pytest.raises(
+        ValueError, match=r"could not be fetched .3 bytes came of 5.; put file:.* at .*checkpoints"
+    ):
         load_backbone(name)
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
 
@@ -270,6 +313,8 @@ def test_without_a_network_a_published_name_says_where_to_put_the_file(monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     name = next(iter(PUBLISHED))
     monkeypatch.setitem(PUBLISHED, name, (tmp_path / "gone" / "served.pth").as_uri())
-    with pytest.raises(ValueError, match=r"could not be fetched .*; put .* at .*hub/checkpoints/served\.pth") as raised:
+    with pytest.raises(
+        ValueError, match=r"could not be fetched .*; put .* at .*hub/checkpoints/served\.pth"
+    ) as raised:
         load_backbone(name)
     assert "\n" not in str(raised.value)

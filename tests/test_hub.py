@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.weights import PUBLISHED, save_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.weights.load import PUBLISHED, save_backbone
 
 CLONE = str(Path(__file__).parent.parent)
 
@@ -21,8 +21,16 @@ def load(name, **options):
 
 def test_each_backbone_has_its_official_name():
     entries = runpy.run_path(f"{CLONE}/hubconf.py")
-    names = {name for name, entry in entries.items() if callable(entry) and not name.startswith("_")}
-    assert {"xcit_small_12_p16", "xcit_nano_12_p8", "xcit_large_24_p16", "xcit_pico_2_p4", *PUBLISHED} <= names
+    names = {
+        name for name, entry in entries.items() if callable(entry) and not name.startswith("_")
+    }
+    assert {
+        "xcit_small_12_p16",
+        "xcit_nano_12_p8",
+        "xcit_large_24_p16",
+        "xcit_pico_2_p4",
+        *PUBLISHED,
+    } <= names
     assert len(names) == 8 * 3 + len(PUBLISHED)
 
 

@@ -29,7 +29,11 @@ def imported_rooms(room: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse((FOLDER / f"{room}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dino_xcit"):
-            found |= {node.module.removeprefix("dino_xcit.")} if node.module != "dino_xcit" else {a.name for a in node.names}
+            found |= (
+                {node.module.removeprefix("dino_xcit.")}
+                if node.module != "dino_xcit"
+                else {a.name for a in node.names}
+            )
     return found - {"__version__"}
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from dino_xcit.formats import to_official_names
-from dino_xcit.module import DINOModule
-from dino_xcit.pretrain import pretrain
-from dino_xcit.schedules import Schedules
-from dino_xcit.weights import LAST, TEACHER, start_from
+from dino_xcit.run_folder import LAST, TEACHER
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.train.schedules import Schedules
+from dino_xcit.weights.formats import to_official_names
+from dino_xcit.weights.load import start_from
 
 
 @pytest.fixture
@@ -36,7 +37,11 @@ def same(one, other) -> bool:
 
 def of(path, prefix):
     state = torch.load(path, weights_only=True)["state_dict"]
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
 
 
 def test_our_own_checkpoint_gives_both_networks_heads_and_center(quiet, module):
@@ -49,12 +54,18 @@ def test_our_own_checkpoint_gives_both_networks_heads_and_center(quiet, module):
     assert not same(module.student.backbone.state_dict(), module.teacher.backbone.state_dict())
     assert torch.equal(module.loss.center, of(last, "loss.")["center"])
     assert module.loss.center.abs().max() > 0
-    assert told.endswith("backbone, the student's head, the teacher's head, center; anew: optimizer, schedules")
+    assert told.endswith(
+        "backbone, the student's head, the teacher's head, center; anew: optimizer, schedules"
+    )
 
 
 def official_file(last, path, **changes):
     """As main_dino.py saves a run."""
-    content = {"epoch": 1, "dino_loss": {"center": of(last, "loss.")["center"]}, "optimizer": {"state": {}}}
+    content = {
+        "epoch": 1,
+        "dino_loss": {"center": of(last, "loss.")["center"]},
+        "optimizer": {"state": {}},
+    }
     for name, wrapper in (("student", "module."), ("teacher", "")):
         backbone = to_official_names(of(last, f"{name}.backbone."))
         content[name] = {f"{wrapper}backbone.{k}": v for k, v in backbone.items()}
@@ -81,7 +92,9 @@ def test_a_file_of_one_network_serves_both_and_says_what_begins_anew(quiet, modu
     assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
     assert same(module.teacher.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
     assert same(module.student.head.state_dict(), before)
-    assert told.endswith(": backbone; anew: the student's head, the teacher's head, center, optimizer, schedules")
+    assert told.endswith(
+        ": backbone; anew: the student's head, the teacher's head, center, optimizer, schedules"
+    )
     official_file(folder / LAST, tmp_path / "one.pth", student=None)
     start(tmp_path / "one.pth", module)
     assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
@@ -94,7 +107,9 @@ def test_heads_of_other_shapes_begin_anew(quiet, module):
 
 def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
     first = pretrain(quiet).folder
-    config = dataclasses.replace(quiet, init_weights=str(first), output_dir=str(tmp_path / "second"), lr=0.0, min_lr=0.0)
+    config = dataclasses.replace(
+        quiet, init_weights=str(first), output_dir=str(tmp_path / "second"), lr=0.0, min_lr=0.0
+    )
     folder = pretrain(config).folder
     assert "starting from" in capsys.readouterr().err
     before, after = (of(path / LAST, "teacher.backbone.") for path in (first, folder))
@@ -111,13 +126,21 @@ def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
             {"arch": "xcit_pico2_p8"},
             "does not fit --arch xcit_pico2_p8: missing|does not fit --arch xcit_pico2_p8: left over",
         ),
-        ({"in_chans": 1, "mean": (0.5,), "std": (0.5,)}, "does not fit --arch .*of another shape: patch_embed"),
-        ({"init_weights": "gone.pth"}, "--init_weights gone.pth does not exist; expected a run folder"),
+        (
+            {"in_chans": 1, "mean": (0.5,), "std": (0.5,)},
+            "does not fit --arch .*of another shape: patch_embed",
+        ),
+        (
+            {"init_weights": "gone.pth"},
+            "--init_weights gone.pth does not exist; expected a run folder",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(quiet, tmp_path, changes, told):
     first = pretrain(quiet).folder
-    config = dataclasses.replace(quiet, init_weights=str(first), output_dir=str(tmp_path / "second"))
+    config = dataclasses.replace(
+        quiet, init_weights=str(first), output_dir=str(tmp_path / "second")
+    )
     with pytest.raises(ValueError, match=told):
         pretrain(dataclasses.replace(config, **changes))
     assert not (tmp_path / "second" / "checkpoints").exists()

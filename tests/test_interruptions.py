@@ -16,11 +16,13 @@ import pytest
 import torch
 from conftest import TINY, as_flags
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.module import DINOModule
-from dino_xcit.pretrain import pretrain
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.pretrain import pretrain
 
-LONG = dataclasses.replace(TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3)  # 24 steps, 12 an epoch
+LONG = dataclasses.replace(
+    TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3
+)  # 24 steps, 12 an epoch
 
 
 def start(config: PretrainConfig, **environment: str) -> subprocess.Popen[str]:
@@ -38,7 +40,10 @@ def rows(config: PretrainConfig) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k != "images_per_second"}
+            for row in csv.DictReader(file)
+        ]
 
 
 def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
@@ -50,13 +55,20 @@ def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[s
 
 
 def state(config: PretrainConfig) -> dict[str, torch.Tensor]:
-    return torch.load(Path(config.output_dir) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(Path(config.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
 
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (2, 0)])
-def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, accumulate, workers):
+def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(
+    tmp_path, accumulate, workers
+):
     config = dataclasses.replace(
-        LONG, output_dir=str(tmp_path / "whole"), batch_size_per_gpu=8 // accumulate, accumulate_grad_batches=accumulate
+        LONG,
+        output_dir=str(tmp_path / "whole"),
+        batch_size_per_gpu=8 // accumulate,
+        accumulate_grad_batches=accumulate,
     )
     pretrain(config)
     killed = dataclasses.replace(config, output_dir=str(tmp_path / "killed"), num_workers=workers)
@@ -100,14 +112,19 @@ def test_ctrl_c_is_the_callers_again_after_a_run_even_one_that_failed(tmp_path, 
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None)
+    config = dataclasses.replace(
+        LONG, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None
+    )
     process = start(config)
     wait_for_step(config, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     step = len(rows(config))
-    assert f"stopped at step {step} of 24, saved; go on with: dino-xcit pretrain --config {tmp_path}/run/config.yaml" in err
+    assert (
+        f"stopped at step {step} of 24, saved; go on with: dino-xcit pretrain --config {tmp_path}/run/config.yaml"
+        in err
+    )
     assert "Traceback" not in err
     again = start(config)
     _, err = again.communicate(timeout=120)

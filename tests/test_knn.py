@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from dino_xcit import knn
-from dino_xcit.config import KnnConfig
-from dino_xcit.features import Split
-from dino_xcit.knn import knn_classify, nearest, top1, vote
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.evaluate import knn
+from dino_xcit.evaluate.features import Split
+from dino_xcit.evaluate.knn import knn_classify, nearest, top1, vote
 
 CPU = torch.device("cpu")
-BLOCKS = [(512, 16384, 65536), (1, 1, 1), (3, 6, 7), (2, 3, 4), (4, 5, 100)]  # of test rows, of a pass, of training rows
+BLOCKS = [
+    (512, 16384, 65536),
+    (1, 1, 1),
+    (3, 6, 7),
+    (2, 3, 4),
+    (4, 5, 100),
+]  # of test rows, of a pass, of training rows
 
 
 def problem(classes, train=60, test=13, dim=8, seed=0):
@@ -22,7 +28,9 @@ def problem(classes, train=60, test=13, dim=8, seed=0):
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, train - classes)])
     features = rng.normal(size=(classes, dim))[labels] + 1.5 * rng.normal(size=(train, dim))
     arrays = features, labels, rng.normal(size=(test, dim))
-    return tuple(torch.from_numpy(a).float() if a.dtype == float else torch.from_numpy(a) for a in arrays)
+    return tuple(
+        torch.from_numpy(a).float() if a.dtype == float else torch.from_numpy(a) for a in arrays
+    )
 
 
 def naive_votes(train, labels, test, k, temperature):
@@ -65,7 +73,9 @@ def test_length_of_features_does_not_matter():
 def test_tied_classes_share_the_first_places():
     train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     labels = torch.tensor([3, 1, 0, 2])
-    ranked = knn_classify(train, labels, torch.tensor([[2.0, 0.1]]), nb_knn=(3,), temperature=0.1)[3]
+    ranked = knn_classify(train, labels, torch.tensor([[2.0, 0.1]]), nb_knn=(3,), temperature=0.1)[
+        3
+    ]
     assert ranked[0].tolist() == [1, 3, 0, -1, -1]
 
 
@@ -73,8 +83,12 @@ def test_one_near_neighbour_outvotes_two_distant_ones_by_hand():
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])  # similarities 1, 0.6, 0.6
     labels, test = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
     # e^(1 / 0.1) > 2 e^(0.6 / 0.1), but e^(1 / 1) < 2 e^(0.6 / 1)
-    assert knn_classify(train, labels, test, nb_knn=(3,), temperature=0.1)[3][:, :2].tolist() == [[0, 1]]
-    assert knn_classify(train, labels, test, nb_knn=(3,), temperature=1.0)[3][:, :2].tolist() == [[1, 0]]
+    assert knn_classify(train, labels, test, nb_knn=(3,), temperature=0.1)[3][:, :2].tolist() == [
+        [0, 1]
+    ]
+    assert knn_classify(train, labels, test, nb_knn=(3,), temperature=1.0)[3][:, :2].tolist() == [
+        [1, 0]
+    ]
 
 
 def test_three_test_images_and_one_class():
@@ -99,11 +113,16 @@ def test_first_class_and_accuracy_are_scikit_learns(k):
     train, labels, test = problem(7, train=1500, test=300)
     truth = torch.arange(300) % 7
     reference = neighbors.KNeighborsClassifier(
-        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        k,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
     ).fit(train.numpy(), labels.numpy())
     predictions = knn_classify(train, labels, test, nb_knn=(k,))[k]
     assert predictions[:, 0].tolist() == reference.predict(test.numpy()).tolist()
-    assert top1(predictions, truth) == pytest.approx(100 * reference.score(test.numpy(), truth.numpy()), rel=1e-6)
+    assert top1(predictions, truth) == pytest.approx(
+        100 * reference.score(test.numpy(), truth.numpy()), rel=1e-6
+    )
 
 
 # -- exactly the same neighbours and ranks, ties included --------------------------------------------------------------
@@ -119,7 +138,11 @@ def exact_problem(seed, train, test, dim=16, distinct=9, classes=6):
         row[places] = rng.choice([-1, 1], len(places))
     features = pool[rng.integers(0, distinct, train + test)]
     labels = rng.permutation(50)[:classes][rng.integers(0, classes, train)]
-    return torch.from_numpy(features[:train]), torch.from_numpy(labels), torch.from_numpy(features[train:])
+    return (
+        torch.from_numpy(features[:train]),
+        torch.from_numpy(labels),
+        torch.from_numpy(features[train:]),
+    )
 
 
 def naive_similarity(train, test):
@@ -141,7 +164,9 @@ def naive_ranking(train, labels, test, k, temperature):
     for of_row in naive_similarity(train, test):
         votes = {}
         for neighbour in naive_neighbours(of_row, k):
-            votes.setdefault(int(labels[neighbour]), []).append(math.exp(of_row[neighbour] / temperature))
+            votes.setdefault(int(labels[neighbour]), []).append(
+                math.exp(of_row[neighbour] / temperature)
+            )
         classes = sorted(votes, key=lambda c: (-math.fsum(votes[c]), c))[:5]
         ranked.append(classes + [-1] * (5 - len(classes)))
     return ranked
@@ -157,9 +182,13 @@ def set_blocks(monkeypatch, blocks):
 def test_every_k_ranks_as_the_naive_vote_with_ties(monkeypatch, dim, blocks):
     set_blocks(monkeypatch, blocks)
     for seed in range(6):
-        train, labels, test = exact_problem(seed, train=3 + 5 * seed, test=(1, 3, 7)[seed % 3], dim=dim)
+        train, labels, test = exact_problem(
+            seed, train=3 + 5 * seed, test=(1, 3, 7)[seed % 3], dim=dim
+        )
         every_k = tuple(range(1, len(train) + 1))
-        for k, predictions in knn_classify(train, labels, test, nb_knn=every_k, temperature=0.3).items():
+        for k, predictions in knn_classify(
+            train, labels, test, nb_knn=every_k, temperature=0.3
+        ).items():
             assert predictions.dtype == torch.int64
             assert predictions.tolist() == naive_ranking(train, labels, test, k, 0.3), (seed, k)
 
@@ -173,7 +202,9 @@ def test_neighbours_are_the_naive_ones_with_ties(monkeypatch, k, blocks):
         similarity, index = nearest(train, test, k, CPU)
         expected = naive_similarity(train, test)
         assert index.tolist() == [naive_neighbours(of_row, k) for of_row in expected]
-        assert torch.equal(similarity.double(), torch.from_numpy(np.take_along_axis(expected, index.numpy(), 1)))
+        assert torch.equal(
+            similarity.double(), torch.from_numpy(np.take_along_axis(expected, index.numpy(), 1))
+        )
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -185,21 +216,36 @@ def test_neighbours_that_are_all_opposite(monkeypatch, blocks):
     labels, test = torch.arange(20) % 7, -torch.ones(3, 16)
     similarity, index = nearest(train, test, 20, CPU)
     assert similarity.max() == -0.5
-    assert index[0].tolist() == [row for flipped in (4, 3, 2, 1, 0) for row in range(flipped, 20, 5)]
-    assert knn_classify(train, labels, test, nb_knn=(9,))[9].tolist() == naive_ranking(train, labels, test, 9, 0.07)
+    assert index[0].tolist() == [
+        row for flipped in (4, 3, 2, 1, 0) for row in range(flipped, 20, 5)
+    ]
+    assert knn_classify(train, labels, test, nb_knn=(9,))[9].tolist() == naive_ranking(
+        train, labels, test, 9, 0.07
+    )
 
 
 def test_zero_vectors_are_similar_to_nothing():
-    train, labels, test = torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.arange(4), torch.zeros(2, 2)
+    train, labels, test = (
+        torch.tensor([[0.0, -1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
+        torch.arange(4),
+        torch.zeros(2, 2),
+    )
     test[1, 1] = -2
     similarity, index = nearest(train, test, 4, CPU)
     assert similarity.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
     assert index.tolist() == [[0, 1, 2, 3], [0, 1, 3, 2]]
-    assert knn_classify(train, labels, test, nb_knn=(4,))[4].tolist() == [[0, 1, 2, 3, -1], [0, 1, 3, 2, -1]]
+    assert knn_classify(train, labels, test, nb_knn=(4,))[4].tolist() == [
+        [0, 1, 2, 3, -1],
+        [0, 1, 3, 2, -1],
+    ]
 
 
 def test_zeros_of_either_sign_are_equally_similar():
-    train, labels, test = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]), torch.arange(4), torch.zeros(2, 1)
+    train, labels, test = (
+        torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]),
+        torch.arange(4),
+        torch.zeros(2, 1),
+    )
     assert nearest(train, test, 4, CPU)[1].tolist() == 2 * [[0, 1, 2, 3]]  # 0 times -1 is -0
     assert knn_classify(train, labels, test, nb_knn=(1,))[1][:, 0].tolist() == [0, 0]
 
@@ -210,7 +256,9 @@ def as_memory_map(features, path):
     return torch.from_numpy(held)
 
 
-@pytest.mark.parametrize("kept", ["float16", "bfloat16", "float64", "parts", "memory map", "every other row"])
+@pytest.mark.parametrize(
+    "kept", ["float16", "bfloat16", "float64", "parts", "memory map", "every other row"]
+)
 def test_how_features_are_kept_changes_nothing(monkeypatch, tmp_path, kept):
     set_blocks(monkeypatch, (3, 6, 7))
     train, labels, test = exact_problem(1, train=25, test=8)
@@ -239,12 +287,16 @@ def test_votes_do_not_depend_on_their_order(seed):
     rng = np.random.default_rng(seed)
     falling = -np.sort(-rng.uniform(0.2, 0.8, 10)).astype(np.float32)
     similarity = torch.from_numpy(np.r_[np.float32(0.9), falling.repeat(3)])
-    label = torch.from_numpy(np.r_[2, rng.permuted(np.tile([4, 5, 6], (10, 1)), axis=1).ravel()])  # the same votes for three
+    label = torch.from_numpy(
+        np.r_[2, rng.permuted(np.tile([4, 5, 6], (10, 1)), axis=1).ravel()]
+    )  # the same votes for three
     assert vote(similarity[None], label[None], 1.0).tolist() == [[4, 5, 6, 2, -1]]
 
 
 def test_a_class_without_any_vote_worth_counting_still_has_its_rank():
-    ranked = vote(torch.tensor([[1.0, -1.0]]), torch.tensor([[4, 2]]), 0.001)  # e^-2000 of the first
+    ranked = vote(
+        torch.tensor([[1.0, -1.0]]), torch.tensor([[4, 2]]), 0.001
+    )  # e^-2000 of the first
     assert ranked.tolist() == [[4, 2, -1, -1, -1]]
 
 
@@ -270,16 +322,25 @@ def test_labels_may_be_any_number():
 def test_processes_share_the_test_images(monkeypatch, processes):
     set_blocks(monkeypatch, (2, 4, 7))
     train, labels, test = exact_problem(2, train=25, test=15)
-    splits = {"train": Split(train[:, None], labels), "validation": Split(test[:, None], torch.zeros(15))}
+    splits = {
+        "train": Split(train[:, None], labels),
+        "validation": Split(test[:, None], torch.zeros(15)),
+    }
     subject = SimpleNamespace(name="subject", split=splits.__getitem__)
     config = KnnConfig(weights="x", nb_knn=(9, 4))
 
     def of_process(rank):
         fabric = SimpleNamespace(
-            world_size=processes, global_rank=rank, is_global_zero=False, device=CPU, all_reduce=lambda t, reduce_op: t
+            world_size=processes,
+            global_rank=rank,
+            is_global_zero=False,
+            device=CPU,
+            all_reduce=lambda t, reduce_op: t,
         )
         return knn._ranked(config, subject, slice(0, 1), fabric)
 
     shares = [of_process(rank) for rank in range(processes)]
     for k in (9, 4):
-        assert sum(share[k] for share in shares).tolist() == naive_ranking(train, labels, test, k, 0.07)
+        assert sum(share[k] for share in shares).tolist() == naive_ranking(
+            train, labels, test, k, 0.07
+        )

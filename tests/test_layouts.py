@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dino_xcit import layouts
-from dino_xcit.attention import mass_mask, pca_colours
-from dino_xcit.config import AttentionConfig
-from dino_xcit.figure import HEAD_COLOURS, WIDTHS, write
-from dino_xcit.layouts import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet
-from dino_xcit.views import View
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.figures import sheets as sheets_module
+from dino_xcit.figures.drawing import HEAD_COLOURS, WIDTHS, write
+from dino_xcit.figures.maps import mass_mask, pca_colours
+from dino_xcit.figures.model import AttentionResult
+from dino_xcit.figures.sheets import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet
 
 CONFIG = AttentionConfig(weights=("run",), clip=0.0)
 EVERY = {**OF_AN_IMAGE, **OF_IMAGES}
@@ -26,8 +26,13 @@ def view(seed=0, *, size=(40, 56), patch=8, heads=3, name="cat", channels=3, d=6
     rng = np.random.default_rng(seed)
     rows, columns = (-(-side // patch) for side in size)
     attention = rng.random((heads, rows, columns)) ** 3
-    attention = largest * attention / attention.sum((1, 2), keepdims=True) * rng.uniform(0.5, 1, (heads, 1, 1))
-    return View(
+    attention = (
+        largest
+        * attention
+        / attention.sum((1, 2), keepdims=True)
+        * rng.uniform(0.5, 1, (heads, 1, 1))
+    )
+    return AttentionResult(
         name=name,
         image=rng.integers(0, 256, (*size, channels), dtype=np.uint8),
         patch=patch,
@@ -53,9 +58,13 @@ def drawn_image(image):
 def drawn_map(one_map, image, patch, limits, colormap="inferno"):
     """A map from the numbers that a reader has, nearest interpolation: uint8."""
     pixels, times = drawn_image(image)
-    values = one_map.repeat(patch * times, 0).repeat(patch * times, 1)[: len(pixels), : pixels.shape[1]]
+    values = one_map.repeat(patch * times, 0).repeat(patch * times, 1)[
+        : len(pixels), : pixels.shape[1]
+    ]
     low, high = limits
-    return as_uint8(matplotlib.colormaps[colormap](((values - low) / (high - low)).clip(0, 1))[..., :3])
+    return as_uint8(
+        matplotlib.colormaps[colormap](((values - low) / (high - low)).clip(0, 1))[..., :3]
+    )
 
 
 def as_uint8(picture):
@@ -102,7 +111,11 @@ def is_blank(cell):
     ids=["one", "padded", "two", "aspects", "eight heads"],
 )
 def test_every_sheet_can_be_written_and_its_options_read(kind, views, tmp_path):
-    sheets = [EVERY[kind]([one], CONFIG) for one in views] if kind in OF_AN_IMAGE else [EVERY[kind](views, CONFIG)]
+    sheets = (
+        [EVERY[kind]([one], CONFIG) for one in views]
+        if kind in OF_AN_IMAGE
+        else [EVERY[kind](views, CONFIG)]
+    )
     for sheet in sheets:
         assert len({len(row) for row in sheet.rows}) == 1  # as many in each row
         for row in sheet.rows:
@@ -127,13 +140,19 @@ def test_every_sheet_can_be_written_and_its_options_read(kind, views, tmp_path):
 
 
 def as_tuples(options):
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("one", [view(), view(size=(37, 51), channels=1), view(heads=8)], ids=["plain", "padded", "eight"])
+@pytest.mark.parametrize(
+    "one",
+    [view(), view(size=(37, 51), channels=1), view(heads=8)],
+    ids=["plain", "padded", "eight"],
+)
 def test_heads_are_drawn_from_their_numbers_alone(one):
     sheet = OF_AN_IMAGE["heads"]([one], CONFIG)
     heads = len(one.attention)
@@ -147,7 +166,9 @@ def test_heads_are_drawn_from_their_numbers_alone(one):
     assert all(is_blank(cell) for cell in cells[heads + 4 :])
     assert_same(cells[0].picture, as_uint8(pixels), share=1)
     for head in range(heads):
-        assert_same(cells[1 + head].picture, drawn_map(maps[head], image, patch, ends_of(maps[head])))
+        assert_same(
+            cells[1 + head].picture, drawn_map(maps[head], image, patch, ends_of(maps[head]))
+        )
         p = maps[head].astype(float) / maps[head].astype(float).sum()
         assert cells[1 + head].note == f"{-(p * np.log(p)).sum():.2f} nats"
     mean = maps.mean(0)
@@ -156,17 +177,25 @@ def test_heads_are_drawn_from_their_numbers_alone(one):
     mask = mass_mask(torch.from_numpy(mean), 0.6).numpy()
     side = patch * times
     mask = mask.repeat(side, 0).repeat(side, 1)[: len(pixels), : pixels.shape[1], None]
-    assert_same(cells[2 + heads].picture, as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None])))
+    assert_same(
+        cells[2 + heads].picture,
+        as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None])),
+    )
 
     places = np.stack([(m - m.min()) / (m.max() - m.min()) for m in maps])
     places = places.repeat(side, 1).repeat(side, 2)[:, : len(pixels), : pixels.shape[1]]
     colours = np.array([matplotlib.colors.to_rgb(HEAD_COLOURS[head]) for head in range(heads)])
     strongest = places.max(0)[..., None]
-    expected = 0.6 * (1 - strongest) * (pixels @ GREY)[..., None] + strongest * colours[places.argmax(0)]
+    expected = (
+        0.6 * (1 - strongest) * (pixels @ GREY)[..., None] + strongest * colours[places.argmax(0)]
+    )
     assert_same(cells[3 + heads].picture, as_uint8(expected))
 
 
-@pytest.mark.parametrize(("heads", "rows", "columns"), [(1, 1, 5), (2, 1, 6), (3, 2, 4), (4, 2, 4), (8, 2, 6), (16, 4, 5)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns"),
+    [(1, 1, 5), (2, 1, 6), (3, 2, 4), (4, 2, 4), (8, 2, 6), (16, 4, 5)],
+)
 def test_heads_are_wrapped_into_rows_as_even_as_can_be(heads, rows, columns):
     sheet = OF_AN_IMAGE["heads"]([view(heads=heads)], CONFIG)
     assert [len(row) for row in sheet.rows] == rows * [columns]
@@ -189,7 +218,10 @@ def test_grid_has_a_row_for_each_image_and_a_column_for_each_head():
     for row, one in zip(sheet.rows, views, strict=True):
         assert_same(row[0].picture, as_uint8(drawn_image(one.image)[0]), share=1)
         for head, cell in enumerate(row[1:]):
-            assert_same(cell.picture, drawn_map(one.attention[head], one.image, 8, ends_of(one.attention[head])))
+            assert_same(
+                cell.picture,
+                drawn_map(one.attention[head], one.image, 8, ends_of(one.attention[head])),
+            )
 
 
 @pytest.mark.parametrize("head", [None, 2])
@@ -197,19 +229,28 @@ def test_overlay_shows_the_map_over_the_image_and_what_holds_the_mass(head):
     one = view(size=(37, 51))
     chosen = one.attention.mean(0) if head is None else one.attention[head]
     sheet = OF_IMAGES["overlay"]([one], with_options(head=head, threshold=0.3))
-    ((_, over, cut, heads),) = sheet.rows
-    assert titles_of(sheet) == [["image", "mean" if head is None else "head 2", "30 % mass", "all heads"]]
+    ((_, over, crop_boxes, heads),) = sheet.rows
+    assert titles_of(sheet) == [
+        ["image", "mean" if head is None else "head 2", "30 % mass", "all heads"]
+    ]
     pixels, times = drawn_image(one.image)
     colours = drawn_map(chosen, one.image, 8, ends_of(chosen)) / 255
     assert_same(over.picture, as_uint8(0.4 * (pixels @ GREY)[..., None] + 0.6 * colours))
-    mask = mass_mask(torch.from_numpy(chosen), 0.3).numpy().repeat(8 * times, 0).repeat(8 * times, 1)
+    mask = (
+        mass_mask(torch.from_numpy(chosen), 0.3).numpy().repeat(8 * times, 0).repeat(8 * times, 1)
+    )
     mask = mask[: len(pixels), : pixels.shape[1], None]
-    assert_same(cut.picture, as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None])))
+    assert_same(
+        crop_boxes.picture, as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None]))
+    )
     np.testing.assert_array_equal(heads.picture, as_uint8(Canvas(one, CONFIG).heads(one.attention)))
 
 
 def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
-    views = [[view(10 * i + j, name=f"image{i}", size=(40 + 8 * i, 56)) for j in range(6)] for i in range(2)]
+    views = [
+        [view(10 * i + j, name=f"image{i}", size=(40 + 8 * i, 56)) for j in range(6)]
+        for i in range(2)
+    ]
     for of_image in views:  # backbones see the same pixels
         for j, one in enumerate(of_image):
             of_image[j] = dataclasses.replace(one, image=of_image[0].image)
@@ -220,7 +261,9 @@ def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
     for i, row in enumerate(sheet.rows):
         assert_same(row[0].picture, as_uint8(drawn_image(views[i][0].image)[0]), share=1)
         for title, one, cell in zip(titles, views[i], row[1:], strict=True):
-            assert_same(cell.picture, drawn_map(one.attention[1], one.image, 8, ends_of(one.attention[1])))
+            assert_same(
+                cell.picture, drawn_map(one.attention[1], one.image, 8, ends_of(one.attention[1]))
+            )
             np.testing.assert_array_equal(sheet.data[f"attention_{i}_of_{title}"], one.attention)
             assert sheet.data[f"patch_of_{title}"][i] == one.patch
             assert sheet.data[f"names_of_{title}"].tolist() == ["image0", "image1"]
@@ -271,7 +314,9 @@ def test_magnitudes_of_queries_and_keys_share_a_scale_if_asked(scale):
 @pytest.mark.parametrize("scale", ["map", "figure"])
 def test_covariance_is_drawn_from_minus_one_to_one(scale, head):
     one = view()
-    sheet = OF_AN_IMAGE["covariance"]([one], with_options(scale=scale, head=head, colormap="viridis"))
+    sheet = OF_AN_IMAGE["covariance"](
+        [one], with_options(scale=scale, head=head, colormap="viridis")
+    )
     heads = range(3) if head is None else [head]
     cells = [cell for row in sheet.rows for cell in row]
     assert [cell.title for cell in cells] == [f"head {h}" for h in heads]
@@ -304,7 +349,9 @@ def test_similarity_shares_one_scale_from_at_most_zero_to_one():
     assert low < 0
     assert (sheet.bar.low, sheet.bar.high) == (low, 1)
     for number, (row, one) in enumerate(zip(sheet.rows, views, strict=True)):
-        np.testing.assert_allclose(maps[number], cosines(one.features, *sheet.data[f"patch_{number}"]), atol=1e-6)
+        np.testing.assert_allclose(
+            maps[number], cosines(one.features, *sheet.data[f"patch_{number}"]), atol=1e-6
+        )
         assert_same(row[1].picture, drawn_map(maps[number], one.image, 8, (low, 1)))
     assert titles_of(sheet) == [["image", "similarity"], ["", ""]]
     alike = dataclasses.replace(view(), features=1 + 0.1 * np.abs(view().features))
@@ -391,7 +438,10 @@ SCALED = ["grid", "overlay", "columns", "heads"]
 def scaled_sheet(kind, views, config):
     if kind == "columns":
         return columns_sheet(
-            "models", ["a", "b"], [[one, dataclasses.replace(one, attention=2 * one.attention)] for one in views], config
+            "models",
+            ["a", "b"],
+            [[one, dataclasses.replace(one, attention=2 * one.attention)] for one in views],
+            config,
         )
     return EVERY[kind](views if kind in OF_IMAGES else views[:1], config)
 
@@ -448,16 +498,17 @@ def test_clip_leaves_a_share_of_patches_beyond_either_end():
     ordered = np.sort(one.attention[0].ravel())
     limits = float(ordered[9]), float(ordered[-10])  # a twentieth of the 199 steps
     assert_same(sheet.rows[0][1].picture, drawn_map(one.attention[0], one.image, 8, limits))
-    assert layouts.ends([one.attention[0]], 0.0) == ends_of(one.attention[0])
-    assert layouts.ends([np.arange(3.0)], 0.49) == (0.0, 2.0)
-    assert layouts.ends([np.arange(60.0), np.arange(60.0, 101.0)], 0.1) == (10.0, 90.0)
+    assert sheets_module.ends([one.attention[0]], 0.0) == ends_of(one.attention[0])
+    assert sheets_module.ends([np.arange(3.0)], 0.49) == (0.0, 2.0)
+    assert sheets_module.ends([np.arange(60.0), np.arange(60.0, 101.0)], 0.1) == (10.0, 90.0)
 
 
 def test_one_outlier_does_not_leave_the_other_patches_dark():
     one = view(size=(80, 160), heads=1)
     one.attention[0, 3, 4] = 100.0
     dark, clipped = (
-        OF_IMAGES["grid"]([one], with_options(clip=clip)).rows[0][1].picture.mean() for clip in (0.0, AttentionConfig().clip)
+        OF_IMAGES["grid"]([one], with_options(clip=clip)).rows[0][1].picture.mean()
+        for clip in (0.0, AttentionConfig().clip)
     )
     assert dark < 5
     assert clipped > 50
@@ -470,21 +521,27 @@ def test_colormap_and_bicubic_maps(colormap):
     sheet = OF_IMAGES["grid"]([one], config)
     assert sheet.bar.colormap == colormap
     limits = ends_of(*one.attention)
-    assert_same(sheet.rows[0][1].picture, drawn_map(one.attention[0], one.image, 8, limits, colormap))
+    assert_same(
+        sheet.rows[0][1].picture, drawn_map(one.attention[0], one.image, 8, limits, colormap)
+    )
     smooth = OF_IMAGES["grid"]([one], dataclasses.replace(config, interpolation="bicubic"))
     first = one.attention[0]
-    values = torch.nn.functional.interpolate(torch.from_numpy(first[None, None]), scale_factor=40, mode="bicubic")[
-        0, 0
-    ].numpy()
+    values = torch.nn.functional.interpolate(
+        torch.from_numpy(first[None, None]), scale_factor=40, mode="bicubic"
+    )[0, 0].numpy()
     values = values.clip(first.min(), first.max())
-    expected = matplotlib.colormaps[colormap](((values - limits[0]) / (limits[1] - limits[0])).clip(0, 1))[..., :3]
+    expected = matplotlib.colormaps[colormap](
+        ((values - limits[0]) / (limits[1] - limits[0])).clip(0, 1)
+    )[..., :3]
     assert_same(smooth.rows[0][1].picture, as_uint8(expected))
 
 
 @pytest.mark.parametrize("kind", ["heads", "overlay"])
 def test_masks_stay_sharp_with_bicubic_maps(kind):
     one = view()
-    sharp, smooth = (EVERY[kind]([one], with_options(interpolation=how)) for how in ("nearest", "bicubic"))
+    sharp, smooth = (
+        EVERY[kind]([one], with_options(interpolation=how)) for how in ("nearest", "bicubic")
+    )
     pairs = [
         (a.picture, b.picture)
         for row, other in zip(sharp.rows, smooth.rows, strict=True)
@@ -502,7 +559,10 @@ def test_large_images_are_drawn_at_the_resolution_of_the_page():
     one = view(size=(400, 640), patch=16, heads=1)
     sheet = OF_IMAGES["grid"]([one], with_options(width="2", dpi=100))
     assert {cell.picture.shape for cell in sheet.rows[0]} == {(100, 160, 3)}
-    assert {c.picture.shape for c in OF_IMAGES["grid"]([one], with_options(width="3.2", dpi=100)).rows[0]} == {(200, 320, 3)}
+    assert {
+        c.picture.shape
+        for c in OF_IMAGES["grid"]([one], with_options(width="3.2", dpi=100)).rows[0]
+    } == {(200, 320, 3)}
     width = WIDTHS["icml"]
     (row,) = OF_IMAGES["grid"]([one], with_options(width="icml", dpi=math.ceil(640 / width))).rows
     assert {cell.picture.shape for cell in row} == {(400, 640, 3)}
@@ -523,7 +583,10 @@ def test_short_rows_of_one_shape_stand_side_by_side(images, rows, columns, blank
     assert [is_blank(cell) for cell in cells] == (2 * images) * [False] + blank * [True]
     for n in range(images):
         assert_same(cells[2 * n].picture, as_uint8(drawn_image(view(n).image)[0]), share=1)
-    assert [cell.title for cell in sheet.rows[0]] == (columns // 2) * ["image", "patch features, PCA"]
+    assert [cell.title for cell in sheet.rows[0]] == (columns // 2) * [
+        "image",
+        "patch features, PCA",
+    ]
     assert all(not cell.title for row in sheet.rows[1:] for cell in row)
 
 
@@ -532,7 +595,9 @@ def test_rows_of_different_shapes_or_of_many_pictures_are_not_packed():
     assert [len(row) for row in shapes.rows] == [2, 2]
     many = OF_IMAGES["grid"]([view(n) for n in range(3)], CONFIG)  # four in each
     assert [len(row) for row in many.rows] == [4, 4, 4]
-    few = OF_IMAGES["grid"]([view(n, heads=2) for n in range(3)], CONFIG)  # three in each, two side by side
+    few = OF_IMAGES["grid"](
+        [view(n, heads=2) for n in range(3)], CONFIG
+    )  # three in each, two side by side
     assert [len(row) for row in few.rows] == [6, 6]
     assert titles_of(few) == [2 * ["image", "head 0", "head 1"], 6 * [""]]
     assert [is_blank(cell) for cell in few.rows[1]] == 3 * [False] + 3 * [True]
@@ -554,6 +619,9 @@ def test_sixteen_heads_are_wrapped_under_each_image():
     views = [view(1, heads=16), view(2, heads=16)]
     sheet = OF_IMAGES["grid"](views, with_options())
     assert [len(row) for row in sheet.rows] == [9] * 4
-    assert titles_of(sheet)[:2] == [["image", *(f"head {h}" for h in range(8))], ["", *(f"head {h}" for h in range(8, 16))]]
+    assert titles_of(sheet)[:2] == [
+        ["image", *(f"head {h}" for h in range(8))],
+        ["", *(f"head {h}" for h in range(8, 16))],
+    ]
     assert (sheet.rows[1][0].picture == 255).all()
     assert_same(sheet.rows[2][0].picture, as_uint8(drawn_image(views[1].image)[0]), share=1)

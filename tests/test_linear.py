@@ -13,24 +13,18 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
 
-from dino_xcit import linear
-from dino_xcit.config import LinearConfig
-from dino_xcit.crops import draw_boxes
-from dino_xcit.data import ShapeSet
-from dino_xcit.features import FromFiles, Subject, subjects
-from dino_xcit.linear import (
-    AugmentedCrops,
-    Choice,
-    Head,
-    Work,
-    fit,
-    hold_out,
-    linear_eval,
-    load_head,
-    stratified,
-    train_heads,
-)
-from dino_xcit.machine import launch
+from dino_xcit.config.evaluation import LinearConfig
+from dino_xcit.data.crops import sample_boxes
+from dino_xcit.data.images import ShapeSet
+from dino_xcit.evaluate import probe, probe_heads, probe_logistic
+from dino_xcit.evaluate.features import FileFeatures, FrozenFeatures
+from dino_xcit.evaluate.inputs import subjects
+from dino_xcit.evaluate.linear import linear_eval
+from dino_xcit.evaluate.probe import FeatureChoice, Head, ProbeTask, hold_out, load_head, stratified
+from dino_xcit.evaluate.probe_dino import AugmentedCrops
+from dino_xcit.evaluate.probe_heads import train_heads
+from dino_xcit.evaluate.probe_logistic import fit
+from dino_xcit.runtime import launch
 
 CLASSES, DIM = 4, 6
 
@@ -40,7 +34,9 @@ def features(count, seed, classes=CLASSES, noise=1.0):
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, count - classes)])
     centres = np.random.default_rng(99).normal(size=(classes, DIM))
-    return torch.from_numpy(centres[labels] + noise * rng.normal(size=(count, DIM))).float(), torch.from_numpy(labels)
+    return torch.from_numpy(
+        centres[labels] + noise * rng.normal(size=(count, DIM))
+    ).float(), torch.from_numpy(labels)
 
 
 @pytest.fixture
@@ -48,7 +44,10 @@ def files(tmp_path):
     """A folder as `--load_features` takes it: 240 training and 100 validation images."""
     folder = tmp_path / "features"
     folder.mkdir()
-    for names, count, seed in ((("trainfeat", "trainlabels"), 240, 0), (("testfeat", "testlabels"), 100, 1)):
+    for names, count, seed in (
+        (("trainfeat", "trainlabels"), 240, 0),
+        (("testfeat", "testlabels"), 100, 1),
+    ):
         for name, tensor in zip(names, features(count, seed), strict=True):
             torch.save(tensor, folder / f"{name}.pth")
     return folder
@@ -58,16 +57,16 @@ def config_of(files: Path, **options) -> LinearConfig:
     return LinearConfig(load_features=str(files), accelerator="cpu", devices="1", **options)
 
 
-def work_of(config: LinearConfig, rows=None, seed=0) -> Work:
-    subject = FromFiles(config)
+def work_of(config: LinearConfig, rows=None, seed=0) -> ProbeTask:
+    subject = FileFeatures(config)
     folder = Path(str(config.load_features)) / ".linear"
     folder.mkdir(exist_ok=True)
     rows = np.arange(len(subject.labels("train"))) if rows is None else rows
-    return Work(config, subject, launch(config), rows, seed, CLASSES, folder, set())
+    return ProbeTask(config, subject, launch(config), rows, seed, CLASSES, folder, set())
 
 
-def axes_of(work: Work) -> linear.Axes:
-    return linear.principal_axes(work, work.rows, Choice(1, False))
+def axes_of(work: ProbeTask) -> probe_logistic.Axes:
+    return probe_logistic.principal_axes(work, work.rows, FeatureChoice(1, False))
 
 
 # -- which images ----------------------------------------------------------------------------------------------------
@@ -108,14 +107,18 @@ def test_one_image_of_each_class_leaves_nothing_to_choose_on(files):
 def test_heads_trained_together_are_heads_trained_alone(files):
     config = config_of(files, epochs=3, batch_size=64)
     rates, rows = (0.5, 0.01, 3.0), np.arange(5, 205)
-    weight, bias = train_heads(work_of(config), rows, Choice(1, False), rates, "")
+    weight, bias = train_heads(work_of(config), rows, FeatureChoice(1, False), rates, "")
     x, y = torch.load(files / "trainfeat.pth"), torch.load(files / "trainlabels.pth")
     for head, rate in enumerate(rates):
         layer = nn.Linear(DIM, CLASSES)
-        layer.weight.data = 0.01 * torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(0))
+        layer.weight.data = 0.01 * torch.randn(
+            CLASSES, DIM, generator=torch.Generator().manual_seed(0)
+        )
         layer.bias.data.zero_()
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate * 64 / 256, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)  # 3 epochs of 4 steps, the last of 8 images
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, 12
+        )  # 3 epochs of 4 steps, the last of 8 images
         for epoch in range(3):
             order = np.random.default_rng((0, 2, epoch)).permutation(rows)
             for batch in np.split(order, [64, 128, 192]):
@@ -128,14 +131,20 @@ def test_heads_trained_together_are_heads_trained_alone(files):
 
 
 def test_the_default_length_follows_the_number_of_images(files, monkeypatch):
-    monkeypatch.setattr(linear, "HEADS_LEAST_STEPS", 7)
-    monkeypatch.setattr(linear, "HEADS_MOST_EPOCHS", 2)
-    monkeypatch.setattr(linear, "HEADS_STEPS", 20)
+    monkeypatch.setattr(probe_heads, "HEADS_LEAST_STEPS", 7)
+    monkeypatch.setattr(probe_heads, "HEADS_MOST_EPOCHS", 2)
+    monkeypatch.setattr(probe_heads, "HEADS_STEPS", 20)
     steps = []
-    monkeypatch.setattr(linear, "cosine", lambda done: steps.append(done) or 1.0)
+    monkeypatch.setattr(probe_heads, "cosine", lambda done: steps.append(done) or 1.0)
     for batch_size, expected in ((240, 7), (60, 8), (10, 20)):
         steps.clear()
-        train_heads(work_of(config_of(files, batch_size=batch_size)), np.arange(240), Choice(1, False), (0.1,), "")
+        train_heads(
+            work_of(config_of(files, batch_size=batch_size)),
+            np.arange(240),
+            FeatureChoice(1, False),
+            (0.1,),
+            "",
+        )
         assert len(steps) == expected
 
 
@@ -144,7 +153,7 @@ def test_the_chosen_head_is_the_best_on_held_out_images_trained_again_on_all(fil
     report = linear_eval(config)
     chosen = report["results"][0]["chosen"]
     assert (chosen["lr"], chosen["tried"], chosen["protocol"]) == (0.3, 3, "heads")
-    weight, bias = train_heads(work_of(config), np.arange(240), Choice(1, False), (0.3,), "")
+    weight, bias = train_heads(work_of(config), np.arange(240), FeatureChoice(1, False), (0.3,), "")
     head, _ = load_head(files / "linear_head.safetensors")
     assert torch.equal(head.weight, weight[0])
     assert torch.equal(head.bias, bias[0])
@@ -158,7 +167,9 @@ def test_validation_labels_choose_nothing(files):
     options = {"lr": (0.003, 0.3), "epochs": 10}
     for protocol, more in (("heads", options), ("logistic", {"c": (0.01, 1.0)})):
         one = linear_eval(config_of(files, protocol=protocol, **more))["results"][0]
-        name = "linear_head.safetensors" if protocol == "heads" else "linear_logistic_head.safetensors"
+        name = (
+            "linear_head.safetensors" if protocol == "heads" else "linear_logistic_head.safetensors"
+        )
         head, _ = load_head(files / name)
         labels = torch.load(files / "testlabels.pth")
         torch.save((labels + 1) % CLASSES, files / "testlabels.pth")
@@ -170,7 +181,9 @@ def test_validation_labels_choose_nothing(files):
 
 
 def test_a_head_that_diverged_is_not_chosen(files):
-    assert linear_eval(config_of(files, lr=(0.1, 3e38), epochs=5))["results"][0]["chosen"]["lr"] == 0.1
+    assert (
+        linear_eval(config_of(files, lr=(0.1, 3e38), epochs=5))["results"][0]["chosen"]["lr"] == 0.1
+    )
 
 
 def test_the_largest_rate_or_an_outermost_c_being_best_is_told(files, capsys):
@@ -191,20 +204,24 @@ def test_logistic_regression_is_scikit_learns(files, c):
     x[:, 5] = 0  # and singular
     torch.save(x, files / "trainfeat.pth")
     work = work_of(config_of(files, protocol="logistic"))
-    weight, bias = fit(work, np.arange(240), Choice(1, False), c, axes_of(work), None)
-    reference = LogisticRegression(C=c, tol=1e-12, max_iter=100_000).fit(x.double().numpy(), y.numpy())
+    weight, bias = fit(work, np.arange(240), FeatureChoice(1, False), c, axes_of(work), None)
+    reference = LogisticRegression(C=c, tol=1e-12, max_iter=100_000).fit(
+        x.double().numpy(), y.numpy()
+    )
     logits = x.double() @ weight.T + bias
     expected = torch.from_numpy(reference.decision_function(x.double().numpy()))
     torch.testing.assert_close(logits.softmax(1), expected.softmax(1), rtol=0, atol=2e-3)
-    assert (logits.argmax(1) == torch.from_numpy(reference.predict(x.numpy()))).float().mean() > 0.995
+    assert (
+        logits.argmax(1) == torch.from_numpy(reference.predict(x.numpy()))
+    ).float().mean() > 0.995
     torch.testing.assert_close(weight, torch.from_numpy(reference.coef_), rtol=0.02, atol=2e-3)
 
 
 def test_features_that_do_not_fit_give_the_same_fit_and_so_does_another_start(files, monkeypatch):
-    work, choice = work_of(config_of(files, protocol="logistic")), Choice(1, False)
+    work, choice = work_of(config_of(files, protocol="logistic")), FeatureChoice(1, False)
     whole = fit(work, np.arange(240), choice, 1.0, axes_of(work), None)
-    monkeypatch.setattr(linear, "HELD_BYTES", 0)
-    monkeypatch.setattr(linear, "ROWS", 50)
+    monkeypatch.setattr(probe_logistic, "HELD_BYTES", 0)
+    monkeypatch.setattr(probe, "ROWS", 50)
     for path in work.folder.iterdir():
         path.unlink()
     warm = fit(work, np.arange(240), choice, 1.0, axes_of(work), (whole[0] + 1, whole[1] - 1))
@@ -218,15 +235,19 @@ def test_features_that_do_not_fit_give_the_same_fit_and_so_does_another_start(fi
 @pytest.fixture
 def backbone(tiny):
     """A run folder with an untrained network of 16-pixel grey images."""
+    from dino_xcit.model.xcit import XCiT
     from dino_xcit.run_folder import write_config
-    from dino_xcit.weights import save_backbone
-    from dino_xcit.xcit import XCiT
+    from dino_xcit.weights.load import save_backbone
 
     config = dataclasses.replace(tiny, in_chans=1, mean=(0.5,), std=(0.25,))
     Path(config.output_dir).mkdir()
     write_config(config, Path(config.output_dir))
     torch.manual_seed(0)
-    save_backbone(XCiT(config.arch, in_chans=1).eval(), config, Path(config.output_dir) / "teacher.safetensors")
+    save_backbone(
+        XCiT(config.arch, in_chans=1).eval(),
+        config,
+        Path(config.output_dir) / "teacher.safetensors",
+    )
     return config
 
 
@@ -238,7 +259,14 @@ def dino_config(backbone, **options) -> LinearConfig:
         devices="1",
         num_workers=0,
         no_cache=True,
-        **{"protocol": "dino", "epochs": 2, "batch_size": 20, "batch_size_per_gpu": 8, "lr": (2.0,), **options},
+        **{
+            "protocol": "dino",
+            "epochs": 2,
+            "batch_size": 20,
+            "batch_size_per_gpu": 8,
+            "lr": (2.0,),
+            **options,
+        },
     )
 
 
@@ -253,7 +281,7 @@ def test_dino_protocol_is_the_published_loop(backbone):
         "avgpool_patchtokens": False,
     }
     with subjects(config, launch(config)) as (_, evaluated, _):
-        subject: Subject = evaluated[0]
+        subject: FrozenFeatures = evaluated[0]
         crops = AugmentedCrops(subject.images["train"], 16, 1, 0)
         layer = nn.Linear(64, 10)
         layer.weight.data = 0.01 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
@@ -268,7 +296,9 @@ def test_dino_protocol_is_the_published_loop(backbone):
                 with torch.no_grad():
                     x = subject.frozen.backbone(x)
                 optimizer.zero_grad()
-                F.cross_entropy(layer(x), torch.tensor([label for _, label, _ in samples])).backward()
+                F.cross_entropy(
+                    layer(x), torch.tensor([label for _, label, _ in samples])
+                ).backward()
                 optimizer.step()
             scheduler.step()
     head, _ = load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")
@@ -284,9 +314,18 @@ def test_augmented_crops_are_torchvisions_bilinear_resized_crops():
         assert readable
         assert label == images.labels[index]
         image = images.read(index)
-        box = draw_boxes(np.random.default_rng((5, 3, 2, index)), *image.shape[1:], np.array([0.08]), np.array([1.0]))[0]
-        expected = TF.resized_crop(image, *box.tolist(), [20, 20], TF.InterpolationMode.BILINEAR, antialias=True)
-        distances = [(crop.int() - e.int()).abs().max().item() for e in (expected, expected.flip(-1))]
+        box = sample_boxes(
+            np.random.default_rng((5, 3, 2, index)),
+            *image.shape[1:],
+            np.array([0.08]),
+            np.array([1.0]),
+        )[0]
+        expected = TF.resized_crop(
+            image, *box.tolist(), [20, 20], TF.InterpolationMode.BILINEAR, antialias=True
+        )
+        distances = [
+            (crop.int() - e.int()).abs().max().item() for e in (expected, expected.flip(-1))
+        ]
         assert min(distances) <= 1
         flipped += distances[1] < distances[0]
     assert 10 < flipped < 30
@@ -305,7 +344,9 @@ def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
 
     monkeypatch.setattr(ShapeSet, "read", broken)
     assert linear_eval(dino_config(backbone))["data"] == {**whole["data"], "unreadable": 10}
-    assert not torch.equal(load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")[0].weight, head.weight)
+    assert not torch.equal(
+        load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")[0].weight, head.weight
+    )
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------
@@ -313,13 +354,15 @@ def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
 
 @pytest.mark.parametrize("protocol", ["heads", "dino"])
 def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeypatch, tmp_path):
-    config = dino_config(backbone, protocol=protocol, lr=(0.5,), n_last_blocks=1, avgpool_patchtokens=False)
+    config = dino_config(
+        backbone, protocol=protocol, lr=(0.5,), n_last_blocks=1, avgpool_patchtokens=False
+    )
     config = dataclasses.replace(config, no_cache=False, cache_dir=str(tmp_path / "cache"))
     linear_eval(config)
     name = "linear_head.safetensors" if protocol == "heads" else "linear_dino_head.safetensors"
     expected, _ = load_head(Path(backbone.output_dir) / name)
-    monkeypatch.setattr(linear.Saver, "due", lambda self: True)
-    cosine, calls = linear.cosine, []
+    monkeypatch.setattr(probe.Saver, "due", lambda self: True)
+    cosine, calls = probe_heads.cosine, []
 
     def interrupt(done):
         calls.append(done)
@@ -327,7 +370,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
             raise KeyboardInterrupt
         return cosine(done)
 
-    monkeypatch.setattr(linear, "cosine", interrupt)
+    monkeypatch.setattr(probe_heads, "cosine", interrupt)
     with pytest.raises(KeyboardInterrupt):
         linear_eval(config)
     assert list((Path(backbone.output_dir) / ".linear").glob("*.pt"))
@@ -341,12 +384,16 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
 
 def test_fits_that_are_done_are_not_done_again_and_a_damaged_one_is(files, monkeypatch):
     work = work_of(config_of(files, protocol="logistic"))
-    one = fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)
-    monkeypatch.setattr(linear, "_minimise", lambda *_: pytest.fail("fitted again"))
-    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)[0], one[0])
+    one = fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)
+    monkeypatch.setattr(probe_logistic, "_minimise", lambda *_: pytest.fail("fitted again"))
+    assert torch.equal(
+        fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)[0], one[0]
+    )
     monkeypatch.undo()
     next(work.folder.iterdir()).write_bytes(b"damaged")
-    assert torch.equal(fit(work, np.arange(240), Choice(1, False), 1.0, axes_of(work), None)[0], one[0])
+    assert torch.equal(
+        fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)[0], one[0]
+    )
 
 
 def test_what_was_learned_is_not_taken_for_other_options_rows_or_seeds(files):
@@ -366,7 +413,9 @@ def test_what_was_learned_is_not_taken_for_other_options_rows_or_seeds(files):
 
 
 def test_fractions_and_seeds_have_their_rows_and_heads(files):
-    report = linear_eval(config_of(files, train_fraction=(1.0, 0.1), num_seeds=3, lr=(0.1, 0.3), epochs=10))
+    report = linear_eval(
+        config_of(files, train_fraction=(1.0, 0.1), num_seeds=3, lr=(0.1, 0.3), epochs=10)
+    )
     rows = report["results"]
     assert [row["train_fraction"] for row in rows] == [0.1, 1.0]
     for row in rows:
@@ -405,7 +454,7 @@ def test_what_is_no_head_or_of_other_features_is_an_error(files):
 
 
 def test_ranks_beyond_the_classes_are_empty():
-    head = Head(torch.eye(3), torch.zeros(3), Choice(1, False), {})
+    head = Head(torch.eye(3), torch.zeros(3), FeatureChoice(1, False), {})
     ranked = head.rank(torch.tensor([[[0.1, 0.3, 0.2]]]), torch.device("cpu"))
     assert ranked.tolist() == [[1, 2, 0, -1, -1]]
 
@@ -434,4 +483,9 @@ def test_what_other_commands_learned_stays(files):
 
 
 def test_nearly_everything_can_be_held_out(files):
-    assert linear_eval(config_of(files, protocol="logistic", c=(0.1, 1.0), held_out=0.99))["results"][0]["top1"] > 0
+    assert (
+        linear_eval(config_of(files, protocol="logistic", c=(0.1, 1.0), held_out=0.99))["results"][
+            0
+        ]["top1"]
+        > 0
+    )

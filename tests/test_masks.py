@@ -9,18 +9,30 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_xcit import masks
-from dino_xcit.attention import look
-from dino_xcit.config import AttentionConfig, PretrainConfig
-from dino_xcit.figure import write
-from dino_xcit.masks import Scene, blobs, listed, read_mask, scenes_of_files, scenes_of_shapes, score
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.shapes import draw_shape
+from dino_xcit.figures import localization
+from dino_xcit.figures.drawing import write
+from dino_xcit.figures.inputs import Framing, find
+from dino_xcit.figures.localization import (
+    Scene,
+    blobs,
+    listed,
+    read_mask,
+    scenes_of_files,
+    scenes_of_shapes,
+    score,
+)
+from dino_xcit.figures.maps import look
+from dino_xcit.figures.model import AttentionModel
+from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import write_config
-from dino_xcit.shapes import draw_shape
-from dino_xcit.views import Eye, Frame, find
-from dino_xcit.weights import build, save_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.weights.load import build, save_backbone
 
-RUN = PretrainConfig(arch="xcit_pico2_p4", global_crops_size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+RUN = PretrainConfig(
+    arch="xcit_pico2_p4", global_crops_size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +45,8 @@ def weights(tmp_path_factory):
 
 def eye_and_frame(weights, **options):
     config = AttentionConfig(weights=(weights,), **options)
-    eye = Eye("pico", weights, config, torch.device("cpu"))
-    return config, eye, Frame([eye], config.fit)
+    model = AttentionModel("pico", weights, config, torch.device("cpu"))
+    return config, model, Framing([model], config.fit)
 
 
 # -- files of masks ----------------------------------------------------------------------------------------------------
@@ -74,7 +86,12 @@ def test_any_number_but_0_is_object(value, tmp_path):
 def test_masks_of_one_bit_of_colours_and_of_16_bits(tmp_path):
     expected = [[False, True, True], [False, False, True]]
     bits = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)
-    for mode, name in (("1", "mask.png"), ("1", "mask.tif"), ("RGB", "mask.png"), ("RGBA", "mask.png")):
+    for mode, name in (
+        ("1", "mask.png"),
+        ("1", "mask.tif"),
+        ("RGB", "mask.png"),
+        ("RGBA", "mask.png"),
+    ):
         truth, counted = read_mask(saved(tmp_path / name, bits, mode))
         assert truth.tolist() == expected, mode
         assert counted.all()
@@ -167,26 +184,41 @@ def box(height, width, top, left, bottom, right, value=255):
 
 def scenes_in(tmp_path, scenes, weights, **options):
     images, of_masks = folder_of(tmp_path, scenes)
-    config, eye, frame = eye_and_frame(weights, images=(str(images),), masks=str(of_masks), **options)
-    return config, eye, scenes_of_files(config, eye, frame, find(config, frame)[0])
+    config, model, frame = eye_and_frame(
+        weights, images=(str(images),), masks=str(of_masks), **options
+    )
+    return config, model, scenes_of_files(config, model, frame, find(config, frame)[0])
 
 
 def test_scenes_are_images_with_the_masks_of_their_names(tmp_path, weights):
-    made = {"b": (noise(20, 30, 1), box(20, 30, 0, 0, 9, 9)), "a": (noise(24, 28, 2), box(24, 28, 8, 8, 20, 20, 3))}
+    made = {
+        "b": (noise(20, 30, 1), box(20, 30, 0, 0, 9, 9)),
+        "a": (noise(24, 28, 2), box(24, 28, 8, 8, 20, 20, 3)),
+    }
     made["a"][1][0, 0] = 255  # void
     _, _, scenes = scenes_in(tmp_path, made, weights, image_size=0)
-    assert [name for name, _ in scenes] == [str(tmp_path / "images" / f"{name}.png") for name in "ab"]
+    assert [name for name, _ in scenes] == [
+        str(tmp_path / "images" / f"{name}.png") for name in "ab"
+    ]
     first, second = (read() for _, read in scenes)
     np.testing.assert_array_equal(first.pixels.permute(1, 2, 0).numpy(), made["a"][0])
     np.testing.assert_array_equal(first.truth.numpy(), made["a"][1] == 3)
     np.testing.assert_array_equal(first.counted.numpy(), made["a"][1] != 255)
-    np.testing.assert_array_equal(second.pixels.permute(1, 2, 0).numpy(), made["b"][0][:, 1:29])  # cropped to patches
+    np.testing.assert_array_equal(
+        second.pixels.permute(1, 2, 0).numpy(), made["b"][0][:, 1:29]
+    )  # cropped to patches
     np.testing.assert_array_equal(second.truth.numpy(), made["b"][1][:, 1:29] == 255)
     assert second.counted.all()
 
 
 def test_with_padding_the_mask_stays_as_large_as_the_image(tmp_path, weights):
-    _, _, scenes = scenes_in(tmp_path, {"a": (noise(21, 30), box(21, 30, 3, 4, 21, 30))}, weights, image_size=0, fit="pad")
+    _, _, scenes = scenes_in(
+        tmp_path,
+        {"a": (noise(21, 30), box(21, 30, 3, 4, 21, 30))},
+        weights,
+        image_size=0,
+        fit="pad",
+    )
     scene = scenes[0][1]()
     assert scene.pixels.shape == (3, 24, 32)
     assert scene.truth.shape == scene.counted.shape == (21, 30)
@@ -215,7 +247,10 @@ def test_a_pixel_of_a_small_mask_is_one_of_the_large_mask(tmp_path, weights):
 
 
 def test_masks_are_found_at_any_depth(tmp_path, weights):
-    made = {"deep/er/a": (noise(16, 16), box(16, 16, 0, 0, 4, 4)), "b": (noise(16, 16), box(16, 16, 0, 0, 8, 8))}
+    made = {
+        "deep/er/a": (noise(16, 16), box(16, 16, 0, 0, 4, 4)),
+        "b": (noise(16, 16), box(16, 16, 0, 0, 8, 8)),
+    }
     _, _, scenes = scenes_in(tmp_path, made, weights, image_size=0)
     assert [int(read().truth.sum()) for _, read in scenes] == [64, 16]
 
@@ -230,8 +265,8 @@ def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weigh
     }
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "text.png").write_bytes(b"hello")
-    config, eye, scenes = scenes_in(tmp_path, made, weights, image_size=0)
-    content, sheet, problems = score(config, eye, scenes)
+    config, model, scenes = scenes_in(tmp_path, made, weights, image_size=0)
+    content, sheet, problems = score(config, model, scenes)
     assert content["images"] == 1
     assert len(sheet.rows) == 1
     told = dict(problem.rsplit("/images/", 1)[1].split(": ", 1) for problem in problems)
@@ -252,28 +287,33 @@ def test_an_object_that_is_cropped_away_is_no_object(tmp_path, weights):
 
 
 def test_when_nothing_can_be_scored_the_first_reason_is_told(tmp_path, weights):
-    config, eye, scenes = scenes_in(tmp_path, {"a": (noise(16, 16), None), "b": (noise(8, 8), None)}, weights)
+    config, model, scenes = scenes_in(
+        tmp_path, {"a": (noise(16, 16), None), "b": (noise(8, 8), None)}, weights
+    )
     (tmp_path / "masks").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match=r"^--masks .*: .*a\.png: no mask named a in --masks"):
-        score(config, eye, scenes)
+        score(config, model, scenes)
 
 
 def test_a_folder_of_masks_that_is_none_is_refused(tmp_path, weights):
-    config, eye, frame = eye_and_frame(weights, masks=str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match=r"--masks .*missing is not a folder; expected a folder of masks, or shapes"):
-        scenes_of_files(config, eye, frame, [])
+    config, model, frame = eye_and_frame(weights, masks=str(tmp_path / "missing"))
+    with pytest.raises(
+        ValueError,
+        match=r"--masks .*missing is not a folder; expected a folder of masks, or shapes",
+    ):
+        scenes_of_files(config, model, frame, [])
 
 
 def test_drawn_scenes_are_the_embedded_sets_validation_images(weights):
-    config, eye, frame = eye_and_frame(weights, num_images=3, seed=5, image_size=0)
-    scenes = scenes_of_shapes(config, eye, frame)
+    config, model, frame = eye_and_frame(weights, num_images=3, seed=5, image_size=0)
+    scenes = scenes_of_shapes(config, model, frame)
     assert [name for name, _ in scenes] == ["shape 0", "shape 1", "shape 2"]
     for index, (_, read) in enumerate(scenes):
         scene, shape = read(), draw_shape(5, "validation", index)
         np.testing.assert_array_equal(scene.pixels.permute(1, 2, 0).numpy(), shape.image)
         np.testing.assert_array_equal(scene.truth.numpy(), shape.mask)
         assert scene.counted.all()
-    assert len(scenes_of_shapes(dataclasses.replace(config, num_images=None), eye, frame)) == 2000
+    assert len(scenes_of_shapes(dataclasses.replace(config, num_images=None), model, frame)) == 2000
 
 
 def test_drawn_scenes_are_those_that_the_run_was_trained_beside(tmp_path, weights):
@@ -281,8 +321,8 @@ def test_drawn_scenes_are_those_that_the_run_was_trained_beside(tmp_path, weight
     run.mkdir()
     shutil.copy(weights, run / "teacher.safetensors")
     write_config(dataclasses.replace(RUN, dataset="shapes", seed=11), run)
-    config, eye, frame = eye_and_frame(str(run), num_images=2, image_size=0)
-    scene = scenes_of_shapes(config, eye, frame)[1][1]()
+    config, model, frame = eye_and_frame(str(run), num_images=2, image_size=0)
+    scene = scenes_of_shapes(config, model, frame)[1][1]()
     np.testing.assert_array_equal(scene.truth.numpy(), draw_shape(11, "validation", 1).mask)
 
 
@@ -295,7 +335,9 @@ def test_blobs_are_centred_gaussians_from_small_to_large():
     for number, sigma in enumerate((0.15, 0.325, 0.5)):
         for row, column in np.ndindex(5, 8):
             y, x = (row + 0.5) / 5 - 0.5, (column + 0.5) / 8 - 0.5
-            assert found[number, row, column].item() == pytest.approx(math.exp(-(y * y + x * x) / (2 * sigma**2)))
+            assert found[number, row, column].item() == pytest.approx(
+                math.exp(-(y * y + x * x) / (2 * sigma**2))
+            )
     torch.testing.assert_close(found, found.flip((1, 2)))
 
 
@@ -336,7 +378,9 @@ def random_scenes(count, sizes=((16, 24),), seed=0):
         truth = np.zeros((height, width), bool)
         top, left = rng.integers(0, height - 6), rng.integers(0, width - 6)
         truth[top : top + 6, left : left + 6] = True
-        pixels = torch.from_numpy(noise(-(-height // 4) * 4, -(-width // 4) * 4, number)).permute(2, 0, 1)
+        pixels = torch.from_numpy(noise(-(-height // 4) * 4, -(-width // 4) * 4, number)).permute(
+            2, 0, 1
+        )
         counted = rng.random((height, width)) < 0.8
         made.append(Scene(pixels, torch.from_numpy(truth), torch.from_numpy(counted)))
     return made
@@ -348,20 +392,26 @@ def as_scenes(made):
 
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize(
-    "sizes", [((16, 24),), ((14, 23), (14, 23), (16, 16), (14, 23))], ids=["one size", "several sizes, padded"]
+    "sizes",
+    [((16, 24),), ((14, 23), (14, 23), (16, 16), (14, 23))],
+    ids=["one size", "several sizes, padded"],
 )
 def test_the_score_is_that_of_loops_over_images_heads_and_pixels(sizes, layer, weights):
-    config, eye, _ = eye_and_frame(weights, threshold=0.45, layer=layer, seed=3)
+    config, model, _ = eye_and_frame(weights, threshold=0.45, layer=layer, seed=3)
     made = random_scenes(9, sizes)
-    content, _, problems = score(config, eye, as_scenes(made))
+    content, _, problems = score(config, model, as_scenes(made))
     assert problems == []
     torch.manual_seed(3)
-    networks = {"pico": eye.backbone, "untrained": build(eye.backbone.metadata).eval()}
+    networks = {"pico": model.backbone, "untrained": build(model.backbone.metadata).eval()}
     mean, std = (torch.tensor(values)[:, None, None] for values in (RUN.mean, RUN.std))
     indices = {name: [] for name in (*networks, "centred blobs")}
     for scene in made:
         for name, network in networks.items():
-            maps = look(network, ((scene.pixels / 255 - mean) / std)[None], layer=layer).attention[0].numpy()
+            maps = (
+                look(network, ((scene.pixels / 255 - mean) / std)[None], layer=layer)
+                .attention[0]
+                .numpy()
+            )
             indices[name].append(naive_indices(maps, scene, 0.45))
         grid = scene.pixels.shape[1] // 4, scene.pixels.shape[2] // 4
         indices["centred blobs"].append(naive_indices(blobs(4, *grid).numpy(), scene, 0.45))
@@ -384,25 +434,31 @@ def test_the_score_is_that_of_loops_over_images_heads_and_pixels(sizes, layer, w
 
 @pytest.mark.parametrize("pixels", [1, 2 * 16 * 24, 10**9])
 def test_how_many_images_go_through_at_once_changes_nothing(pixels, weights, monkeypatch):
-    config, eye, _ = eye_and_frame(weights)
+    config, model, _ = eye_and_frame(weights)
     made = random_scenes(5)
-    expected, _, _ = score(config, eye, as_scenes(made))
-    monkeypatch.setattr(masks, "BATCH_PIXELS", pixels)
+    expected, _, _ = score(config, model, as_scenes(made))
+    monkeypatch.setattr(localization, "BATCH_PIXELS", pixels)
     seen = []
-    call = Eye.__call__
-    monkeypatch.setattr(Eye, "__call__", lambda self, images, *rest: seen.append(len(images)) or call(self, images, *rest))
-    found, _, _ = score(config, eye, as_scenes(made))
+    call = AttentionModel.__call__
+    monkeypatch.setattr(
+        AttentionModel,
+        "__call__",
+        lambda self, images, *rest: seen.append(len(images)) or call(self, images, *rest),
+    )
+    found, _, _ = score(config, model, as_scenes(made))
     drop = {"seconds"}
-    assert {k: v for k, v in found.items() if k not in drop} == {k: v for k, v in expected.items() if k not in drop}
+    assert {k: v for k, v in found.items() if k not in drop} == {
+        k: v for k, v in expected.items() if k not in drop
+    }
     assert seen[::2] == {1: 5 * [1], 768: [2, 2, 1], 10**9: [5]}[pixels]
 
 
 def test_every_map_that_finds_the_object_scores_100(weights):
     """All of a blob's mass, where the object is the whole image."""
-    config, eye, _ = eye_and_frame(weights, threshold=0.999999)
+    config, model, _ = eye_and_frame(weights, threshold=0.999999)
     everywhere = torch.ones(16, 24, dtype=torch.bool)
     scene = Scene(torch.from_numpy(noise(16, 24)).permute(2, 0, 1), everywhere, everywhere)
-    content, _, _ = score(config, eye, as_scenes([scene]))
+    content, _, _ = score(config, model, as_scenes([scene]))
     assert content["baselines"]["centred blobs"]["best_head"] == 100
     assert content["results"]["best_head"] == 100
 
@@ -411,18 +467,20 @@ def test_the_seed_draws_the_untrained_network(weights):
     made = random_scenes(4)
     found = []
     for seed in (0, 0, 1):
-        config, eye, _ = eye_and_frame(weights, seed=seed)
-        found.append(score(config, eye, as_scenes(made))[0])
+        config, model, _ = eye_and_frame(weights, seed=seed)
+        found.append(score(config, model, as_scenes(made))[0])
     heads = [one["baselines"]["untrained"]["heads"] for one in found]
     assert heads[0] == heads[1] != heads[2]
     assert found[0]["results"]["heads"] == found[2]["results"]["heads"]
 
 
-def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(masks, "BATCH_PIXELS", 1)  # a batch each
-    config, eye, _ = eye_and_frame(weights, images_per_figure=2, threshold=0.5)
+def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(
+    weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(localization, "BATCH_PIXELS", 1)  # a batch each
+    config, model, _ = eye_and_frame(weights, images_per_figure=2, threshold=0.5)
     made = random_scenes(3, ((14, 23),))
-    _, sheet, _ = score(config, eye, as_scenes(made))
+    _, sheet, _ = score(config, model, as_scenes(made))
     assert sheet.name == "masks"
     assert [[cell.title for cell in row] for row in sheet.rows] == [
         ["image", "object", "pico", "untrained", "centred blobs"],
@@ -431,10 +489,12 @@ def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(weight
     mean, std = (torch.tensor(values)[:, None, None] for values in (RUN.mean, RUN.std))
     for scene, row in zip(made, sheet.rows, strict=False):
         image = scene.pixels[:, :14, :23].permute(1, 2, 0).numpy() / 255
-        maps = look(eye.backbone, ((scene.pixels / 255 - mean) / std)[None]).attention[0].numpy()
+        maps = look(model.backbone, ((scene.pixels / 255 - mean) / std)[None]).attention[0].numpy()
         best = maps[int(np.argmax(naive_indices(maps, scene, 0.5)))]
         kept = naive_mask(best, 0.5).repeat(4, 0).repeat(4, 1)[:14, :23]
-        for cell, mask in zip(row, (np.ones((14, 23), bool), scene.truth.numpy(), kept), strict=False):
+        for cell, mask in zip(
+            row, (np.ones((14, 23), bool), scene.truth.numpy(), kept), strict=False
+        ):
             times = math.ceil(256 / 23)
             grey = 0.25 * (image @ [0.299, 0.587, 0.114])[..., None]
             expected = np.where(mask[..., None], image, grey).repeat(times, 0).repeat(times, 1)
@@ -443,8 +503,8 @@ def test_the_sheet_shows_the_first_images_with_what_their_best_heads_keep(weight
 
 
 def test_the_table_names_the_measure_and_both_choices_of_heads(weights):
-    config, eye, _ = eye_and_frame(weights)
-    content, _, _ = score(config, eye, as_scenes(random_scenes(3)))
+    config, model, _ = eye_and_frame(weights)
+    content, _, _ = score(config, model, as_scenes(random_scenes(3)))
     header, _, *rows = listed(content, "pico").splitlines()
     assert "Jaccard index with the object, %" in header
     assert "best head of each image [95 %]" in header
@@ -455,24 +515,29 @@ def test_the_table_names_the_measure_and_both_choices_of_heads(weights):
 
 def test_an_eye_that_looks_at_the_object_beats_the_blobs(weights, monkeypatch):
     """End to end on drawn shapes: maps that are the objects' own shares of the patches."""
-    config, eye, frame = eye_and_frame(weights, num_images=8, threshold=0.9, image_size=32)
-    scenes = scenes_of_shapes(config, eye, frame)
+    config, model, frame = eye_and_frame(weights, num_images=8, threshold=0.9, image_size=32)
+    scenes = scenes_of_shapes(config, model, frame)
     truths = [read().truth.float() for _, read in scenes]
-    maps = torch.nn.functional.avg_pool2d(torch.stack(truths)[:, None], 4).expand(-1, 4, -1, -1) + 1e-6
-    call = Eye.__call__
+    maps = (
+        torch.nn.functional.avg_pool2d(torch.stack(truths)[:, None], 4).expand(-1, 4, -1, -1) + 1e-6
+    )
+    call = AttentionModel.__call__
 
     def looked(self, images, *rest):
         sight = call(self, images, *rest)
         return sight._replace(attention=maps) if self.title == "pico" else sight
 
-    monkeypatch.setattr(Eye, "__call__", looked)
-    content, _, _ = score(config, eye, scenes)
+    monkeypatch.setattr(AttentionModel, "__call__", looked)
+    content, _, _ = score(config, model, scenes)
     assert content["results"]["best_head"] > 75
     assert content["results"]["best_head"] > content["baselines"]["centred blobs"]["best_head"] + 10
 
 
 def test_images_of_one_name_have_the_masks_of_their_own_folders(tmp_path, weights):
-    made = {f"{film}/0001": (noise(16, 16), box(16, 16, 0, 0, side, side)) for film, side in (("a", 4), ("b", 12))}
+    made = {
+        f"{film}/0001": (noise(16, 16), box(16, 16, 0, 0, side, side))
+        for film, side in (("a", 4), ("b", 12))
+    }
     _, _, scenes = scenes_in(tmp_path, made, weights, image_size=0)
     assert [int(read().truth.sum()) for _, read in scenes] == [16, 144]
 
@@ -480,8 +545,10 @@ def test_images_of_one_name_have_the_masks_of_their_own_folders(tmp_path, weight
 def test_other_files_beside_the_masks_are_no_masks(tmp_path, weights):
     scenes_in(tmp_path, {"a": (noise(16, 16), box(16, 16, 0, 0, 4, 4))}, weights, image_size=0)
     (tmp_path / "masks" / "a.txt").write_text("notes")
-    config, eye, frame = eye_and_frame(weights, images=(str(tmp_path / "images"),), masks=str(tmp_path / "masks"))
-    assert scenes_of_files(config, eye, frame, find(config, frame)[0])[0][1]().truth.any()
+    config, model, frame = eye_and_frame(
+        weights, images=(str(tmp_path / "images"),), masks=str(tmp_path / "masks")
+    )
+    assert scenes_of_files(config, model, frame, find(config, frame)[0])[0][1]().truth.any()
 
 
 def test_large_masks_are_not_for_pil_to_refuse(tmp_path, monkeypatch):
@@ -492,9 +559,9 @@ def test_large_masks_are_not_for_pil_to_refuse(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_called_as_a_baseline_are_scored(weights):
-    config, eye, _ = eye_and_frame(weights)
-    expected = score(config, eye, as_scenes(random_scenes(4)))[0]["results"]
-    eye.title = "untrained"
-    content = score(config, eye, as_scenes(random_scenes(4)))[0]
+    config, model, _ = eye_and_frame(weights)
+    expected = score(config, model, as_scenes(random_scenes(4)))[0]["results"]
+    model.title = "untrained"
+    content = score(config, model, as_scenes(random_scenes(4)))[0]
     assert content["results"] == expected
     assert len(listed(content, "untrained").splitlines()) == 5

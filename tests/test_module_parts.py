@@ -7,14 +7,16 @@ import pytest
 import torch
 from conftest import TINY
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.data import Batch
-from dino_xcit.module import DINOModule, Network, clip_per_parameter, parameter_groups
-from dino_xcit.photometric import Draw
-from dino_xcit.schedules import Schedules
-from dino_xcit.xcit import BRANCHES
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.loader import Batch
+from dino_xcit.data.photometric import PhotometricParam
+from dino_xcit.model.architectures import BRANCHES
+from dino_xcit.train.module import DINOModule, Network, clip_per_parameter, parameter_groups
+from dino_xcit.train.schedules import Schedules
 
-CONFIG = PretrainConfig(arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1)
+CONFIG = PretrainConfig(
+    arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1
+)
 
 
 # -- weight decay ------------------------------------------------------------------------------------------------
@@ -30,10 +32,19 @@ def decayed_and_spared(**options):
 def test_biases_norms_and_layer_scales_are_spared_from_weight_decay():
     groups, decayed, spared, _ = decayed_and_spared()
     assert groups[1]["weight_decay"] == 0
-    assert {name.split(".")[-1] for name in spared} == {"bias", "weight", "gamma1", "gamma2", "gamma3"}
-    assert {"norm.weight", "patch_embed.proj.0.1.weight", "blocks.0.local_mp.bn.weight", "blocks.1.attn.qkv.bias"} <= {
-        name.removeprefix("backbone.") for name in spared
+    assert {name.split(".")[-1] for name in spared} == {
+        "bias",
+        "weight",
+        "gamma1",
+        "gamma2",
+        "gamma3",
     }
+    assert {
+        "norm.weight",
+        "patch_embed.proj.0.1.weight",
+        "blocks.0.local_mp.bn.weight",
+        "blocks.1.attn.qkv.bias",
+    } <= {name.removeprefix("backbone.") for name in spared}
     assert {
         "backbone.cls_token",
         "backbone.blocks.0.attn.temperature",
@@ -43,12 +54,16 @@ def test_biases_norms_and_layer_scales_are_spared_from_weight_decay():
         "head.mlp.0.weight",
         "head.last_layer.weight_v",
     } <= decayed
-    assert not [name for name in decayed if "norm" in name or ".bn." in name or name.endswith("bias")]
+    assert not [
+        name for name in decayed if "norm" in name or ".bn." in name or name.endswith("bias")
+    ]
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_every_parameter_that_learns_is_in_one_group(norm_last_layer):
-    groups, decayed, spared, network = decayed_and_spared(norm_last_layer=norm_last_layer, use_bn_in_head=True)
+    groups, decayed, spared, network = decayed_and_spared(
+        norm_last_layer=norm_last_layer, use_bn_in_head=True
+    )
     learning = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert decayed | spared == learning
     assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(learning)
@@ -60,7 +75,10 @@ def test_every_parameter_that_learns_is_in_one_group(norm_last_layer):
 
 def gradients():
     torch.manual_seed(0)
-    return [scale * torch.randn(shape) for scale, shape in ((0.1, (4, 3)), (1.0, (50,)), (10.0, (2, 1, 5)), (0.0, (3,)))]
+    return [
+        scale * torch.randn(shape)
+        for scale, shape in ((0.1, (4, 3)), (1.0, (50,)), (10.0, (2, 1, 5)), (0.0, (3,)))
+    ]
 
 
 @pytest.mark.parametrize("limit", [0.3, 3.0, 1e6])
@@ -97,10 +115,13 @@ def test_nothing_in_a_step_has_to_know_a_number(monkeypatch):
         module = DINOModule(TINY, Schedules(config=TINY, steps_per_epoch=6, total_batch=8))
         views = {
             name: value
-            for group, crops, side in (("global", 2, TINY.global_crops_size), ("local", 2, TINY.local_crops_size))
+            for group, crops, side in (
+                ("global", 2, TINY.global_crops_size),
+                ("local", 2, TINY.local_crops_size),
+            )
             for name, value in {
                 f"{group}_crops": torch.zeros(8, crops, 3, side, side, dtype=torch.uint8),
-                f"{group}_draws": torch.zeros(8, crops, len(Draw)),
+                f"{group}_params": torch.zeros(8, crops, len(PhotometricParam)),
                 f"{group}_paths": torch.ones(8, crops, 2, BRANCHES),
             }.items()
         }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_xcit.page import TEMPLATE, Exhibit, compress, write_page
+from dino_xcit.figures.page import TEMPLATE, Exhibit, compress, write_page
 
 CLIP = 0.05
 COLOURS = [(0.9, 0.6, 0.0), (0.3, 0.7, 0.9), (0.0, 0.6, 0.5)]
@@ -36,13 +36,22 @@ def exhibit(seed=0, *, name="cat.png", size=(37, 45), patch=8, heads=3, axes=10)
 
 
 def write(path, *exhibits, **changes):
-    options = {"title": "Attention", "threshold": 0.6, "clip": CLIP, "colormap": "viridis", "colours": COLOURS}
+    options = {
+        "title": "Attention",
+        "threshold": 0.6,
+        "clip": CLIP,
+        "colormap": "viridis",
+        "colours": COLOURS,
+    }
     write_page(path, exhibits, **{**options, **changes})
     return path
 
 
 def embedded(path):
-    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"))
+    (block,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>',
+        path.read_text(encoding="utf-8"),
+    )
     return json.loads(block)
 
 
@@ -71,7 +80,9 @@ def test_maps_are_embedded_to_within_half_a_step(tmp_path):
     (of_image,) = embedded(write(tmp_path / "page.html", shown))["exhibits"]
     top = np.array(of_image["top"])
     assert top.tolist() == [head.max() for head in shown.attention]
-    read = numbers(of_image["attention"], "<u2", *shown.attention.shape) * top[:, None, None] / 65535
+    read = (
+        numbers(of_image["attention"], "<u2", *shown.attention.shape) * top[:, None, None] / 65535
+    )
     assert (np.abs(read - shown.attention) <= top[:, None, None] / 131070 * (1 + 1e-9)).all()
     assert (of_image["size"], of_image["grid"], of_image["patch"]) == ([45, 37], [5, 6], 8)
 
@@ -86,7 +97,12 @@ def test_a_head_that_looks_at_no_patch_is_embedded(tmp_path):
 def test_a_small_image_is_lossless_and_a_large_one_nearly(tmp_path):
     shades = np.linspace(0, 255, 264 * 264 * 3).reshape(264, 264, 3).astype(np.uint8)
     small, large = (
-        Exhibit(name="", image=image, patch=8, attention=np.ones((1, *(s // 8 for s in image.shape[:2]))) / 2e3)
+        Exhibit(
+            name="",
+            image=image,
+            patch=8,
+            attention=np.ones((1, *(s // 8 for s in image.shape[:2]))) / 2e3,
+        )
         for image in (shades[:256, :256], shades)
     )
     for shown, kind in zip((small, large), ("png", "jpeg"), strict=True):
@@ -100,7 +116,9 @@ def test_a_small_image_is_lossless_and_a_large_one_nearly(tmp_path):
 @pytest.mark.parametrize(("axes", "rank"), [(10, 10), (64, 64), (200, 30)])
 def test_cosines_of_embedded_features_are_those_of_the_features(axes, rank):
     rng = np.random.default_rng(0)
-    features = np.einsum("cr,rhw->chw", rng.standard_normal((axes, rank)), rng.standard_normal((rank, 9, 7)))
+    features = np.einsum(
+        "cr,rhw->chw", rng.standard_normal((axes, rank)), rng.standard_normal((rank, 9, 7))
+    )
     values, side, energy = compress(features)
     assert (values.dtype, values.shape, side) == (np.int8, (9, 7, min(axes, 64)), 1)
     assert energy == pytest.approx(1)
@@ -110,7 +128,10 @@ def test_cosines_of_embedded_features_are_those_of_the_features(axes, rank):
 
 
 def test_of_many_axes_those_with_most_energy_are_kept():
-    features = np.random.default_rng(0).standard_normal((200, 20, 20)) * np.geomspace(1, 0.02, 200)[:, None, None]
+    features = (
+        np.random.default_rng(0).standard_normal((200, 20, 20))
+        * np.geomspace(1, 0.02, 200)[:, None, None]
+    )
     values, _, energy = compress(features)
     unit = features.reshape(200, -1) / np.linalg.norm(features.reshape(200, -1), axis=0)
     powers = np.linalg.svd(unit, compute_uv=False) ** 2
@@ -123,8 +144,16 @@ def test_features_of_a_fine_grid_are_averaged_over_cells():
     features = np.random.default_rng(0).standard_normal((8, 257, 5))
     values, side, _ = compress(features)
     assert (values.shape, side) == ((86, 2, 8), 3)
-    means = [[features[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3].mean((1, 2)) for j in range(2)] for i in range(86)]
-    assert np.abs(cosines(np.moveaxis(values, -1, 0)) - cosines(np.moveaxis(np.array(means), -1, 0))).mean() < 0.005
+    means = [
+        [features[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3].mean((1, 2)) for j in range(2)]
+        for i in range(86)
+    ]
+    assert (
+        np.abs(
+            cosines(np.moveaxis(values, -1, 0)) - cosines(np.moveaxis(np.array(means), -1, 0))
+        ).mean()
+        < 0.005
+    )
     assert compress(features[:, :128])[1] == 1
 
 
@@ -138,18 +167,35 @@ def test_the_page_asks_for_nothing(tmp_path):
     assert "://" not in page
     assert "default-src 'none'" in page
     assert set(re.findall(r'(?:src|href)="([^"]*)"', TEMPLATE.read_text())) == {"data:,"}
-    assert "{{" not in page.replace(embedded_text := re.search(r"<script type=.*?</script>", page)[0], "")
+    assert "{{" not in page.replace(
+        embedded_text := re.search(r"<script type=.*?</script>", page)[0], ""
+    )
     assert len(embedded_text) > len(page) / 20
 
 
 def test_names_and_titles_are_text(tmp_path):
-    shown = [exhibit(name=name) for name in (HOSTILE, "a\"b&c'd", "\udce9t\u00e9.png", "<!--<script>")]
-    path = write(tmp_path / "page.html", *shown, title=f"{HOSTILE} {{{{data}}}}", subtitle="<b>\udce9 & co</b>")
-    assert [e["name"] for e in embedded(path)["exhibits"]] == [HOSTILE, "a\"b&c'd", "?t\u00e9.png", "<!--<script>"]
+    shown = [
+        exhibit(name=name) for name in (HOSTILE, "a\"b&c'd", "\udce9t\u00e9.png", "<!--<script>")
+    ]
+    path = write(
+        tmp_path / "page.html",
+        *shown,
+        title=f"{HOSTILE} {{{{data}}}}",
+        subtitle="<b>\udce9 & co</b>",
+    )
+    assert [e["name"] for e in embedded(path)["exhibits"]] == [
+        HOSTILE,
+        "a\"b&c'd",
+        "?t\u00e9.png",
+        "<!--<script>",
+    ]
     page = path.read_text(encoding="utf-8")
     assert "<img" not in page
     assert "<b>?" not in page
-    assert "<title>&lt;/script&gt;&lt;img src=x onerror=window.hacked=1&gt;.png {{data}}</title>" in page
+    assert (
+        "<title>&lt;/script&gt;&lt;img src=x onerror=window.hacked=1&gt;.png {{data}}</title>"
+        in page
+    )
     assert page.count("</script>") == TEMPLATE.read_text().count("</script>")
 
 
@@ -176,7 +222,10 @@ def test_maps_that_do_not_fit_the_image_or_are_not_numbers_are_refused():
 
 # -- browser ---------------------------------------------------------------------------------------------------------
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+CHROMIUM, DRIVER = (
+    shutil.which("chromium") or shutil.which("google-chrome"),
+    shutil.which("chromedriver"),
+)
 FIRST, SECOND = exhibit(name=HOSTILE), exhibit(1, size=(32, 32), patch=4, heads=2, axes=0)
 
 
@@ -188,9 +237,21 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    quiet = ["no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
+    quiet = [
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    ]
     profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for flag in ["headless=new", "no-sandbox", "disable-gpu", "window-size=1280,900", *quiet, profile]:
+    for flag in [
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "window-size=1280,900",
+        *quiet,
+        profile,
+    ]:
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
@@ -240,7 +301,10 @@ class Page:
     def click_patch(self, row, column, shown=FIRST):
         """A click with the mouse on the middle of the patch, which may be cut."""
         H, W = shown.image.shape[:2]
-        y, x = ((min(i * shown.patch + shown.patch, size) + i * shown.patch) / 2 for i, size in ((row, H), (column, W)))
+        y, x = (
+            (min(i * shown.patch + shown.patch, size) + i * shown.patch) / 2
+            for i, size in ((row, H), (column, W))
+        )
         box = self.canvas().rect
         offset = int((x / W - 0.5) * box["width"]), int((y / H - 0.5) * box["height"])
         self.actions().move_to_element_with_offset(self.canvas(), *offset).click().perform()
@@ -262,7 +326,9 @@ class Page:
 
     def pixels(self):
         """uint8 (height, width, 3) of the main canvas."""
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(self.picture().split(",")[1]))).convert("RGB"))
+        return np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(self.picture().split(",")[1]))).convert("RGB")
+        )
 
     def pressed(self):
         return [
@@ -273,16 +339,18 @@ class Page:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("page") / "page.html", FIRST, SECOND, title=f"Maps {HOSTILE}")
+    return write(
+        tmp_path_factory.mktemp("page") / "page.html", FIRST, SECOND, title=f"Maps {HOSTILE}"
+    )
 
 
 @pytest.fixture
 def page(browser, path):
     yield (opened := Page(browser, path))
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    assert opened.js("return performance.getEntries().filter(e => e.name.includes('://')).map(e => e.name)") == [
-        path.as_uri()
-    ]
+    assert opened.js(
+        "return performance.getEntries().filter(e => e.name.includes('://')).map(e => e.name)"
+    ) == [path.as_uri()]
 
 
 def keys():
@@ -322,7 +390,9 @@ def test_a_head_is_shown_while_the_mouse_is_on_it(page):
     page.hover(page.head(1))
     assert (page.map(), page.pressed()) == ("head 1", ["mean"])
     assert page.picture() != before
-    np.testing.assert_allclose(page.values(), FIRST.attention[1].ravel(), atol=FIRST.attention[1].max() / 131070)
+    np.testing.assert_allclose(
+        page.values(), FIRST.attention[1].ravel(), atol=FIRST.attention[1].max() / 131070
+    )
     page.hover(page.find("h1"))
     assert page.map() == "mean"
     assert page.picture() == before
@@ -360,7 +430,13 @@ def test_heads_by_keyboard(page):
     page.press("1")
     page.js("document.activeElement.blur()")
     assert page.map() == "head 1"
-    for key, label in [("2", "head 2"), ("c", "all heads"), ("m", "mean"), ("7", "mean"), ("0", "head 0")]:
+    for key, label in [
+        ("2", "head 2"),
+        ("c", "all heads"),
+        ("m", "mean"),
+        ("7", "mean"),
+        ("0", "head 0"),
+    ]:
         page.press(key)
         assert page.map() == label
 
@@ -382,15 +458,23 @@ def centres(shown, pixels):
     """(h w, 3): pictures of the image have these colours in the middle of patches."""
     H, W = shown.image.shape[:2]
     h, w = shown.attention.shape[1:]
-    rows, columns = (np.minimum((np.arange(n) + 0.5) * shown.patch, size - 1) + 0.5 for n, size in ((h, H), (w, W)))
-    rows, columns = (rows * pixels.shape[0] / H).astype(int), (columns * pixels.shape[1] / W).astype(int)
+    rows, columns = (
+        np.minimum((np.arange(n) + 0.5) * shown.patch, size - 1) + 0.5
+        for n, size in ((h, H), (w, W))
+    )
+    rows, columns = (
+        (rows * pixels.shape[0] / H).astype(int),
+        (columns * pixels.shape[1] / W).astype(int),
+    )
     return pixels[rows[:, None], columns].reshape(-1, 3).astype(int)
 
 
 def test_the_map_has_the_colours_of_its_values(page):
     page.press("1", "v")
     values = page.values()
-    expected = matplotlib.colormaps["viridis"](np.round(255 * in_range(values)).astype(int), bytes=True)[:, :3]
+    expected = matplotlib.colormaps["viridis"](
+        np.round(255 * in_range(values)).astype(int), bytes=True
+    )[:, :3]
     low = np.sort(values)[1]
     assert float(page.text("low")) == pytest.approx(low, rel=0.06)
     assert centres(FIRST, page.pixels()).tolist() == expected.tolist()
@@ -487,7 +571,12 @@ def test_a_click_on_a_patch_shows_what_is_similar(page):
 def test_a_patch_by_keyboard(page):
     page.js("document.getElementById('canvas').focus()")
     page.press(
-        keys().ARROW_DOWN, keys().ARROW_RIGHT, keys().ARROW_RIGHT, keys().ARROW_LEFT, keys().ARROW_DOWN, keys().ARROW_UP
+        keys().ARROW_DOWN,
+        keys().ARROW_RIGHT,
+        keys().ARROW_RIGHT,
+        keys().ARROW_LEFT,
+        keys().ARROW_DOWN,
+        keys().ARROW_UP,
     )
     assert page.text("readout") == f"row 1, column 1: {FIRST.attention.mean(0)[1, 1]:.3g}"
     page.press(keys().ENTER)
@@ -534,14 +623,18 @@ def test_images_by_click_and_key(page):
 
 
 def test_an_image_that_is_late_does_not_come_up(page):
-    page.js("page.data.exhibits[1].picture = { decode: () => new Promise(done => setTimeout(done, 100)) }")
+    page.js(
+        "page.data.exhibits[1].picture = { decode: () => new Promise(done => setTimeout(done, 100)) }"
+    )
     page.press(keys().PAGE_DOWN, keys().PAGE_UP)
     page.js("return new Promise(done => setTimeout(done, 150))")
     assert (page.js("return page.state.exhibit"), len(page.values())) == (0, 30)
 
 
 def test_the_view_is_saved_as_png(page, tmp_path):
-    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
     page.press("1", "v")
     pixels = page.pixels()
     page.find("#save").click()
@@ -556,10 +649,23 @@ def test_the_view_is_saved_as_png(page, tmp_path):
 def test_the_page_fits_its_window_and_its_pixels_the_screen(page, width, height):
     try:
         for ratio in (2, 3):  # with the window's size, then alone
-            screen = {"width": width, "height": height, "deviceScaleFactor": ratio, "mobile": width < 1000}
+            screen = {
+                "width": width,
+                "height": height,
+                "deviceScaleFactor": ratio,
+                "mobile": width < 1000,
+            }
             page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
             end = time.monotonic() + 10
-            while abs(page.js("const c = document.getElementById('canvas'); return c.width / c.clientWidth") - ratio) > 0.02:
+            while (
+                abs(
+                    page.js(
+                        "const c = document.getElementById('canvas'); return c.width / c.clientWidth"
+                    )
+                    - ratio
+                )
+                > 0.02
+            ):
                 assert time.monotonic() < end
                 page.browser.get_screenshot_as_png()  # makes a frame, before which nothing is told of a new ratio
             assert page.js("return [innerWidth, devicePixelRatio]") == [width, ratio]

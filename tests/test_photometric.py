@@ -8,11 +8,21 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from dino_xcit import photometric as room
-from dino_xcit.photometric import Draw, photometric
+from dino_xcit.data import photometric as photometric_module
+from dino_xcit.data.photometric import PhotometricParam, photometric
 
-JITTER = (Draw.BRIGHTNESS, Draw.CONTRAST, Draw.SATURATION, Draw.HUE)
-RANKS = (Draw.BRIGHTNESS_RANK, Draw.CONTRAST_RANK, Draw.SATURATION_RANK, Draw.HUE_RANK)
+JITTER = (
+    PhotometricParam.BRIGHTNESS,
+    PhotometricParam.CONTRAST,
+    PhotometricParam.SATURATION,
+    PhotometricParam.HUE,
+)
+RANKS = (
+    PhotometricParam.BRIGHTNESS_RANK,
+    PhotometricParam.CONTRAST_RANK,
+    PhotometricParam.SATURATION_RANK,
+    PhotometricParam.HUE_RANK,
+)
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 ORDERS = list(permutations(range(4)))
 MAX_SIGMA = 2.0
@@ -22,7 +32,7 @@ MAX_SIGMA = 2.0
 def on_each_device_path(request, monkeypatch):
     """As on CPU, where the drawn rows alone are touched, and as on accelerators."""
     if request.param == "whole batch":
-        monkeypatch.setattr(room, "_on_rows", whole_batch)
+        monkeypatch.setattr(photometric_module, "_on_rows", whole_batch)
 
 
 def whole_batch(x, active, operation):
@@ -36,11 +46,11 @@ def views(n=1, channels=3, seed=0):
 
 def neutral(n=1, **values):
     """Draws that leave a view alone, but for the named ones."""
-    draws = torch.zeros(n, len(Draw))
-    draws[:, Draw.BRIGHTNESS : Draw.HUE] = 1
-    draws[:, Draw.BRIGHTNESS_RANK : Draw.HUE_RANK + 1] = torch.arange(4.0)
+    draws = torch.zeros(n, len(PhotometricParam))
+    draws[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] = 1
+    draws[:, PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.HUE_RANK + 1] = torch.arange(4.0)
     for name, value in values.items():
-        draws[:, Draw[name]] = value
+        draws[:, PhotometricParam[name]] = value
     return draws
 
 
@@ -48,12 +58,20 @@ def random_draws(n):
     """Each operation in about half of the views, orders at random."""
     rng = np.random.default_rng(0)
     draws = neutral(n)
-    for column, low, high in ((1, 0.6, 1.4), (2, 0.6, 1.4), (3, 0.8, 1.2), (4, -0.1, 0.1), (Draw.SIGMA, 0.1, 2.0)):
+    for column, low, high in (
+        (1, 0.6, 1.4),
+        (2, 0.6, 1.4),
+        (3, 0.8, 1.2),
+        (4, -0.1, 0.1),
+        (PhotometricParam.SIGMA, 0.1, 2.0),
+    ):
         drawn = torch.from_numpy(rng.random(n) < 0.5)
         draws[drawn, column] = torch.from_numpy(rng.uniform(low, high, n)).float()[drawn]
-    for column in (Draw.FLIP, Draw.GRAYSCALE, Draw.SOLARIZE):
+    for column in (PhotometricParam.FLIP, PhotometricParam.GRAYSCALE, PhotometricParam.SOLARIZE):
         draws[:, column] = torch.from_numpy(rng.random(n) < 0.5)
-    draws[:, RANKS[0] : RANKS[-1] + 1] = torch.tensor([ORDERS[i] for i in rng.integers(0, 24, n)]).float()
+    draws[:, RANKS[0] : RANKS[-1] + 1] = torch.tensor(
+        [ORDERS[i] for i in rng.integers(0, 24, n)]
+    ).float()
     return draws
 
 
@@ -81,12 +99,21 @@ def assert_same(result, expected, tolerance=1e-5):
         ({"FLIP": 1}, tv.horizontal_flip),
         *[({"BRIGHTNESS": f}, lambda x, f=f: tv.adjust_brightness(x, f)) for f in (0.0, 0.6, 1.4)],
         *[({"CONTRAST": f}, lambda x, f=f: tv.adjust_contrast(x, f)) for f in (0.0, 0.6, 1.4)],
-        *[({"SATURATION": f}, lambda x, f=f: tv.adjust_saturation(x, f)) for f in (0.0, 0.8, 1.2, 2.0)],
+        *[
+            ({"SATURATION": f}, lambda x, f=f: tv.adjust_saturation(x, f))
+            for f in (0.0, 0.8, 1.2, 2.0)
+        ],
         *[({"HUE": h}, lambda x, h=h: tv.adjust_hue(x, h)) for h in (-0.5, -0.1, 0.03, 0.1, 0.5)],
         ({"GRAYSCALE": 1}, lambda x: tv.rgb_to_grayscale(x, num_output_channels=3)),
-        *[({"SIGMA": s}, lambda x, s=s: tv.gaussian_blur(x, [13, 13], [s, s])) for s in (0.1, 0.7, 2.0)],
+        *[
+            ({"SIGMA": s}, lambda x, s=s: tv.gaussian_blur(x, [13, 13], [s, s]))
+            for s in (0.1, 0.7, 2.0)
+        ],
         ({"SOLARIZE": 1}, lambda x: tv.solarize(x, 128 / 255)),
-        ({"SIGMA": 1, "SOLARIZE": 1}, lambda x: tv.solarize(tv.gaussian_blur(x, [13, 13], [1.0, 1.0]), 128 / 255)),
+        (
+            {"SIGMA": 1, "SOLARIZE": 1},
+            lambda x: tv.solarize(tv.gaussian_blur(x, [13, 13], [1.0, 1.0]), 128 / 255),
+        ),
     ],
 )
 @pytest.mark.usefixtures("on_each_device_path")
@@ -101,7 +128,7 @@ def test_operation_is_torchvisions(values, expected):
 def test_jitter_in_each_of_its_24_orders_is_torchvisions():
     images, draws = views(24), neutral(24)
     factors = (1.35, 0.65, 1.2, 0.1)
-    draws[:, Draw.BRIGHTNESS : Draw.HUE + 1] = torch.tensor(factors)
+    draws[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] = torch.tensor(factors)
     expected = []
     for i, order in enumerate(ORDERS):  # order[rank] is the operation of that rank
         x = as_float(images[i])
@@ -125,7 +152,10 @@ def test_operations_run_in_official_order():
 def test_normalisation_is_torchvisions():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = views(2)
-    assert_same(photometric(images, neutral(2), mean, std, MAX_SIGMA), tv.normalize(as_float(images), list(mean), list(std)))
+    assert_same(
+        photometric(images, neutral(2), mean, std, MAX_SIGMA),
+        tv.normalize(as_float(images), list(mean), list(std)),
+    )
 
 
 def test_solarize_inverts_from_level_128_on():
@@ -194,7 +224,7 @@ def test_batch_is_its_views_one_by_one(channels):
 def test_a_batch_taken_in_parts_is_the_batch(monkeypatch):
     images, draws = views(16), random_draws(16)
     whole = augment(images, draws)
-    monkeypatch.setattr(room, "FLOATS_IN_CACHE", 5 * images[0].numel())
+    monkeypatch.setattr(photometric_module, "FLOATS_IN_CACHE", 5 * images[0].numel())
     assert_same(augment(images, draws), whole, tolerance=1e-6)
 
 
@@ -202,7 +232,7 @@ def test_a_batch_taken_in_parts_is_the_batch(monkeypatch):
 def test_path_of_accelerators_is_the_path_of_cpus(channels, monkeypatch):
     images, draws = views(32, channels), random_draws(32)
     on_cpu = augment(images, draws)
-    monkeypatch.setattr(room, "_on_rows", whole_batch)
+    monkeypatch.setattr(photometric_module, "_on_rows", whole_batch)
     assert_same(augment(images, draws), on_cpu, tolerance=1e-6)
 
 
@@ -244,7 +274,12 @@ PIL_STEPS = [
     ("SATURATION", 1.2, lambda image, f: ImageEnhance.Color(image).enhance(f), 2),
     ("HUE", 0.1, pil_hue, 7),  # PIL's hue has 256 steps
     ("GRAYSCALE", 1, lambda image, _: image.convert("L").convert("RGB"), 1),
-    ("SIGMA", 2.0, lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)), 3),  # three boxes
+    (
+        "SIGMA",
+        2.0,
+        lambda image, sigma: image.filter(ImageFilter.GaussianBlur(sigma)),
+        3,
+    ),  # three boxes
     ("SOLARIZE", 1, lambda image, _: ImageOps.solarize(image, 128), 0),
 ]
 
@@ -255,10 +290,14 @@ def assert_within_levels(result, image, levels, mean_levels):
     assert difference.mean() <= mean_levels + 1e-3
 
 
-@pytest.mark.parametrize(("name", "value", "step", "levels"), PIL_STEPS, ids=[step[0].lower() for step in PIL_STEPS])
+@pytest.mark.parametrize(
+    ("name", "value", "step", "levels"), PIL_STEPS, ids=[step[0].lower() for step in PIL_STEPS]
+)
 def test_operation_is_pils_within_a_few_grey_levels(name, value, step, levels):
     image = smooth_image()
-    result = augment(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], neutral(**{name: value}))
+    result = augment(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], neutral(**{name: value})
+    )
     assert_within_levels(result, step(image, value), levels, levels / 2)
 
 

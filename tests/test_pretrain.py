@@ -23,16 +23,17 @@ from torch import nn
 import dino_xcit
 from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
-from dino_xcit.config import PretrainConfig
-from dino_xcit.data import CropDataset, Order, collate, open_images
-from dino_xcit.machine import HALF
-from dino_xcit.module import COLUMNS, DINOModule, Network
-from dino_xcit.plan import memory_estimate
-from dino_xcit.pretrain import pretrain
-from dino_xcit.saving import PREVIOUS
-from dino_xcit.schedules import Schedules
-from dino_xcit.weights import LAST, TEACHER, load_backbone
-from dino_xcit.xcit import ConvPatchEmbed, XCABlock
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.images import open_images
+from dino_xcit.data.loader import CropDataset, StepBatchSampler, collate
+from dino_xcit.model.xcit import ConvPatchEmbed, XCABlock
+from dino_xcit.run_folder import LAST, PREVIOUS, TEACHER
+from dino_xcit.runtime import HALF
+from dino_xcit.train.dry_run import memory_estimate
+from dino_xcit.train.module import COLUMNS, DINOModule, Network
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.train.schedules import Schedules
+from dino_xcit.weights.load import load_backbone
 
 
 def rows(folder: str | Path) -> list[dict[str, str]]:
@@ -49,20 +50,33 @@ def network_states(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in state.items() if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    return {
+        k: v
+        for k, v in state.items()
+        if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    }
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
-    config = dataclasses.replace(tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False})
+    config = dataclasses.replace(
+        tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False}
+    )
     outcome = pretrain(config)
     folder = outcome.folder
     assert (outcome.step, outcome.steps, outcome.interrupted) == (12, 12, False)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     pictures = {"crops.png", "curves.png", "attention.png", "attention.npz"}
-    assert files == {"config.yaml", "metrics.csv", LAST, PREVIOUS, TEACHER, *pictures}  # too short and noisy to be sound
+    assert files == {
+        "config.yaml",
+        "metrics.csv",
+        LAST,
+        PREVIOUS,
+        TEACHER,
+        *pictures,
+    }  # too short and noisy to be sound
     table = rows(folder)
     assert tuple(table[0]) == COLUMNS
     assert [int(row["step"]) for row in table] == list(range(1, 13))
@@ -81,7 +95,9 @@ def test_config_yaml_repeats_the_run(tiny):
 
 
 def test_the_teacher_loads_strictly_into_timm_and_gives_the_same_features(tiny):
-    config = dataclasses.replace(tiny, arch="xcit_nano_12_p16", global_crops_size=32, local_crops_size=16, epochs=1)
+    config = dataclasses.replace(
+        tiny, arch="xcit_nano_12_p16", global_crops_size=32, local_crops_size=16, epochs=1
+    )
     folder = pretrain(config).folder
     product = folder / TEACHER
     theirs = timm.create_model("xcit_nano_12_p16_224", num_classes=0).eval()
@@ -93,7 +109,9 @@ def test_the_teacher_loads_strictly_into_timm_and_gives_the_same_features(tiny):
     assert ours.metadata["arch"] == "xcit_n12_p16"
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(load_backbone(folder / LAST)(images), ours(images), rtol=0, atol=0)
+        torch.testing.assert_close(
+            load_backbone(folder / LAST)(images), ours(images), rtol=0, atol=0
+        )
 
 
 def test_checkpoints_are_tensors_and_plain_values(tiny):
@@ -119,7 +137,9 @@ def test_the_augmentation_is_float32_under_mixed_precision(tiny):
 
 
 def test_grey_images_and_no_local_crops(tiny):
-    config = dataclasses.replace(tiny, in_chans=1, mean=(0.5,), std=(0.25,), local_crops_number=0, epochs=1)
+    config = dataclasses.replace(
+        tiny, in_chans=1, mean=(0.5,), std=(0.25,), local_crops_number=0, epochs=1
+    )
     pretrain(config)
     assert load_backbone(config.output_dir)(torch.zeros(1, 1, 16, 16)).shape == (1, 64)
 
@@ -132,7 +152,9 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys):
         assert word in printed
 
 
-def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when_the_run_began(tiny, monkeypatch, capsys):
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when_the_run_began(
+    tiny, monkeypatch, capsys
+):
     config = dataclasses.replace(tiny, precision="auto", epochs=1)
 
     def planned(multiplies: bool) -> str:
@@ -148,7 +170,9 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_the_memory_estimate_is_what_a_forward_pass_keeps_besides_weights_gradients_and_moments(tiny, precision):
+def test_the_memory_estimate_is_what_a_forward_pass_keeps_besides_weights_gradients_and_moments(
+    tiny, precision
+):
     config = dataclasses.replace(tiny, batch_size_per_gpu=4)
     student = Network(config)
     kept: dict[int, torch.UntypedStorage] = {}
@@ -170,8 +194,13 @@ def test_the_memory_estimate_is_what_a_forward_pass_keeps_besides_weights_gradie
 
 
 def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"--batch_size_per_gpu 100000 .* needs more than \d+ GiB and this machine has"):
-        pretrain(dataclasses.replace(tiny, num_images=100_000, batch_size_per_gpu=100_000, epochs=1))
+    with pytest.raises(
+        ValueError,
+        match=r"--batch_size_per_gpu 100000 .* needs more than \d+ GiB and this machine has",
+    ):
+        pretrain(
+            dataclasses.replace(tiny, num_images=100_000, batch_size_per_gpu=100_000, epochs=1)
+        )
 
 
 @pytest.fixture
@@ -191,7 +220,9 @@ def compiled(monkeypatch, budget_put_back):
         nn.Module.compile(region, backend="eager", **options)
 
     def training_step(module, batch, batch_idx):
-        with torch.compiler.set_stance("fail_on_recompile" if module.global_step > 1 else "default"):
+        with torch.compiler.set_stance(
+            "fail_on_recompile" if module.global_step > 1 else "default"
+        ):
             return step(module, batch, batch_idx)
 
     monkeypatch.setattr("dino_xcit.pretrain.why_nothing_compiles", lambda device: None)
@@ -201,9 +232,13 @@ def compiled(monkeypatch, budget_put_back):
     return regions
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, of its tracing
 def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
-    config = dataclasses.replace(tiny, compile=True, drop_path_rate=0.1, eval_every_n_epochs=1, eval_num_images=37)
+    config = dataclasses.replace(
+        tiny, compile=True, drop_path_rate=0.1, eval_every_n_epochs=1, eval_num_images=37
+    )
     pretrain(config)
     assert len(compiled) == 6  # stem and two layers of student and teacher each
     whole = network_states(config.output_dir)
@@ -212,17 +247,25 @@ def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
         torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, of its tracing
 def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
     monkeypatch.setattr("dino_xcit.pretrain.STEPS_THAT_PAY_FOR_COMPILING", 6)
-    pretrain(dataclasses.replace(tiny, epochs=1, compile=False, output_dir=f"{tiny.output_dir}_asked"))
+    pretrain(
+        dataclasses.replace(tiny, epochs=1, compile=False, output_dir=f"{tiny.output_dir}_asked")
+    )
     assert not compiled
     pretrain(dataclasses.replace(tiny, epochs=1))
     assert compiled
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of its tracing
-def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(tiny, monkeypatch, budget_put_back):
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, of its tracing
+def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(
+    tiny, monkeypatch, budget_put_back
+):
     def kept(module):
         sizes = {}
 
@@ -249,14 +292,22 @@ def test_without_a_compiler_the_run_goes_on(tiny, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
     pretrain(dataclasses.replace(tiny, compile=True, epochs=1))
-    assert "torch.compile does not work here (InvalidCxxCompiler: No working C++ compiler" in capsys.readouterr().err
+    assert (
+        "torch.compile does not work here (InvalidCxxCompiler: No working C++ compiler"
+        in capsys.readouterr().err
+    )
 
 
 def test_tensorboard_gets_every_row(tiny):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     folder = pretrain(dataclasses.replace(tiny, logger=("tensorboard",), epochs=1)).folder
     (written,) = (folder / "tensorboard").glob("events.*")
-    steps = {e.step for e in event_file.EventFileLoader(str(written)).Load() for v in e.summary.value if v.tag == "loss"}
+    steps = {
+        e.step
+        for e in event_file.EventFileLoader(str(written)).Load()
+        for v in e.summary.value
+        if v.tag == "loss"
+    }
     assert steps == set(range(1, 7))
 
 
@@ -280,7 +331,9 @@ def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
         with pytest.raises(ValueError, match="--weights"):
             load_backbone(tmp_path / name)
     folder = pretrain(dataclasses.replace(tiny, epochs=1)).folder
-    with pytest.raises(ValueError, match=r"does not fit xcit_n12_p16: missing: patch_embed\.proj\.4"):
+    with pytest.raises(
+        ValueError, match=r"does not fit xcit_n12_p16: missing: patch_embed\.proj\.4"
+    ):
         load_backbone(folder, arch="xcit_n12_p16")
 
 
@@ -290,14 +343,26 @@ def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
 def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """Official DINO's training loop in plain torch: loops over pairs, per-tensor clipping and averaging."""
     images = open_images(config, "train")
-    order = Order(config, len(images))
-    schedules = Schedules(config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch)
+    order = StepBatchSampler(config, len(images))
+    schedules = Schedules(
+        config=config, steps_per_epoch=order.steps_per_epoch, total_batch=order.total_batch
+    )
     torch.manual_seed(config.seed)
     module = DINOModule(config, schedules)
     student, teacher = copy.deepcopy(module.student), copy.deepcopy(module.teacher)
-    decayed = [p for n, p in student.named_parameters() if p.requires_grad and not (n.endswith(".bias") or p.ndim == 1)]
-    others = [p for n, p in student.named_parameters() if p.requires_grad and (n.endswith(".bias") or p.ndim == 1)]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0)
+    decayed = [
+        p
+        for n, p in student.named_parameters()
+        if p.requires_grad and not (n.endswith(".bias") or p.ndim == 1)
+    ]
+    others = [
+        p
+        for n, p in student.named_parameters()
+        if p.requires_grad and (n.endswith(".bias") or p.ndim == 1)
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0
+    )
     center = torch.zeros(config.out_dim)
     dataset = CropDataset(images, config)
     for step, positions in zip(range(steps), order, strict=False):
@@ -311,7 +376,11 @@ def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module
             q = F.softmax((teacher_logits[:, g] - center) / temperature, dim=-1)
             for v in range(student_logits.shape[1]):
                 if v != g:
-                    terms.append((-q * F.log_softmax(student_logits[:, v] / config.student_temp, dim=-1)).sum(-1).mean())
+                    terms.append(
+                        (-q * F.log_softmax(student_logits[:, v] / config.student_temp, dim=-1))
+                        .sum(-1)
+                        .mean()
+                    )
         center = center * 0.9 + teacher_logits.flatten(0, 1).mean(0) * 0.1
         optimizer.zero_grad()
         (sum(terms) / len(terms)).backward()
@@ -320,7 +389,10 @@ def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module
                 coefficient = config.clip_grad / (p.grad.norm() + 1e-6)
                 if coefficient < 1:
                     p.grad.mul_(coefficient)
-                if "last_layer" in name and step // order.steps_per_epoch < config.freeze_last_layer:
+                if (
+                    "last_layer" in name
+                    and step // order.steps_per_epoch < config.freeze_last_layer
+                ):
                     p.grad = None
         for group in optimizer.param_groups:
             group["lr"] = schedules.lr(step)
@@ -333,7 +405,9 @@ def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module
     return student, teacher, center
 
 
-def close_networks(state: dict[str, torch.Tensor], student: nn.Module, teacher: nn.Module, center: torch.Tensor) -> None:
+def close_networks(
+    state: dict[str, torch.Tensor], student: nn.Module, teacher: nn.Module, center: torch.Tensor
+) -> None:
     expected = {f"student.{k}": v for k, v in student.state_dict().items()}
     expected |= {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
     expected["loss.center"] = center
@@ -341,13 +415,17 @@ def close_networks(state: dict[str, torch.Tensor], student: nn.Module, teacher: 
     for name, value in expected.items():
         if "attn.k.bias" in name or "attn.qkv.bias" in name:
             continue  # their gradient is zero but for rounding, which AdamW blows up to the size of a step
-        torch.testing.assert_close(state[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            state[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_a_run_follows_the_published_algorithm(tiny, norm_last_layer):
     """Parameters, center and the teacher's own batch-norm statistics; the last layer is frozen for half of the steps."""
-    config = dataclasses.replace(tiny, drop_path_rate=0.0, norm_last_layer=norm_last_layer, clip_grad=0.3)
+    config = dataclasses.replace(
+        tiny, drop_path_rate=0.0, norm_last_layer=norm_last_layer, clip_grad=0.3
+    )
     pretrain(config)
     close_networks(network_states(config.output_dir), *plain_loop(config, steps=12))
 
@@ -368,13 +446,17 @@ def frozen_batch_norm(monkeypatch):
 @pytest.mark.usefixtures("frozen_batch_norm")
 def test_accumulated_passes_equal_one_pass_of_the_total_batch(tiny):
     whole = tiny
-    parts = dataclasses.replace(whole, batch_size_per_gpu=2, accumulate_grad_batches=4, output_dir=f"{tiny.output_dir}_4")
+    parts = dataclasses.replace(
+        whole, batch_size_per_gpu=2, accumulate_grad_batches=4, output_dir=f"{tiny.output_dir}_4"
+    )
     for config in (whole, parts):
         pretrain(config)
     one, other = network_states(whole.output_dir), network_states(parts.output_dir)
     for name, value in one.items():
         if "attn.k.bias" not in name and "attn.qkv.bias" not in name:
-            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
     assert len(rows(parts.output_dir)) == len(rows(whole.output_dir)) == 12
     for a, b in zip(rows(whole.output_dir), rows(parts.output_dir), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
@@ -383,16 +465,22 @@ def test_accumulated_passes_equal_one_pass_of_the_total_batch(tiny):
 def test_the_last_layer_does_not_learn_while_it_is_frozen(tiny):
     frozen = dataclasses.replace(tiny, epochs=1, warmup_epochs=0)
     torch.manual_seed(frozen.seed)
-    first = DINOModule(frozen, Schedules(config=frozen, steps_per_epoch=6, total_batch=8)).student.head.last_layer.weight_v
+    first = DINOModule(
+        frozen, Schedules(config=frozen, steps_per_epoch=6, total_batch=8)
+    ).student.head.last_layer.weight_v
     pretrain(frozen)
     assert torch.equal(network_states(frozen.output_dir)["student.head.last_layer.weight_v"], first)
     free = dataclasses.replace(frozen, freeze_last_layer=0, output_dir=f"{tiny.output_dir}_free")
     pretrain(free)
-    assert not torch.equal(network_states(free.output_dir)["student.head.last_layer.weight_v"], first)
+    assert not torch.equal(
+        network_states(free.output_dir)["student.head.last_layer.weight_v"], first
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tiny, monkeypatch, precision):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    tiny, monkeypatch, precision
+):
     config = dataclasses.replace(tiny, checkpoint_every_n_steps=1, precision=precision)
     forward, seen = DINOModule.training_step, []
 
@@ -404,7 +492,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tiny, mo
 
     last_modules: list[DINOModule] = []
     monkeypatch.setattr(DINOModule, "training_step", spoiled)
-    with pytest.raises(FloatingPointError, match=r"by step 8: .*gradient norm nan.*--precision 32-true.*--lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"by step 8: .*gradient norm nan.*--precision 32-true.*--lr"
+    ):
         pretrain(config)
     for name, p in last_modules[-1].named_parameters():
         assert torch.equal(p, seen[-1][name]), name
@@ -425,7 +515,12 @@ def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
         (tmp_path / "images" / "a" / f"{i:03}.jpg").write_bytes(b"\xff\xd8 broken")
     (tmp_path / "images" / "a" / "051.jpg").write_bytes(b"")
     config = dataclasses.replace(
-        tiny, dataset=None, data_path=str(tmp_path / "images"), num_images=None, num_workers=1, eval_num_images=200
+        tiny,
+        dataset=None,
+        data_path=str(tmp_path / "images"),
+        num_images=None,
+        num_workers=1,
+        eval_num_images=200,
     )
     pretrain(config)
     listed = (Path(config.output_dir) / "bad_images.txt").read_text().splitlines()
@@ -442,9 +537,27 @@ def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys, workers):
     for i in range(64):
         Image.new("RGB", (20, 20)).save(tmp_path / "images" / f"{i:02}.png")
     order = np.random.default_rng((0, 0)).permutation(64)
-    (tmp_path / "images" / f"{order[20]:02}.png").write_bytes(b"broken")  # met after crops.png was drawn
-    flags = as_flags(dataclasses.replace(TINY, dataset=None, num_images=None, on_bad_image="raise", num_workers=workers))
-    assert main(["pretrain", *flags, "--data_path", f"{tmp_path}/images", "--output_dir", f"{tmp_path}/run"]) == 2
+    (tmp_path / "images" / f"{order[20]:02}.png").write_bytes(
+        b"broken"
+    )  # met after crops.png was drawn
+    flags = as_flags(
+        dataclasses.replace(
+            TINY, dataset=None, num_images=None, on_bad_image="raise", num_workers=workers
+        )
+    )
+    assert (
+        main(
+            [
+                "pretrain",
+                *flags,
+                "--data_path",
+                f"{tmp_path}/images",
+                "--output_dir",
+                f"{tmp_path}/run",
+            ]
+        )
+        == 2
+    )
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert last_line.startswith("dino-xcit pretrain: cannot read ")
     assert "--on_bad_image replace" in last_line
@@ -462,17 +575,25 @@ def test_a_finished_run_is_not_run_again(tiny):
 
 def test_a_folder_with_another_config_is_refused_with_the_differing_options(tiny):
     pretrain(tiny)
-    with pytest.raises(ValueError, match=r"other options: --lr was 0.0005, now 0.1; name another --output_dir"):
+    with pytest.raises(
+        ValueError, match=r"other options: --lr was 0.0005, now 0.1; name another --output_dir"
+    ):
         pretrain(dataclasses.replace(tiny, lr=0.1, num_workers=1))
     with pytest.raises(ValueError, match="--resume is false"):
         pretrain(dataclasses.replace(tiny, resume=False))
-    assert not {"resume", "dry_run"} & set(yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text()))
+    assert not {"resume", "dry_run"} & set(
+        yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text())
+    )
     assert yaml.safe_load((Path(tiny.output_dir) / "config.yaml").read_text())["lr"] == tiny.lr
 
 
 def test_a_run_is_not_continued_with_another_total_batch(tiny):
-    module = DINOModule(tiny, Schedules(config=tiny, steps_per_epoch=3, total_batch=16))  # as on twice the devices
-    with pytest.raises(ValueError, match=r"made with 8 images per step, now it would be 16; set --devices"):
+    module = DINOModule(
+        tiny, Schedules(config=tiny, steps_per_epoch=3, total_batch=16)
+    )  # as on twice the devices
+    with pytest.raises(
+        ValueError, match=r"made with 8 images per step, now it would be 16; set --devices"
+    ):
         module.on_load_checkpoint({"total_batch": 8})
 
 
@@ -480,4 +601,6 @@ def test_metrics_rows_after_the_checkpoint_are_written_anew(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,5.0\n2,4.0\n3,3.0\n4,")
     metrics = run_folder.Metrics(tmp_path, ("step", "loss"), first_step=2)
     metrics.write({"step": 3, "loss": 2.5})
-    assert rows(tmp_path) == [{"step": s, "loss": v} for s, v in (("1", "5.0"), ("2", "4.0"), ("3", "2.5"))]
+    assert rows(tmp_path) == [
+        {"step": s, "loss": v} for s, v in (("1", "5.0"), ("2", "4.0"), ("3", "2.5"))
+    ]

@@ -14,8 +14,8 @@ from conftest import TINY, as_flags
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
 
-from dino_xcit.module import CpuSyncBatchNorm, synchronise_batch_norms
-from dino_xcit.pretrain import pretrain
+from dino_xcit.model.batch_norm import CpuSyncBatchNorm, synchronise_batch_norms
+from dino_xcit.train.pretrain import pretrain
 
 
 def _normalise_a_share(rank: int, folder: str, shape: tuple[int, ...]) -> None:
@@ -57,20 +57,37 @@ def test_cpu_batch_norm_over_two_processes_equals_one_over_the_whole_batch(tmp_p
 def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
     alone = dataclasses.replace(TINY, output_dir=str(tmp_path / "one"))
     pretrain(alone)
-    together = dataclasses.replace(alone, output_dir=str(tmp_path / "two"), devices="2", batch_size_per_gpu=4)
+    together = dataclasses.replace(
+        alone, output_dir=str(tmp_path / "two"), devices="2", batch_size_per_gpu=4
+    )
     finished = run_cli("pretrain", *as_flags(together))
     assert finished.returncode == 0, finished.stderr
-    tables = [list(csv.DictReader((Path(c.output_dir) / "metrics.csv").read_text().splitlines())) for c in (alone, together)]
+    tables = [
+        list(csv.DictReader((Path(c.output_dir) / "metrics.csv").read_text().splitlines()))
+        for c in (alone, together)
+    ]
     assert [row["step"] for row in tables[1]] == [str(step) for step in range(1, 13)]
     for one, two in zip(*tables, strict=True):
         for column in ("loss", "teacher_entropy", "grad_norm", "center_norm"):
-            assert float(two[column]) == pytest.approx(float(one[column]), rel=2e-3), (one["step"], column)
+            assert float(two[column]) == pytest.approx(float(one[column]), rel=2e-3), (
+                one["step"],
+                column,
+            )
     states = [
-        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for c in (alone, together)
+        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for c in (alone, together)
     ]
     for name, value in states[0].items():
-        if "attn.k.bias" not in name and "attn.qkv.bias" not in name:  # gradients of nothing but rounding
-            torch.testing.assert_close(states[1][name], value, rtol=5e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        if (
+            "attn.k.bias" not in name and "attn.qkv.bias" not in name
+        ):  # gradients of nothing but rounding
+            torch.testing.assert_close(
+                states[1][name],
+                value,
+                rtol=5e-3,
+                atol=1e-4,
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
 
 
 def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
@@ -80,7 +97,9 @@ def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
         "_TrainingEpochLoop._broadcast_sigterm_tensor = None\n"
         f"open({str(tmp_path / 'gone')!r}, 'w').close()\n"
     )
-    config = dataclasses.replace(TINY, devices="2", batch_size_per_gpu=4, epochs=1, output_dir=str(tmp_path / "run"))
+    config = dataclasses.replace(
+        TINY, devices="2", batch_size_per_gpu=4, epochs=1, output_dir=str(tmp_path / "run")
+    )
     finished = run_cli("pretrain", *as_flags(config), PYTHONPATH=str(tmp_path))
     assert (tmp_path / "gone").exists()
     assert finished.returncode == 0, finished.stderr
@@ -88,7 +107,10 @@ def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
 
 def test_two_processes_refuse_what_one_would_refuse(tmp_path, run_cli):
     finished = run_cli(
-        "pretrain", *as_flags(dataclasses.replace(TINY, devices="2", num_images=15)), "--output_dir", tmp_path / "run"
+        "pretrain",
+        *as_flags(dataclasses.replace(TINY, devices="2", num_images=15)),
+        "--output_dir",
+        tmp_path / "run",
     )
     assert finished.returncode == 2
     assert "15 images are fewer than one step takes (16" in finished.stderr

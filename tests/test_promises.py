@@ -22,5 +22,7 @@ def test_promises_name_a_test_and_code_that_can_be_broken(promise):
 
 
 def test_the_readme_lists_them():
-    listed = re.findall(r"^\| (.*) \| `tests/(.*)` \|$", (HERE.parent / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^\| (.*) \| `tests/(.*)` \|$", (HERE.parent / "README.md").read_text(), re.MULTILINE
+    )
     assert listed == [(promise.promise.replace("<", "&lt;"), promise.test) for promise in PROMISES]

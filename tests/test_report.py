@@ -12,9 +12,18 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from dino_xcit.config import EvalConfig, KnnConfig
-from dino_xcit.knn import knn_eval
-from dino_xcit.report import bootstrap, cell, draw_classes, hits, output_folder, scores, table, write_json
+from dino_xcit.config.evaluation import EvalConfig, KnnConfig
+from dino_xcit.evaluate.knn import knn_eval
+from dino_xcit.evaluate.report import (
+    bootstrap,
+    cell,
+    draw_classes,
+    hits,
+    output_folder,
+    scores,
+    table,
+)
+from dino_xcit.files import write_json
 from dino_xcit.run_folder import METRICS, write_config
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -23,16 +32,23 @@ from dino_xcit.run_folder import METRICS, write_config
 def resampled_interval(of_images, repetitions=4000):
     """The 95 % interval as it is defined: images drawn with replacement, again and again."""
     rng = np.random.default_rng(1)
-    means = [of_images[rng.integers(0, len(of_images), len(of_images))].mean() for _ in range(repetitions)]
+    means = [
+        of_images[rng.integers(0, len(of_images), len(of_images))].mean()
+        for _ in range(repetitions)
+    ]
     return np.quantile(means, [0.025, 0.975])
 
 
-@pytest.mark.parametrize("values", [[0, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0.2, 0.4, 1], [-3.0, 5.5]])
+@pytest.mark.parametrize(
+    "values", [[0, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0.2, 0.4, 1], [-3.0, 5.5]]
+)
 @pytest.mark.parametrize("images", [50, 400])
 def test_bootstrap_is_a_loop_over_resampled_images(values, images):
     of_images = np.random.default_rng(0).choice(np.array(values, dtype=float), images)
     spread = np.ptp(resampled_interval(of_images))
-    assert bootstrap(of_images, 0) == pytest.approx(resampled_interval(of_images), abs=0.08 * spread)
+    assert bootstrap(of_images, 0) == pytest.approx(
+        resampled_interval(of_images), abs=0.08 * spread
+    )
 
 
 @pytest.mark.parametrize(("share", "value"), [(True, 1.0), (False, 0.0), (0.4, 0.4)])
@@ -48,7 +64,9 @@ def test_bootstrap_depends_on_the_seed_alone():
 
 def test_scores_are_percent_with_an_interval_for_each_measure():
     right = np.arange(80) % 8 > 0
-    values = scores({"top1": right, "top5": np.ones(80, dtype=bool), "mean": np.full(80, 1 / 3)}, seed=2)
+    values = scores(
+        {"top1": right, "top5": np.ones(80, dtype=bool), "mean": np.full(80, 1 / 3)}, seed=2
+    )
     assert list(values) == ["top1", "top1_ci95", "top5", "top5_ci95", "mean", "mean_ci95"]
     assert values["top1"] == 87.5
     assert values["top1_ci95"] == [round(100 * bound, 3) for bound in bootstrap(right, 2)]
@@ -81,7 +99,13 @@ def test_a_table_has_its_first_column_to_the_left_and_numbers_to_the_right():
 
 
 def test_a_cell_is_a_value_with_its_interval_or_a_dash():
-    values = {"top1": 87.06, "top1_ci95": [86.449, 100.0], "top5": None, "mean": 0.0, "mean_ci95": [0.0, 0.04]}
+    values = {
+        "top1": 87.06,
+        "top1_ci95": [86.449, 100.0],
+        "top5": None,
+        "mean": 0.0,
+        "mean_ci95": [0.0, 0.04],
+    }
     assert cell(values, "top1") == "87.1 [86.4, 100.0]"
     assert cell(values, "top5") == cell(values, "absent") == "-"
     assert cell(values, "mean") == "0.0 [0.0, 0.0]"
@@ -106,7 +130,9 @@ def drawn(monkeypatch):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (figures.append(figure), save(figure, *a, **o)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **o: (figures.append(figure), save(figure, *a, **o))
+    )
     return figures
 
 
@@ -118,19 +144,27 @@ def opened(path):
 
 def bars(axes):
     """Accuracy by the class's name, from below."""
-    names = dict(zip(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], strict=True))
+    names = dict(
+        zip(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], strict=True)
+    )
     return [(names.get(i), round(bar.get_width(), 3)) for i, bar in enumerate(axes.patches)]
 
 
 def test_the_picture_shows_confusions_and_the_accuracy_of_each_class(tmp_path, drawn):
     labels = np.array([0, 0, 0, 0, 1, 1, 2, 2])
     predicted = np.array([0, 0, 0, 1, 1, -1, 0, 1])
-    draw_classes(tmp_path / "classes.png", "k-NN, 50 %", predicted, labels, {0: "a", 1: "b", 2: "c"})
+    draw_classes(
+        tmp_path / "classes.png", "k-NN, 50 %", predicted, labels, {0: "a", 1: "b", 2: "c"}
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["classes.png"]
     width, height = opened(tmp_path / "classes.png")
     assert width > height > 600
     left, right = drawn[0].axes[:2]
-    assert left.images[0].get_array().tolist() == [[75, 25, 0], [0, 50, 0], [50, 50, 0]]  # a row adds up to what got a vote
+    assert left.images[0].get_array().tolist() == [
+        [75, 25, 0],
+        [0, 50, 0],
+        [50, 50, 0],
+    ]  # a row adds up to what got a vote
     assert [label.get_text() for label in left.get_xticklabels()] == ["a", "b", "c"]
     assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b", "c"]
     assert {(t.get_position(), t.get_text()) for t in left.texts} == {
@@ -147,16 +181,27 @@ def test_the_picture_shows_confusions_and_the_accuracy_of_each_class(tmp_path, d
 
 
 def test_classes_without_validation_images_have_a_row_but_no_accuracy(tmp_path, drawn):
-    draw_classes(tmp_path / "classes.png", "", np.array([7, 7, 3, 5]), np.array([3, 3, 3, 5]), {3: "a", 5: "b", 7: "c"})
+    draw_classes(
+        tmp_path / "classes.png",
+        "",
+        np.array([7, 7, 3, 5]),
+        np.array([3, 3, 3, 5]),
+        {3: "a", 5: "b", 7: "c"},
+    )
     left, right = drawn[0].axes[:2]
-    np.testing.assert_allclose(left.images[0].get_array(), [[100 / 3, 0, 200 / 3], [0, 100, 0], [0, 0, 0]])
+    np.testing.assert_allclose(
+        left.images[0].get_array(), [[100 / 3, 0, 200 / 3], [0, 100, 0], [0, 0, 0]]
+    )
     assert bars(right) == [("a", 33.333), ("b", 100)]
     assert right.lines[0].get_xdata()[0] == pytest.approx(200 / 3)
 
 
 def test_classes_without_names_are_numbered(tmp_path, drawn):
     draw_classes(tmp_path / "classes.png", "", np.array([7, 10**12]), np.array([7, 10**12]), {})
-    assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == ["class 7", "class 1000000000000"]
+    assert [label.get_text() for label in drawn[0].axes[0].get_xticklabels()] == [
+        "class 7",
+        "class 1000000000000",
+    ]
 
 
 @pytest.mark.parametrize("of_all", [-1, 0])
@@ -169,8 +214,16 @@ def test_a_picture_of_one_class_or_no_vote_opens(tmp_path, of_all):
 def test_pictures_of_many_classes_open(tmp_path, drawn, count):
     labels = np.repeat(np.arange(count), 2)
     predicted = labels.copy()
-    predicted[:count:2] = (predicted[:count:2] + 1) % count  # the first half of the classes is half right
-    draw_classes(tmp_path / "classes.png", "many", predicted, labels, {c: f"class of {c}" for c in range(count)})
+    predicted[:count:2] = (
+        predicted[:count:2] + 1
+    ) % count  # the first half of the classes is half right
+    draw_classes(
+        tmp_path / "classes.png",
+        "many",
+        predicted,
+        labels,
+        {c: f"class of {c}" for c in range(count)},
+    )
     assert max(opened(tmp_path / "classes.png")) < 5000
     left, right = drawn[0].axes[:2]
     assert not left.texts
@@ -191,7 +244,13 @@ def test_pictures_of_many_classes_open(tmp_path, drawn, count):
 def test_few_classes_with_validation_images_among_many_open(tmp_path, drawn, present):
     predicted = np.arange(60)
     labels = predicted % present
-    draw_classes(tmp_path / "classes.png", "few of many", predicted, labels, {c: f"class of {c}" for c in range(60)})
+    draw_classes(
+        tmp_path / "classes.png",
+        "few of many",
+        predicted,
+        labels,
+        {c: f"class of {c}" for c in range(60)},
+    )
     assert opened(tmp_path / "classes.png")
     named = [label.get_text() for label in drawn[0].axes[1].get_yticklabels()]
     assert sorted(named) == [f"class of {c}" for c in range(present)]
@@ -213,7 +272,9 @@ NAMES = [
 
 def test_names_are_written_as_they_are(tmp_path, drawn):
     labels = np.arange(len(NAMES))
-    draw_classes(tmp_path / "classes.png", r"$\frac{$ <b> %s {}", labels, labels, dict(enumerate(NAMES)))
+    draw_classes(
+        tmp_path / "classes.png", r"$\frac{$ <b> %s {}", labels, labels, dict(enumerate(NAMES))
+    )
     assert opened(tmp_path / "classes.png")
     left, right = drawn[0].axes[:2]
     for ticks in (left.get_xticklabels(), left.get_yticklabels(), right.get_yticklabels()):
@@ -246,16 +307,24 @@ def test_results_go_to_the_run_folder_of_the_weights(tmp_path, weights):
 
 @pytest.mark.parametrize(
     ("weights", "name"),
-    [("timm:resnet10t", "timm_resnet10t"), ("elsewhere/xcit_s12.safetensors", "xcit_s12"), ("a/b/last.ckpt", "last")],
+    [
+        ("timm:resnet10t", "timm_resnet10t"),
+        ("elsewhere/xcit_s12.safetensors", "xcit_s12"),
+        ("a/b/last.ckpt", "last"),
+    ],
 )
-def test_results_of_other_weights_go_to_a_folder_of_their_name(tmp_path, monkeypatch, weights, name):
+def test_results_of_other_weights_go_to_a_folder_of_their_name(
+    tmp_path, monkeypatch, weights, name
+):
     monkeypatch.chdir(tmp_path)
     assert str(output_folder(EvalConfig(weights=weights))) == f"runs/{name}"
 
 
 def test_results_of_two_sets_of_weights_of_timm_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one, other = (output_folder(EvalConfig(weights=f"timm:resnet50.{tag}_in1k")) for tag in ("a1", "a2"))
+    one, other = (
+        output_folder(EvalConfig(weights=f"timm:resnet50.{tag}_in1k")) for tag in ("a1", "a2")
+    )
     assert one != other
 
 

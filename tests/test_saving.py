@@ -18,14 +18,15 @@ from conftest import TINY, as_flags
 from safetensors import SafetensorError
 from test_interruptions import LONG, rows, start, state, wait_for_step
 
-from dino_xcit import formats
-from dino_xcit import pretrain as pretrain_room
 from dino_xcit.cli import main
-from dino_xcit.module import DINOModule
-from dino_xcit.pretrain import pretrain
-from dino_xcit.probe import Probe, rankme
-from dino_xcit.run_folder import Metrics, read_metrics
-from dino_xcit.saving import LOCK, Agreement, is_whole, locked, newest_whole
+from dino_xcit.run_folder import LOCK, Metrics, read_metrics
+from dino_xcit.train import callback
+from dino_xcit.train.checkpoints import is_whole, locked, newest_whole
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.online_eval import OnlineEvaluator, rankme
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.train.signals import StopConsensus
+from dino_xcit.weights import formats
 
 
 def same_end(one, other) -> None:
@@ -33,7 +34,10 @@ def same_end(one, other) -> None:
     for name, value in state(one).items():
         assert torch.equal(state(other)[name], value), name
     moments = [
-        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"] for c in (one, other)
+        torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
+            "optimizer_states"
+        ]
+        for c in (one, other)
     ]
     torch.testing.assert_close(*moments, rtol=0, atol=0)
 
@@ -62,7 +66,9 @@ def during(monkeypatch, happenings) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_path, number, code):
-    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None, num_workers=1)
+    config = dataclasses.replace(
+        whole, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None, num_workers=1
+    )
     process = start(config)
     wait_for_step(config, 5, process)
     process.send_signal(number)
@@ -90,7 +96,12 @@ def test_under_slurm_the_job_is_asked_for_again(tmp_path):
         "SLURM_JOB_NAME": "dino",
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
     }
-    job |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    job |= {
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
     process = start(config, **job)
     wait_for_step(config, 5, process)
     process.send_signal(signal.SIGUSR1)
@@ -102,7 +113,7 @@ def test_under_slurm_the_job_is_asked_for_again(tmp_path):
 
 def _vote(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    agreement = Agreement()
+    agreement = StopConsensus()
     heard = [agreement(rank == 1 and step == 2, False) for step in range(5)]
     agreement.settle()
     torch.save(heard, f"{folder}/{rank}.pt")
@@ -118,7 +129,7 @@ def test_processes_learn_at_the_same_step_what_one_of_them_wants(tmp_path):
 
 
 def test_one_process_is_heard_at_once():
-    assert Agreement()(True, False) == [True, False]
+    assert StopConsensus()(True, False) == [True, False]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -144,7 +155,9 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), os.remove])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), os.remove]
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capsys, damage):
     config, folder = stopped_run(tmp_path)
     damage(folder / "last.ckpt")
@@ -166,7 +179,10 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
     assert "previous.ckpt are damaged; name another --output_dir, or remove them" in said
     (folder / "epoch0001.ckpt").write_bytes(b"")
     assert main(["pretrain", *as_flags(config)]) == 2
-    assert f"damaged; if one of {folder / 'epoch0001.ckpt'} is whole, copy it there" in capsys.readouterr().err
+    assert (
+        f"damaged; if one of {folder / 'epoch0001.ckpt'} is whole, copy it there"
+        in capsys.readouterr().err
+    )
     assert (folder / "last.ckpt").exists()
     assert rows(config) == before
 
@@ -186,7 +202,11 @@ def test_a_checkpoint_that_would_run_code_is_no_whole_one(tmp_path):
 
 def test_checkpoints_by_the_clock(tmp_path):
     config = dataclasses.replace(
-        TINY, output_dir=str(tmp_path / "run"), checkpoint_every_n_minutes=0, trainer={"max_steps": 4}, saveckp_freq=0
+        TINY,
+        output_dir=str(tmp_path / "run"),
+        checkpoint_every_n_minutes=0,
+        trainer={"max_steps": 4},
+        saveckp_freq=0,
     )
     pretrain(config)
     steps = [
@@ -213,20 +233,28 @@ def test_a_full_disk_does_not_stop_the_run_and_harms_nothing(whole, tmp_path, mo
         assert is_whole(last)
         saved.append(torch.load(last, weights_only=True)["global_step"])
 
-    during(monkeypatch, {7: lambda: limit_files(50_000), 14: look, 16: lambda: limit_files(resource.RLIM_INFINITY)})
+    during(
+        monkeypatch,
+        {7: lambda: limit_files(50_000), 14: look, 16: lambda: limit_files(resource.RLIM_INFINITY)},
+    )
     try:
         pretrain(config)
     finally:
         limit_files(resource.RLIM_INFINITY)
     assert saved == [6]
     said = capsys.readouterr().err
-    assert f"step 9 could not be saved in {tmp_path}/run (File too large); trying again in a minute" in said
+    assert (
+        f"step 9 could not be saved in {tmp_path}/run (File too large); trying again in a minute"
+        in said
+    )
     same_end(whole, config)
 
 
-def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain_room, "SECONDS_BETWEEN_TRIES", 0)
-    monkeypatch.setattr(pretrain_room, "LAST_TRIES", 2)
+def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(callback, "SECONDS_BETWEEN_TRIES", 0)
+    monkeypatch.setattr(callback, "LAST_TRIES", 2)
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
     during(monkeypatch, {22: lambda: limit_files(50_000)})
     try:
@@ -234,7 +262,9 @@ def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(t
     finally:
         limit_files(resource.RLIM_INFINITY)
     assert "step 24 is not saved; " in capsys.readouterr().err
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 21
+    assert (
+        torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 21
+    )
 
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 1), (2, 0)])
@@ -330,13 +360,13 @@ def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path):
 
 def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, monkeypatch):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
-    evaluate = Probe.__call__
+    evaluate = OnlineEvaluator.__call__
 
     def killed(self, *_):
         raise KeyboardInterrupt
 
     for at, patched in ((24, killed), (24, evaluate)):
-        monkeypatch.setattr(Probe, "__call__", patched)
+        monkeypatch.setattr(OnlineEvaluator, "__call__", patched)
         if patched is killed:
             with pytest.raises(SystemExit):
                 pretrain(config)
@@ -349,20 +379,20 @@ def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, m
 
 def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), eval_every_n_epochs=1)
-    evaluate = Probe.__call__
+    evaluate = OnlineEvaluator.__call__
 
     def signalled(self, backbone, device, asked_to_stop):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(self, backbone, device, asked_to_stop)
 
     for step in (12, 24):
-        monkeypatch.setattr(Probe, "__call__", signalled)
+        monkeypatch.setattr(OnlineEvaluator, "__call__", signalled)
         for _ in range(2):  # the second time in making up for it
             outcome = pretrain(config)
             assert outcome.stopped_by == signal.SIGTERM
             assert outcome.step == step
             assert not rows(config)[step - 1]["rankme"]
-        monkeypatch.setattr(Probe, "__call__", evaluate)
+        monkeypatch.setattr(OnlineEvaluator, "__call__", evaluate)
         pretrain(dataclasses.replace(config, trainer={"max_steps": 23}))
     assert pretrain(config).stopped_by is None
     assert all(rows(config)[step - 1]["rankme"] for step in (12, 24))
@@ -373,7 +403,9 @@ def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
 
 def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
     base = dataclasses.replace(LONG, devices="2", batch_size_per_gpu=4)
-    ran, killed = (dataclasses.replace(base, output_dir=str(tmp_path / name)) for name in ("ran", "killed"))
+    ran, killed = (
+        dataclasses.replace(base, output_dir=str(tmp_path / name)) for name in ("ran", "killed")
+    )
     process = start(ran)
     process.communicate(timeout=200)
     process = start(killed)
@@ -389,7 +421,9 @@ def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
-    config = dataclasses.replace(LONG, devices="2", batch_size_per_gpu=4, output_dir=str(tmp_path / "run"), epochs=40)
+    config = dataclasses.replace(
+        LONG, devices="2", batch_size_per_gpu=4, output_dir=str(tmp_path / "run"), epochs=40
+    )
     process = start(config)
     wait_for_step(config, 4, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -404,11 +438,16 @@ def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
 def test_another_number_of_processes_goes_on_to_float_rounding(whole, tmp_path, run_cli):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
     pretrain(dataclasses.replace(config, trainer={"max_steps": 9}))
-    finished = run_cli("pretrain", *as_flags(dataclasses.replace(config, devices="2", batch_size_per_gpu=4)))
+    finished = run_cli(
+        "pretrain", *as_flags(dataclasses.replace(config, devices="2", batch_size_per_gpu=4))
+    )
     assert finished.returncode == 0, finished.stderr
     for one, other in zip(rows(whole), rows(config), strict=True):
         for column in ("loss", "grad_norm", "center_norm"):
-            assert float(other[column]) == pytest.approx(float(one[column]), rel=5e-3), (one["step"], column)
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=5e-3), (
+                one["step"],
+                column,
+            )
 
 
 # -- RankMe ----------------------------------------------------------------------------------------------------------
@@ -430,7 +469,11 @@ def test_images_without_labels_have_a_rankme_and_no_accuracy(tmp_path):
     for i in range(40):
         Image.effect_noise((20, 20), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
     config = dataclasses.replace(
-        TINY, dataset=None, num_images=None, data_path=str(tmp_path), output_dir=str(tmp_path / "run")
+        TINY,
+        dataset=None,
+        num_images=None,
+        data_path=str(tmp_path),
+        output_dir=str(tmp_path / "run"),
     )
     pretrain(config)
     last = rows(config)[-1]

@@ -17,31 +17,27 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from torchvision.transforms import v2
 
-from dino_xcit import shapes
 from dino_xcit.cli import main
-from dino_xcit.config import SegConfig
-from dino_xcit.features import Transform
-from dino_xcit.pretrain import pretrain
-from dino_xcit.segmentation import (
-    VOID,
+from dino_xcit.config.evaluation import SegConfig
+from dino_xcit.data import shapes
+from dino_xcit.data.framing import Transform
+from dino_xcit.data.masked import VOID, MaskDataset, MaskedFiles, MaskedShapes, open_masked
+from dino_xcit.evaluate.segmentation import (
     Counts,
-    Layer,
-    MaskDataset,
-    MaskedFiles,
-    MaskedShapes,
+    LinearSegHead,
     PatchPixels,
     Scenes,
     _classes,
     _counted,
     count,
     measures,
-    open_masked,
     patch_features,
     result,
     standardisation,
     train,
 )
-from dino_xcit.xcit import XCiT
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.train.pretrain import pretrain
 
 FABRIC = Fabric(accelerator="cpu", devices=1)
 RNG = np.random.default_rng(0)
@@ -76,8 +72,8 @@ def test_the_command_tells_writes_and_remembers(run, tmp_path, capsys):
     assert list(report["baselines"]) == ["raw pixels", "xcit_pico2_p4, untrained"]
     assert report["data"] == {"train": 60, "validation": 2000, "classes": 11, "unreadable": 0}
     assert report["feature_extraction"]["images"] == 3 * 2060
-    layer = load_file(tmp_path / "out/seg_head.safetensors")
-    assert layer["weight"].shape == (11, 64)
+    head = load_file(tmp_path / "out/seg_head.safetensors")
+    assert head["weight"].shape == (11, 64)
     with Image.open(tmp_path / "out/seg_classes.png") as picture:
         assert picture.size[0] > 1000
 
@@ -138,7 +134,9 @@ def test_folders_as_ade20k_and_lists_as_voc(tmp_path):
     voc = tmp_path / "voc"
     for name in "abc":
         save(voc / "JPEGImages" / f"{name}.jpg", photo())
-        save(voc / "SegmentationClass" / f"{name}.png", np.full((40, 48), 9, np.uint8), palette=True)
+        save(
+            voc / "SegmentationClass" / f"{name}.png", np.full((40, 48), 9, np.uint8), palette=True
+        )
     save(voc / "JPEGImages/without_a_mask.jpg", photo())
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (voc / "ImageSets/Segmentation/train.txt").write_text("a\nc\nwithout_a_mask\n")
@@ -162,7 +160,9 @@ def test_masks_are_framed_as_their_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mask", [np.zeros((40, 47), np.uint8), np.zeros((40, 48, 3), np.uint8), None], ids=["size", "colour", "damaged"]
+    "mask",
+    [np.zeros((40, 47), np.uint8), np.zeros((40, 48, 3), np.uint8), None],
+    ids=["size", "colour", "damaged"],
 )
 def test_images_without_a_mask_that_fits_are_left_out_and_told(run, tmp_path, capsys, mask):
     root = ade(tmp_path)
@@ -179,11 +179,17 @@ def test_images_without_a_mask_that_fits_are_left_out_and_told(run, tmp_path, ca
     ("arguments", "said"),
     [
         ([], "expected --weights"),
-        (["--weights", "RUN", "--dataset", "torch/cifar10"], "--dataset torch/cifar10 has no masks"),
+        (
+            ["--weights", "RUN", "--dataset", "torch/cifar10"],
+            "--dataset torch/cifar10 has no masks",
+        ),
         (["--weights", "RUN", "--data_path", "ROOT/images"], "has no images/"),
         (["--weights", "RUN", "--data_path", "ROOT/half"], "has no masks/"),
         (["--weights", "RUN", "--data_path", "ROOT/flat"], "has no train images"),
-        (["--weights", "RUN", "--data_path", "ROOT", "--num_images", "3"], "--num_images 3 is more than the 2"),
+        (
+            ["--weights", "RUN", "--data_path", "ROOT", "--num_images", "3"],
+            "--num_images 3 is more than the 2",
+        ),
         (["--weights", "RUN", "--lr", "0"], "--lr is 0.0"),
         (["--weights", "RUN", "--ignore_label", "256"], "--ignore_label is (256,)"),
         (["--weights", "RUN", "--image_size", "30"], "--image_size 30"),
@@ -196,7 +202,12 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, arguments, said)
     save(root / "flat/images/a.png", photo())
     save(root / "flat/masks/a.png", photo()[..., 0])
     arguments = [word.replace("RUN", str(run)).replace("ROOT", str(root)) for word in arguments]
-    assert main(["seg-eval", *arguments, "--accelerator", "cpu", "--output_dir", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            ["seg-eval", *arguments, "--accelerator", "cpu", "--output_dir", str(tmp_path / "out")]
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
@@ -205,7 +216,9 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, arguments, said)
 # -- features and layer ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "resnet10t", "swin_tiny_patch4_window7_224"]
+)
 def test_patch_tokens_of_other_networks_are_in_row_major_order(name):
     network = timm.create_model(name, num_classes=0).eval()
     x = torch.randn(2, 3, 224, 224)
@@ -247,10 +260,13 @@ def test_the_layer_reaches_the_minimum_of_the_convex_objective():
     """On one patch an image this is multinomial regression: many steps end where L-BFGS ends."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(120, 1, 3, generator=generator) * torch.tensor([1.0, 20.0, 0.1]) + 5
-    labels = ((features[:, 0] - 5) / torch.tensor([1.0, 20.0, 0.1]) + torch.randn(120, 3, generator=generator)).argmax(1)
+    labels = (
+        (features[:, 0] - 5) / torch.tensor([1.0, 20.0, 0.1])
+        + torch.randn(120, 3, generator=generator)
+    ).argmax(1)
     scenes = scenes_with(features, labels[:, None, None].expand(-1, 2, 2))
     config = SegConfig(weights="-", epochs=1500, batch_size=120, lr=0.05)
-    layer = train(config, scenes, 3, FABRIC, "test")
+    head = train(config, scenes, 3, FABRIC, "test")
 
     mean, std = standardisation(scenes)
     x = (features[:, 0] - mean) / std
@@ -264,8 +280,10 @@ def test_the_layer_reaches_the_minimum_of_the_convex_objective():
         return loss
 
     optimizer.step(objective)
-    found = F.linear(features[:, 0], *layer).log_softmax(-1)
-    torch.testing.assert_close(found, F.linear(x, weight, bias).log_softmax(-1).detach(), atol=0.01, rtol=0)
+    found = F.linear(features[:, 0], *head).log_softmax(-1)
+    torch.testing.assert_close(
+        found, F.linear(x, weight, bias).log_softmax(-1).detach(), atol=0.01, rtol=0
+    )
 
 
 def test_void_pixels_teach_nothing():
@@ -282,10 +300,12 @@ def test_void_pixels_teach_nothing():
 
 
 def test_logits_are_stretched_bilinearly_in_place():
-    layer = Layer(torch.eye(2), torch.zeros(2))
+    head = LinearSegHead(torch.eye(2), torch.zeros(2))
     tokens = torch.randn(1, 9, 2)
-    expected = F.interpolate(tokens.mT.reshape(1, 2, 3, 3), (6, 6), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(layer(tokens, 6), expected)
+    expected = F.interpolate(
+        tokens.mT.reshape(1, 2, 3, 3), (6, 6), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(head(tokens, 6), expected)
 
 
 # -- score -----------------------------------------------------------------------------------------------------------
@@ -299,7 +319,9 @@ def test_counts_and_measures_are_those_of_scikit_learn():
     both, true, predicted = _counted(guess, truth, 4)
     says = truth != VOID
     for image in range(6):
-        expected = jaccard_score(truth[image][says[image]], guess[image][says[image]], labels=range(4), average=None)
+        expected = jaccard_score(
+            truth[image][says[image]], guess[image][says[image]], labels=range(4), average=None
+        )
         found = both[image] / (true + predicted - both)[image]
         np.testing.assert_allclose(found, expected)
     found = measures(*(part.double().sum(0).numpy() for part in (both, true, predicted)))
@@ -317,7 +339,10 @@ def test_a_class_without_training_images_counts_as_wrong():
 
 
 def test_masks_that_are_void_all_over_are_told():
-    with pytest.raises(ValueError, match="no pixel of the validation masks has a class; --ignore_label leaves nothing"):
+    with pytest.raises(
+        ValueError,
+        match="no pixel of the validation masks has a class; --ignore_label leaves nothing",
+    ):
         _classes(scenes_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
 
 
@@ -327,7 +352,11 @@ def test_intervals_are_of_resampled_images_and_classes_not_met_do_not_count():
     true, predicted = both + rng.integers(0, 50, (40, 3)), both + rng.integers(0, 50, (40, 3))
     for part in (both, true, predicted):
         part[:, 2] = 0  # never met
-    row = result(Counts(*(torch.from_numpy(p).long() for p in (both, true, predicted))), ["a", "b", "c"], seed=0)
+    row = result(
+        Counts(*(torch.from_numpy(p).long() for p in (both, true, predicted))),
+        ["a", "b", "c"],
+        seed=0,
+    )
     assert list(row["iou"]) == ["a", "b"]
     naive = []
     for _ in range(2000):
@@ -339,9 +368,12 @@ def test_intervals_are_of_resampled_images_and_classes_not_met_do_not_count():
 
 def test_counting_in_batches_is_counting_at_once():
     generator = torch.Generator().manual_seed(4)
-    scenes = scenes_with(torch.randn(11, 4, 3, generator=generator), torch.randint(0, 3, (11, 6, 6), generator=generator))
-    layer = Layer(torch.randn(3, 3, generator=generator), torch.zeros(3))
-    of_batches, at_once = (count(layer, scenes, 3, FABRIC, size, "test") for size in (4, 11))
+    scenes = scenes_with(
+        torch.randn(11, 4, 3, generator=generator),
+        torch.randint(0, 3, (11, 6, 6), generator=generator),
+    )
+    head = LinearSegHead(torch.randn(3, 3, generator=generator), torch.zeros(3))
+    of_batches, at_once = (count(head, scenes, 3, FABRIC, size, "test") for size in (4, 11))
     for one, other in zip(of_batches, at_once, strict=True):
         torch.testing.assert_close(one, other)
     assert of_batches.true.sum() == 11 * 36

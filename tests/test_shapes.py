@@ -6,11 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from dino_xcit.shapes import CLASSES, SIZE, draw_shape
+from dino_xcit.data.shapes import CLASSES, SIZE, draw_shape
 
 
 def same(one, other):
-    return np.array_equal(one.image, other.image) and one.label == other.label and np.array_equal(one.mask, other.mask)
+    return (
+        np.array_equal(one.image, other.image)
+        and one.label == other.label
+        and np.array_equal(one.mask, other.mask)
+    )
 
 
 def test_same_arguments_give_the_same_image_whatever_came_before():
@@ -20,7 +24,9 @@ def test_same_arguments_give_the_same_image_whatever_came_before():
     assert same(draw_shape(0, "train", 5), first)
 
 
-@pytest.mark.parametrize("arguments", [(1, "train", 5), (0, "validation", 5), (0, "train", 5 + len(CLASSES))])
+@pytest.mark.parametrize(
+    "arguments", [(1, "train", 5), (0, "validation", 5), (0, "train", 5 + len(CLASSES))]
+)
 def test_another_seed_split_or_index_gives_another_image_and_outline(arguments):
     one, other = draw_shape(0, "train", 5), draw_shape(*arguments)
     assert one.label == other.label
@@ -43,7 +49,9 @@ def test_labels_go_round_the_classes():
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_object_is_there_and_leaves_room_for_background(split):
-    masks = np.stack([draw_shape(seed, split, index).mask for seed in (0, 1) for index in range(60)])
+    masks = np.stack(
+        [draw_shape(seed, split, index).mask for seed in (0, 1) for index in range(60)]
+    )
     shares = masks.mean((1, 2))
     assert shares.min() > 0.05
     assert shares.max() < 0.95
@@ -61,7 +69,8 @@ def roughness(values, where):
 def test_texture_is_where_the_mask_says():
     shapes = [draw_shape(0, "train", index, channels=1) for index in range(60)]
     inside, outside = (
-        np.mean([roughness(s.image[..., 0].astype(float), s.mask == there) for s in shapes]) for there in (True, False)
+        np.mean([roughness(s.image[..., 0].astype(float), s.mask == there) for s in shapes])
+        for there in (True, False)
     )
     assert inside > 1.5 * outside
 
@@ -78,7 +87,9 @@ def test_channels_repeat_the_grey_image():
     grey = draw_shape(0, "train", 3, channels=1)
     assert grey.image.shape == (SIZE, SIZE, 1)
     for channels in (3, 5):
-        assert np.array_equal(draw_shape(0, "train", 3, channels=channels).image, grey.image.repeat(channels, axis=2))
+        assert np.array_equal(
+            draw_shape(0, "train", 3, channels=channels).image, grey.image.repeat(channels, axis=2)
+        )
 
 
 def test_images_are_not_flat():

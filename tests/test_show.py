@@ -11,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_xcit import show
-from dino_xcit.attention import class_attention
 from dino_xcit.cli import main
-from dino_xcit.config import PretrainConfig
-from dino_xcit.pretrain import pretrain
-from dino_xcit.video import write_video
-from dino_xcit.weights import load_backbone, save_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.figures import command
+from dino_xcit.figures.maps import class_attention
+from dino_xcit.figures.video import write_video
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.weights.load import load_backbone, save_backbone
 
-GREY = PretrainConfig(arch="xcit_pico2_p4", in_chans=1, mean=(0.5,), std=(0.25,), global_crops_size=32)
+GREY = PretrainConfig(
+    arch="xcit_pico2_p4", in_chans=1, mean=(0.5,), std=(0.25,), global_crops_size=32
+)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +38,9 @@ def here(tmp_path, monkeypatch) -> Path:
     torch.manual_seed(0)
     save_backbone(XCiT("xcit_pico2_p4", in_chans=1), GREY, Path("w.safetensors"))
     torch.manual_seed(1)
-    save_backbone(XCiT("xcit_n12_p8"), PretrainConfig(arch="xcit_n12_p8"), Path("colour.safetensors"))
+    save_backbone(
+        XCiT("xcit_n12_p8"), PretrainConfig(arch="xcit_n12_p8"), Path("colour.safetensors")
+    )
     Path("photos").mkdir()
     for name, size in (("wide", (40, 64)), ("tall", (66, 42)), ("square", (48, 48))):
         Image.fromarray(picture(*size)).save(f"photos/{name}.png")
@@ -48,7 +52,9 @@ def attention(*arguments: object) -> int:
 
 
 def written() -> set[str]:
-    return {str(path.relative_to("figures")) for path in Path("figures").rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to("figures")) for path in Path("figures").rglob("*") if path.is_file()
+    }
 
 
 def summary() -> dict:
@@ -57,7 +63,11 @@ def summary() -> dict:
 
 def test_images_become_figures_with_their_numbers_beside(here, capsys):
     assert attention("--image_size", 0, "photos/wide.png", "photos/tall.png") == 0
-    files = {f"{name}.{kind}" for name in ("heads_wide", "heads_tall", "overlay") for kind in ("png", "npz")}
+    files = {
+        f"{name}.{kind}"
+        for name in ("heads_wide", "heads_tall", "overlay")
+        for kind in ("png", "npz")
+    }
     assert written() == files | {"attention.json"}
     numbers = np.load("figures/heads_tall.npz")
     assert numbers["image_0"].shape == (64, 40, 1)  # cropped from 66 x 42
@@ -68,14 +78,26 @@ def test_images_become_figures_with_their_numbers_beside(here, capsys):
     assert [one["name"] for one in told["images"]] == ["wide", "tall"]
     assert told["images"][0]["patches"] == [16, 10]
     share = expected / expected.sum((1, 2), keepdims=True)
-    assert told["images"][1]["entropy"] == pytest.approx((-share * np.log(share)).sum((1, 2)), abs=1e-4)
+    assert told["images"][1]["entropy"] == pytest.approx(
+        (-share * np.log(share)).sum((1, 2)), abs=1e-4
+    )
     assert told["options"]["image_size"] == 0
     assert "long side as it is, crop to multiples of 4 pixels" in capsys.readouterr().out
 
 
 def test_words_that_belong_to_no_flag_are_images_wherever_they_stand(here):
-    words = ["photos/wide.png", "--figures", "grid", "overlay", "photos/tall.png", "--titles", "photos/square.png"]
-    assert main(["attention", *words, "--weights", "w.safetensors", "--clip", "0", "--dpi", "40"]) == 0
+    words = [
+        "photos/wide.png",
+        "--figures",
+        "grid",
+        "overlay",
+        "photos/tall.png",
+        "--titles",
+        "photos/square.png",
+    ]
+    assert (
+        main(["attention", *words, "--weights", "w.safetensors", "--clip", "0", "--dpi", "40"]) == 0
+    )
     assert [one["name"] for one in summary()["images"]] == ["wide", "tall", "square"]
     assert summary()["options"]["titles"] is True
     assert written() == {"grid.png", "grid.npz", "overlay.png", "overlay.npz", "attention.json"}
@@ -89,10 +111,28 @@ def test_a_folder_stands_for_its_images_in_the_order_of_their_names(here):
 
 def test_every_figure_in_every_format(here):
     kinds = ["heads", "grid", "overlay", "magnitude", "covariance", "similarity", "pca"]
-    assert attention("--figures", *kinds, "--format", "png", "pdf", "svg", "photos/wide.png", "photos/square.png") == 0
+    assert (
+        attention(
+            "--figures",
+            *kinds,
+            "--format",
+            "png",
+            "pdf",
+            "svg",
+            "photos/wide.png",
+            "photos/square.png",
+        )
+        == 0
+    )
     names = {kind for kind in kinds if kind not in ("heads", "magnitude", "covariance")}
-    names |= {f"{kind}_{name}" for kind in ("heads", "magnitude", "covariance") for name in ("wide", "square")}
-    assert written() == {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg", "npz")} | {"attention.json"}
+    names |= {
+        f"{kind}_{name}"
+        for kind in ("heads", "magnitude", "covariance")
+        for name in ("wide", "square")
+    }
+    assert written() == {
+        f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg", "npz")
+    } | {"attention.json"}
     numbers = np.load("figures/covariance_wide.npz")
     assert numbers["covariance_0"].shape == (4, 16, 16)
 
@@ -100,9 +140,15 @@ def test_every_figure_in_every_format(here):
 def test_without_images_the_runs_own_are_shown(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = pretrain(tiny).folder
-    assert main(["attention", "--weights", str(folder), "--figures", "grid", "--num_images", "2"]) == 0
+    assert (
+        main(["attention", "--weights", str(folder), "--figures", "grid", "--num_images", "2"]) == 0
+    )
     assert [one["file"] for one in summary()["images"]] == ["shape 0 (rows)", "shape 1 (columns)"]
-    assert np.load("figures/grid.npz")["image_0"].shape == (16, 16, 3)  # as large as the run's crops
+    assert np.load("figures/grid.npz")["image_0"].shape == (
+        16,
+        16,
+        3,
+    )  # as large as the run's crops
 
 
 def test_without_images_and_without_a_run_images_are_asked_for(here, capsys):
@@ -119,7 +165,10 @@ def test_checkpoints_over_training(tiny, monkeypatch, tmp_path):
     assert main(["attention", "--weights", str(folder), "--figures", "training"]) == 0
     numbers = np.load("figures/training.npz")
     kept = [name for name in numbers.files if name.startswith("attention_0")]
-    assert kept == ["attention_0_of_epoch 1", "attention_0_of_epoch 2"]  # the finished teacher is that of epoch 2
+    assert kept == [
+        "attention_0_of_epoch 1",
+        "attention_0_of_epoch 2",
+    ]  # the finished teacher is that of epoch 2
     pixels = torch.from_numpy(numbers["image_0_of_epoch 1"]).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(getattr(tiny, name))[:, None, None] for name in ("mean", "std"))
     for epoch in (1, 2):
@@ -137,7 +186,11 @@ def test_models_side_by_side_each_sees_its_own_channels(here):
     more = ["--weights", "colour.safetensors", "--names", "grey", "--names", "a colour one"]
     assert attention(*more, "--image_size", 50, "photos/wide.png") == 0
     numbers = np.load("figures/models.npz")
-    assert numbers["image_0_of_grey"].shape == (24, 48, 1)  # 31 x 50, cropped to what both patch sizes divide
+    assert numbers["image_0_of_grey"].shape == (
+        24,
+        48,
+        1,
+    )  # 31 x 50, cropped to what both patch sizes divide
     assert numbers["image_0_of_a colour one"].shape == (24, 48, 3)
     assert numbers["attention_0_of_grey"].shape == (4, 6, 12)
     assert numbers["attention_0_of_a colour one"].shape == (4, 3, 6)
@@ -151,7 +204,16 @@ def test_what_cannot_be_shown_is_listed_at_the_end_and_the_others_are_done(here,
     (Path("cut.png")).write_bytes(Path("photos/wide.png").read_bytes()[:60])
     Path("film.mp4").write_bytes(b"not a film")
     Image.fromarray(picture(2, 60)).save("thin.png")
-    bad = ["zero.jpg", "notes.txt", "text.jpg", "empty", "cut.png", "film.mp4", "thin.png", "gone.png"]
+    bad = [
+        "zero.jpg",
+        "notes.txt",
+        "text.jpg",
+        "empty",
+        "cut.png",
+        "film.mp4",
+        "thin.png",
+        "gone.png",
+    ]
     assert attention("--figures", "overlay", *bad, "photos/wide.png") == 2
     lines = capsys.readouterr().err.splitlines()
     told = {line.split(": ")[1]: line for line in lines if line.startswith("dino-xcit attention: ")}
@@ -175,7 +237,10 @@ def test_a_panorama_beyond_memory_is_told_what_fits(here, capsys, monkeypatch):
     assert "4000 x 2500 pixels need about" in line
     fits = line.split("--image_size ")[1].split()[0]
     assert attention("--image_size", fits, "--figures", "overlay", "photos/wide.png") == 0
-    assert attention("--image_size", round(1.1 * int(fits)), "--figures", "overlay", "photos/wide.png") == 2
+    assert (
+        attention("--image_size", round(1.1 * int(fits)), "--figures", "overlay", "photos/wide.png")
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,10 +252,19 @@ def test_a_panorama_beyond_memory_is_told_what_fits(here, capsys, monkeypatch):
         (["--threshold", "1"], "--threshold is 1.0; expected a share between 0 and 1"),
         (["--width", "nips"], "--width is 'nips'; expected inches from 1 to 20, or one of neurips"),
         (["--figures", "similarity", "--point", "0.5"], "--point is (0.5,); expected two shares"),
-        (["--point", "0.5", "0.5"], "--point is (0.5, 0.5); expected none without --figures similarity"),
+        (
+            ["--point", "0.5", "0.5"],
+            "--point is (0.5, 0.5); expected none without --figures similarity",
+        ),
         (["--fps", "3"], "--fps is 3.0; expected no rate without --frames"),
-        (["--names", "a", "--names", "a", "--weights", "colour.safetensors"], "expected different names"),
-        (["--figures", "models"], "--figures is ('models',); expected no models with one --weights"),
+        (
+            ["--names", "a", "--names", "a", "--weights", "colour.safetensors"],
+            "expected different names",
+        ),
+        (
+            ["--figures", "models"],
+            "--figures is ('models',); expected no models with one --weights",
+        ),
         (["--figures", "hedas"], "--figures"),
         (["--weights", "colour.safetensors", "--html"], "one with --html or --masks"),
         (["--names", "a", "--names", "b"], "expected a name for each of 1 --weights"),
@@ -210,7 +284,9 @@ def test_options_that_cannot_be_are_refused_in_one_line(here, capsys, arguments,
 def test_a_network_without_class_attention_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr("dino_xcit.views.load_backbone", lambda *_: torch.nn.Linear(1, 1))
     assert attention("photos/wide.png") == 2
-    assert "--weights w.safetensors: Linear has no class-attention layers" in capsys.readouterr().err
+    assert (
+        "--weights w.safetensors: Linear has no class-attention layers" in capsys.readouterr().err
+    )
 
 
 def test_no_weights(capsys):
@@ -226,14 +302,17 @@ def film(path: str, frames: int = 6) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "frames"])
 def test_videos_become_films_on_one_scale(here, kind):
-    from dino_xcit.video import Clip
+    from dino_xcit.figures.video import Clip
 
     film("clip.mp4")
     assert attention("--image_size", 48, "--video_format", kind, "clip.mp4") == 0
     numbers = np.load("figures/clip_attention.npz")
     assert numbers["attention"].shape == (6, 4, 8, 12)
     if kind == "frames":
-        frames = [np.asarray(Image.open(path)) for path in sorted(Path("figures/clip_attention").glob("*.png"))]
+        frames = [
+            np.asarray(Image.open(path))
+            for path in sorted(Path("figures/clip_attention").glob("*.png"))
+        ]
     else:
         clip = Clip(Path(f"figures/clip_attention.{kind}"))
         assert float(clip.fps) == pytest.approx(8, rel=0.05)
@@ -241,7 +320,9 @@ def test_videos_become_films_on_one_scale(here, kind):
     assert len(frames) == 6
     height, width = frames[0].shape[:2]
     assert width == pytest.approx(4.5 * height, abs=2)  # image, overlay, heads
-    if kind == "frames":  # lossless: the hottest patch of the film is the only one at the top of the colours
+    if (
+        kind == "frames"
+    ):  # lossless: the hottest patch of the film is the only one at the top of the colours
         mean = numbers["attention"].mean(1)
         ordered = np.sort(mean.ravel())
         beyond = int(0.01 * (len(ordered) - 1))
@@ -313,7 +394,14 @@ def test_masks_of_files_and_images_that_have_none(here, capsys):
 
 
 def test_a_process_of_its_own(here, run_cli):
-    done = run_cli("attention", "--weights", here / "w.safetensors", "--output_dir", here / "f", here / "photos/wide.png")
+    done = run_cli(
+        "attention",
+        "--weights",
+        here / "w.safetensors",
+        "--output_dir",
+        here / "f",
+        here / "photos/wide.png",
+    )
     assert done.returncode == 0, done.stderr
     assert (here / "f/heads_wide.png").stat().st_size > 10_000
     assert "Traceback" not in done.stderr
@@ -323,6 +411,9 @@ def test_the_function_behind_the_command_returns_the_problems(here):
     from dino_xcit import AttentionConfig
 
     config = AttentionConfig(
-        images=("gone.png", "photos/wide.png"), weights=("w.safetensors",), figures=("overlay",), dpi=40
+        images=("gone.png", "photos/wide.png"),
+        weights=("w.safetensors",),
+        figures=("overlay",),
+        dpi=40,
     )
-    assert show.show_attention(config) == ["gone.png: does not exist"]
+    assert command.show_attention(config) == ["gone.png: does not exist"]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dino_xcit.attention import class_attention
-from dino_xcit.data import ShapeSet
-from dino_xcit.pretrain import pretrain
-from dino_xcit.strip import AttentionStrip
-from dino_xcit.weights import load_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.data.images import ShapeSet
+from dino_xcit.figures.maps import class_attention
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.train.attention_history import AttentionHistory
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.weights.load import load_backbone
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,13 @@ def test_a_run_shows_the_same_images_before_training_and_at_each_evaluation(quie
     folder = pretrain(quiet).folder
     numbers = np.load(folder / "attention.npz")
     assert numbers["steps"].tolist() == [0, 6, 12]
-    assert numbers["attention"].shape == (3, 4, 4, 4, 4)  # evaluations, images, heads, rows, columns
+    assert numbers["attention"].shape == (
+        3,
+        4,
+        4,
+        4,
+        4,
+    )  # evaluations, images, heads, rows, columns
     images = ShapeSet(quiet.seed, "validation", 4, quiet.in_chans)
     smaller = torch.nn.functional.interpolate
     for i in range(4):
@@ -42,7 +48,7 @@ def test_a_run_shows_the_same_images_before_training_and_at_each_evaluation(quie
 
 def test_the_strip_changes_nothing_that_is_trained(quiet, monkeypatch):
     with_strip = pretrain(quiet).folder
-    monkeypatch.setattr(AttentionStrip, "add", lambda *_: None)
+    monkeypatch.setattr(AttentionHistory, "add", lambda *_: None)
     without = pretrain(dataclasses.replace(quiet, output_dir=f"{quiet.output_dir}_without")).folder
     tensors = [load_backbone(folder).state_dict() for folder in (with_strip, without)]
     assert all(torch.equal(a, b) for a, b in zip(*(t.values() for t in tensors), strict=True))
@@ -51,11 +57,11 @@ def test_the_strip_changes_nothing_that_is_trained(quiet, monkeypatch):
 def test_a_run_that_goes_on_keeps_what_was_seen_until_then_and_sees_the_rest_again(tiny, tmp_path):
     images = ShapeSet(0, "validation", 10, 3)
     backbone = XCiT("xcit_pico2_p4").train()
-    strip = AttentionStrip(tiny, images, tmp_path, 0)
+    history = AttentionHistory(tiny, images, tmp_path, 0)
     for step in (0, 5, 10):
-        strip.add(step, backbone, CPU)
+        history.add(step, backbone, CPU)
     assert backbone.training
-    again = AttentionStrip(tiny, images, tmp_path, 7)
+    again = AttentionHistory(tiny, images, tmp_path, 7)
     assert list(again.seen) == [0, 5]
     again.add(10, backbone, CPU)
     assert np.load(tmp_path / "attention.npz")["steps"].tolist() == [0, 5, 10]
@@ -64,8 +70,8 @@ def test_a_run_that_goes_on_keeps_what_was_seen_until_then_and_sees_the_rest_aga
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut off"])
 def test_a_damaged_file_is_begun_anew(tiny, tmp_path, damage):
     (tmp_path / "attention.npz").write_bytes(damage)
-    strip = AttentionStrip(tiny, ShapeSet(0, "validation", 10, 3), tmp_path, 7)
-    strip.add(7, XCiT("xcit_pico2_p4"), CPU)
+    history = AttentionHistory(tiny, ShapeSet(0, "validation", 10, 3), tmp_path, 7)
+    history.add(7, XCiT("xcit_pico2_p4"), CPU)
     assert np.load(tmp_path / "attention.npz")["steps"].tolist() == [7]
 
 
@@ -76,8 +82,8 @@ def test_unreadable_images_are_passed_over(tiny, tmp_path):
                 raise OSError("gone")
             return super().read(index)
 
-    strip = AttentionStrip(tiny, Broken(0, "validation", 10, 3), tmp_path, 0)
-    assert strip.pixels.shape == (4, 3, 16, 16)
-    none = AttentionStrip(tiny, Broken(0, "validation", 0, 3), tmp_path, 0)
+    history = AttentionHistory(tiny, Broken(0, "validation", 10, 3), tmp_path, 0)
+    assert history.pixels.shape == (4, 3, 16, 16)
+    none = AttentionHistory(tiny, Broken(0, "validation", 0, 3), tmp_path, 0)
     none.add(0, XCiT("xcit_pico2_p4"), CPU)
     assert not (tmp_path / "attention.npz").exists()

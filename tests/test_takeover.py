@@ -12,11 +12,11 @@ from test_init_weights import of
 from test_interruptions import rows, state
 
 from dino_xcit.cli import main
-from dino_xcit.formats import to_official_names
-from dino_xcit.module import DINOModule, parameter_groups
-from dino_xcit.pretrain import pretrain
-from dino_xcit.schedules import Schedules
-from dino_xcit.weights import LAST
+from dino_xcit.run_folder import LAST
+from dino_xcit.train.module import DINOModule, parameter_groups
+from dino_xcit.train.pretrain import pretrain
+from dino_xcit.train.schedules import Schedules
+from dino_xcit.weights.formats import to_official_names
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -48,14 +48,26 @@ def official(config, path: Path, epoch: int = 1, **changes) -> Path:
     moments = {in_order[index]: one for index, one in ours["optimizer_states"][0]["state"].items()}
 
     def renamed(tensors):
-        backbone = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+        backbone = {
+            n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")
+        }
         head = {n: t for n, t in tensors.items() if n.startswith("head.")}
-        return {**{f"backbone.{n}": t for n, t in sorted(to_official_names(backbone).items())}, **head}
+        return {
+            **{f"backbone.{n}": t for n, t in sorted(to_official_names(backbone).items())},
+            **head,
+        }
 
-    content = {"epoch": epoch, "dino_loss": {"center": of(last, "loss.")["center"]}, "args": argparse.Namespace()}
+    content = {
+        "epoch": epoch,
+        "dino_loss": {"center": of(last, "loss.")["center"]},
+        "args": argparse.Namespace(),
+    }
     content["student"] = {f"module.{n}": t for n, t in renamed(of(last, "student.")).items()}
     content["teacher"] = renamed(of(last, "teacher."))
-    by_kind = {kind: renamed({n: one[kind] for n, one in moments.items()}) for kind in ("exp_avg", "exp_avg_sq")}
+    by_kind = {
+        kind: renamed({n: one[kind] for n, one in moments.items()})
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
     step = next(iter(moments.values()))["step"].item()
     parameters = {
         n.removeprefix("module."): t
@@ -88,11 +100,16 @@ def going_on(config, tmp_path, **changes):
 
 
 def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, capsys):
-    arguments = argparse.Namespace(lr=0.5, momentum_teacher=whole.momentum_teacher, arch="other", data_path="/theirs")
+    arguments = argparse.Namespace(
+        lr=0.5, momentum_teacher=whole.momentum_teacher, arch="other", data_path="/theirs"
+    )
     config = going_on(whole, tmp_path, args=arguments)
     pretrain(config)
     told = capsys.readouterr().err
-    assert "goes on after epoch 1 of 2, step 6; taken: backbone, the student's head, the teacher's head, center, opt" in told
+    assert (
+        "goes on after epoch 1 of 2, step 6; taken: backbone, the student's head, the teacher's head, center, opt"
+        in told
+    )
     assert f"--lr was 0.5, now {whole.lr}" in told
     assert "momentum_teacher" not in told
     assert "--data_path" not in told
@@ -100,7 +117,10 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
     assert state(config).keys() == state(whole).keys()
     for name, value in state(whole).items():
         assert torch.equal(state(config)[name], value), name
-    optimizers = [torch.load(Path(c.output_dir) / LAST, weights_only=True)["optimizer_states"] for c in (whole, config)]
+    optimizers = [
+        torch.load(Path(c.output_dir) / LAST, weights_only=True)["optimizer_states"]
+        for c in (whole, config)
+    ]
     # What has no moments yet begins with zeros either way.
     assert optimizers[0][0]["param_groups"] == optimizers[1][0]["param_groups"]
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
@@ -111,18 +131,32 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"optimizer": None}, "anew: optimizer (the file's moments cannot be used: 0 parameters for"),
-        ({"optimizer": {"state": {0: {"momentum_buffer": None}}, "param_groups": "as they are"}}, "not AdamW's"),
+        (
+            {"optimizer": None},
+            "anew: optimizer (the file's moments cannot be used: 0 parameters for",
+        ),
+        (
+            {"optimizer": {"state": {0: {"momentum_buffer": None}}, "param_groups": "as they are"}},
+            "not AdamW's",
+        ),
         ({"dino_loss": {}}, "anew: center, order and crops"),
-        ({"optimizer": {"state": {}, "param_groups": "as they are"}}, "cannot be used: there are none"),
-        ({"optimizer": {"state": {10**6: {"step": 1}}, "param_groups": "as they are"}}, "cannot be used: list index"),
+        (
+            {"optimizer": {"state": {}, "param_groups": "as they are"}},
+            "cannot be used: there are none",
+        ),
+        (
+            {"optimizer": {"state": {10**6: {"step": 1}}, "param_groups": "as they are"}},
+            "cannot be used: list index",
+        ),
         ({"args": argparse.Namespace(batch_size_per_gpu=64)}, "--batch_size_per_gpu was 64, now"),
     ],
 )
 @pytest.mark.parametrize("whole", [True], indirect=True)
 def test_what_a_file_lacks_begins_anew_and_is_told(whole, tmp_path, capsys, changes, told):
     if changes.get("optimizer"):
-        groups = torch.load(official(whole, tmp_path / "full.pth"), weights_only=False)["optimizer"]["param_groups"]
+        groups = torch.load(official(whole, tmp_path / "full.pth"), weights_only=False)[
+            "optimizer"
+        ]["param_groups"]
         changes = {"optimizer": {**changes["optimizer"], "param_groups": groups}}
     config = going_on(whole, tmp_path, **changes)
     assert pretrain(config).step == 12
@@ -150,9 +184,28 @@ def test_what_cannot_go_on_is_told_in_a_line(whole, tmp_path, options, changes, 
 
 def test_files_that_are_no_run_are_refused(tiny, tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "weights.pth")
-    code = main(["pretrain", "--continue_from", str(tmp_path / "weights.pth"), "--output_dir", str(tmp_path / "run")])
+    code = main(
+        [
+            "pretrain",
+            "--continue_from",
+            str(tmp_path / "weights.pth"),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert code == 2
-    assert "has no student and no teacher and no epoch; expected a full checkpoint of official" in capsys.readouterr().err
-    code = main(["pretrain", "--continue_from", str(tmp_path / "gone.pth"), "--output_dir", str(tmp_path / "run")])
+    assert (
+        "has no student and no teacher and no epoch; expected a full checkpoint of official"
+        in capsys.readouterr().err
+    )
+    code = main(
+        [
+            "pretrain",
+            "--continue_from",
+            str(tmp_path / "gone.pth"),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert code == 2
     assert "No such file" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_xcit.video import Clip, is_video, write_video
+from dino_xcit.figures.video import Clip, is_video, write_video
 
 RATES = [Fraction(25), Fraction(30000, 1001), Fraction(7)]
 
@@ -56,7 +56,9 @@ def test_mp4_comes_back_with_its_frames_its_rate_and_its_colours(height, width, 
     clip = Clip(path)
     assert (clip.fps, clip.expected) == (fps, 5)
     found = read(path)
-    assert {one.shape for one in found} == {(height + height % 2, width + width % 2, 3)}  # sides are even
+    assert {one.shape for one in found} == {
+        (height + height % 2, width + width % 2, 3)
+    }  # sides are even
     assert_the_film([one[:height, :width] for one in found], frames, tolerance=20)
     assert [one.name for one in tmp_path.iterdir()] == ["film.mp4"]
 
@@ -75,7 +77,9 @@ def test_mp4_plays_everywhere(tmp_path):
         assert stream.codec_context.pix_fmt == "yuv420p"
 
 
-@pytest.mark.parametrize(("fps", "milliseconds"), [(Fraction(25), 40), (Fraction(10), 100), (Fraction(1, 2), 2000)])
+@pytest.mark.parametrize(
+    ("fps", "milliseconds"), [(Fraction(25), 40), (Fraction(10), 100), (Fraction(1, 2), 2000)]
+)
 def test_gif_comes_back_with_its_frames_and_its_rate_and_goes_round(fps, milliseconds, tmp_path):
     frames = film(4, 31, 45)
     path = written(tmp_path / "film.gif", frames, fps)
@@ -92,7 +96,9 @@ def test_gif_comes_back_with_its_frames_and_its_rate_and_goes_round(fps, millise
             assert file.info["duration"] == milliseconds
 
 
-@pytest.mark.parametrize("fps", [Fraction(24), Fraction(30000, 1001), Fraction(60), Fraction(240)], ids=str)
+@pytest.mark.parametrize(
+    "fps", [Fraction(24), Fraction(30000, 1001), Fraction(60), Fraction(240)], ids=str
+)
 def test_a_gif_lasts_as_long_as_the_film_and_no_frame_too_short_for_browsers(fps, tmp_path):
     """They play frames of less than 20 ms five times as long, and GIF counts in hundredths of a second."""
     frames = [np.full((8, 8, 3), number, np.uint8) for number in range(120)]
@@ -120,7 +126,11 @@ def test_frames_of_a_longer_film_do_not_stay_in_the_folder(tmp_path):
     folder = written(tmp_path / "film", film(5))
     (folder / "notes.txt").touch()
     written(folder, film(2))
-    assert sorted(file.name for file in folder.iterdir()) == ["000000.png", "000001.png", "notes.txt"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "notes.txt",
+    ]
 
 
 @pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film"])
@@ -194,7 +204,9 @@ def turn(path, matrix):
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 44
     (a, b), (c, d) = matrix
-    data[start : start + 36] = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    data[start : start + 36] = np.array(
+        [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4"
+    ).tobytes()
     path.write_bytes(data)
 
 
@@ -202,7 +214,10 @@ def turn(path, matrix):
     ("matrix", "corner"),
     [
         (((1, 0), (0, 1)), ("top", "left")),
-        (((0, 1), (-1, 0)), ("top", "right")),  # right becomes down: a quarter clockwise, as telephones write it
+        (
+            ((0, 1), (-1, 0)),
+            ("top", "right"),
+        ),  # right becomes down: a quarter clockwise, as telephones write it
         (((-1, 0), (0, -1)), ("bottom", "right")),
         (((0, -1), (1, 0)), ("bottom", "left")),
     ],
@@ -225,7 +240,9 @@ def test_a_film_taken_sideways_is_seen_upright(matrix, corner, tmp_path):
 # -- what is a video ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.MOV", "a.m4v", "a.avi", "a.mkv", "a.webm", "a.mpg", "a.mpeg"])
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "a.MOV", "a.m4v", "a.avi", "a.mkv", "a.webm", "a.mpg", "a.mpeg"]
+)
 def test_videos_are_known_by_their_names(name, tmp_path):
     assert is_video(tmp_path / name)
 
@@ -296,7 +313,9 @@ def test_a_video_cut_short_is_refused(share, tmp_path):
 
 
 def test_a_folder_of_frames_may_have_a_dot_in_its_name(tmp_path):
-    write_video(tmp_path / "my.film_attention", iter([np.zeros((8, 8, 3), np.uint8)] * 2), Fraction(25))
+    write_video(
+        tmp_path / "my.film_attention", iter([np.zeros((8, 8, 3), np.uint8)] * 2), Fraction(25)
+    )
     assert len(list((tmp_path / "my.film_attention").iterdir())) == 2
 
 

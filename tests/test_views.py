@@ -10,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_xcit import views
-from dino_xcit.attention import look
-from dino_xcit.config import AttentionConfig, PretrainConfig
-from dino_xcit.video import write_video
-from dino_xcit.views import Eye, Frame, find, images_in, look_at, open_checkpoints, open_eyes, own_images
-from dino_xcit.weights import save_backbone
-from dino_xcit.xcit import XCiT
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.figures import inputs
+from dino_xcit.figures.inputs import Framing, find, images_in, look_at, own_images
+from dino_xcit.figures.maps import look
+from dino_xcit.figures.model import AttentionModel, open_checkpoints, open_models
+from dino_xcit.figures.video import write_video
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.weights.load import save_backbone
 
 CPU = torch.device("cpu")
 RUN = PretrainConfig(arch="xcit_pico2_p4", global_crops_size=32)
@@ -37,19 +39,21 @@ def weights_of(path, seed=0, **options):
 
 def eye_of(weights, **options):
     config = AttentionConfig(weights=(weights,), **options)
-    return Eye("pico", weights, config, CPU)
+    return AttentionModel("pico", weights, config, CPU)
 
 
 def framing(patch=4, long_side=32, fit="crop", *, per_pixel=100.0, there=2**40, on_cpu=2**40):
     """A frame without a backbone."""
-    frame = Frame.__new__(Frame)
+    frame = Framing.__new__(Framing)
     frame.patch, frame.long_side, frame.fit = patch, long_side, fit
     frame.per_pixel, frame.there, frame.on_cpu = per_pixel, there, on_cpu
     return frame
 
 
 def noise(height, width, channels=3, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (channels, height, width), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (channels, height, width), dtype=np.uint8)
+    )
 
 
 def save(path, image, **options):
@@ -97,13 +101,13 @@ def test_padding_repeats_the_edge():
     assert size == (39, 58)
     expected = np.pad(image.numpy(), ((0, 0), (0, 1), (0, 6)), mode="edge")
     assert np.array_equal(pixels.numpy(), expected)
-    np.testing.assert_array_equal(views.shown(pixels, size), image.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(inputs.shown(pixels, size), image.permute(1, 2, 0).numpy())
 
 
 def test_size_0_keeps_the_size():
     image = noise(64, 400)
     assert torch.equal(framing(8, 0).framed(image)[0], image)
-    assert views.scaled(123, 45, 0) == (123, 45)
+    assert inputs.scaled(123, 45, 0) == (123, 45)
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels():
@@ -115,7 +119,9 @@ def test_an_image_of_the_right_size_keeps_its_pixels():
 def test_resizing_is_pils_bicubic_but_for_rounding():
     image = noise(60, 90)
     pixels, _ = framing(4, 48).framed(image)
-    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((48, 32), Image.Resampling.BICUBIC)
+    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        (48, 32), Image.Resampling.BICUBIC
+    )
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
 
 
@@ -127,46 +133,57 @@ def test_masks_are_resized_without_new_values():
     assert torch.equal(pixels, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
-@pytest.mark.parametrize(("height", "width", "long_side"), [(3, 3, 0), (2, 100, 0), (100, 2, 0), (500, 10, 40)])
+@pytest.mark.parametrize(
+    ("height", "width", "long_side"), [(3, 3, 0), (2, 100, 0), (100, 2, 0), (500, 10, 40)]
+)
 def test_an_image_smaller_than_a_patch_is_refused_unless_it_is_padded(height, width, long_side):
     image = noise(height, width)
     with pytest.raises(
-        ValueError, match=rf"^{width} x {height} pixels, .*smaller than a patch of 4 x 4; raise --image_size or"
+        ValueError,
+        match=rf"^{width} x {height} pixels, .*smaller than a patch of 4 x 4; raise --image_size or",
     ):
         framing(4, long_side).framed(image)
     pixels, size = framing(4, long_side, "pad").framed(image)
     assert min(pixels.shape[1:]) == 4
-    assert size == views.scaled(height, width, long_side)
+    assert size == inputs.scaled(height, width, long_side)
 
 
-@pytest.mark.parametrize(("height", "width", "expected"), [(1, 1000, (1, 32)), (1000, 1, (32, 1)), (1, 1, (32, 32))])
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(1, 1000, (1, 32)), (1000, 1, (32, 1)), (1, 1, (32, 32))]
+)
 def test_no_side_vanishes(height, width, expected):
-    assert views.scaled(height, width, 32) == expected
+    assert inputs.scaled(height, width, 32) == expected
 
 
 def test_a_frame_serves_every_eye(tmp_path):
-    eyes = [
-        eye_of(weights_of(tmp_path / f"{patch}.safetensors", arch=f"xcit_pico2_p{patch}", global_crops_size=size))
+    models = [
+        eye_of(
+            weights_of(
+                tmp_path / f"{patch}.safetensors",
+                arch=f"xcit_pico2_p{patch}",
+                global_crops_size=size,
+            )
+        )
         for patch, size in ((4, 48), (16, 32), (8, 40))
     ]
-    frame = Frame(eyes, "pad")
+    frame = Framing(models, "pad")
     assert (frame.patch, frame.long_side, frame.fit) == (16, 48, "pad")
-    assert frame.per_pixel == max(views.bytes_per_pixel(eye.backbone) for eye in eyes)
+    assert frame.per_pixel == max(inputs.bytes_per_pixel(model.backbone) for model in models)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width"), [(3000, 4000), (4000, 3000), (1000, 1000), (500, 4000)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(3000, 4000), (4000, 3000), (1000, 1000), (500, 4000)]
+)
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.95])
 def test_an_image_too_large_for_memory_is_refused_with_a_size_that_fits(height, width, share):
     needed = 5000.0 * height * width
     there = share * needed
     with pytest.raises(ValueError, match="--image_size") as refusal:
         framing(8, 0, per_pixel=5000.0, there=there).check(height, width)
-    told = (
-        rf"{width} x {height} pixels need about {needed / 2**30:.1f} GiB, there are {there / 2**30:.1f} GiB; --image_size "
-    )
+    told = rf"{width} x {height} pixels need about {needed / 2**30:.1f} GiB, there are {there / 2**30:.1f} GiB; --image_size "
     assert str(refusal.value).startswith(told)
     size = int(re.search(r"--image_size (\d+) fits$", str(refusal.value))[1])
     assert 0 < size < max(height, width)
@@ -185,7 +202,7 @@ def test_memory_is_asked_for_the_size_that_is_looked_at():
 
 def test_a_file_too_large_to_decode_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = save(tmp_path / "large.png", noise(50, 70))
-    monkeypatch.setattr(views, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(inputs, "decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"^70 x 50 pixels: decoding alone needs about 0.0 GiB"):
         framing(on_cpu=3 * 3 * 50 * 70 - 1).read(path, 1)
     with pytest.raises(ValueError, match="no size fits"):
@@ -193,14 +210,16 @@ def test_a_file_too_large_to_decode_is_refused_before_it_is_decoded(tmp_path, mo
 
 
 def test_failing_for_memory_after_all_is_one_line(weights, monkeypatch):
-    eye = eye_of(weights)
+    model = eye_of(weights)
 
     def fail(*_, **__):
         raise RuntimeError("out of\nmemory " + 500 * "x")
 
-    monkeypatch.setattr(views, "look", fail)
-    with pytest.raises(ValueError, match=r"^32 x 24 pixels: out of memory x+; lower --image_size$") as refusal:
-        look_at("name", noise(24, 32), eye, Frame([eye], "crop"))
+    monkeypatch.setattr(inputs, "look", fail)
+    with pytest.raises(
+        ValueError, match=r"^32 x 24 pixels: out of memory x+; lower --image_size$"
+    ) as refusal:
+        look_at("name", noise(24, 32), model, Framing([model], "crop"))
     assert len(str(refusal.value)) < 300
 
 
@@ -215,7 +234,9 @@ def test_grey_rgba_palette_and_16_bit_files_become_the_channels_asked_for(tmp_pa
     Image.fromarray(alpha).save(tmp_path / "rgba.png")
     Image.fromarray(grey[0].numpy().astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
     Image.fromarray(grey[0].numpy().astype(np.uint16) * 257).save(tmp_path / "sixteen.tif")
-    Image.fromarray(array).convert("P", palette=Image.Palette.ADAPTIVE, colors=200).save(tmp_path / "palette.gif")
+    Image.fromarray(array).convert("P", palette=Image.Palette.ADAPTIVE, colors=200).save(
+        tmp_path / "palette.gif"
+    )
     save(tmp_path / "grey.bmp", grey)
     save(tmp_path / "colour.tif", colour)
     frame = framing()
@@ -241,7 +262,12 @@ def test_turned_photographs_are_read_upright(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [(None, "does not exist"), (b"", "an empty file"), (b"hello", "not an image"), (b"\x89PNG\r\n", "not an image")],
+    [
+        (None, "does not exist"),
+        (b"", "an empty file"),
+        (b"hello", "not an image"),
+        (b"\x89PNG\r\n", "not an image"),
+    ],
 )
 def test_what_is_no_image_is_told_in_a_word(data, told, tmp_path):
     path = tmp_path / "image.png"
@@ -260,7 +286,9 @@ def test_an_image_cut_short_is_refused_in_one_line(ending, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
-@pytest.mark.parametrize("limit", [20, 60])  # PIL warns beyond its limit and refuses beyond twice as many pixels
+@pytest.mark.parametrize(
+    "limit", [20, 60]
+)  # PIL warns beyond its limit and refuses beyond twice as many pixels
 def test_how_large_an_image_may_be_is_not_for_pil_to_say(ending, limit, tmp_path, monkeypatch):
     image = noise(8, 10)
     path = save(tmp_path / f"image{ending}", image)
@@ -289,7 +317,9 @@ def test_images_of_a_folder_are_those_at_any_depth_in_the_order_of_their_names(t
     names = [path.relative_to(tmp_path).as_posix() for path in images_in(tmp_path)]
     assert names == ["a/c/d.tif", "a/z.JPG", "a.b/x.png", "b.png", "c.webp"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"a folder without images; expected files ending in .png .jpg"):
+    with pytest.raises(
+        ValueError, match=r"a folder without images; expected files ending in .png .jpg"
+    ):
         images_in(tmp_path / "empty")
 
 
@@ -330,7 +360,9 @@ def test_with_frames_a_folder_is_a_film(tmp_path):
     for number, picture in enumerate(pictures):
         save(tmp_path / "shots" / f"{number}.png", picture)
     save(tmp_path / "alone.png", pictures[0])
-    sources, films, problems = found(tmp_path / "shots", tmp_path / "alone.png", frames=True, fps=29.97)
+    sources, films, problems = found(
+        tmp_path / "shots", tmp_path / "alone.png", frames=True, fps=29.97
+    )
     assert problems == []
     assert [source.name for source in sources] == ["alone"]
     (film,) = films
@@ -350,7 +382,9 @@ def test_files_of_one_name_get_names_of_their_own(tmp_path):
     sources, _, _ = found(*(tmp_path / name for name in ("a", "b", "cat.jpg", "dog.png", "c")))
     assert [source.name for source in sources] == ["cat", "cat_2", "cat_3", "dog", "cat_4"]
     write_video(tmp_path / "cat.mp4", iter([np.zeros((8, 8, 3), np.uint8)]), Fraction(5))
-    sources, films, _ = found(tmp_path / "dog.png", tmp_path / "dog.png", tmp_path / "cat.mp4", tmp_path / "cat.jpg")
+    sources, films, _ = found(
+        tmp_path / "dog.png", tmp_path / "dog.png", tmp_path / "cat.mp4", tmp_path / "cat.jpg"
+    )
     assert [one.name for one in (*sources, *films)] == ["dog", "dog_2", "cat_2", "cat"]
 
 
@@ -382,7 +416,9 @@ def test_figures_among_the_images_are_not_looked_at_again(tmp_path):
 def test_a_run_folder_among_the_images_is_told(tmp_path):
     sources, _, problems = found(run_folder(tmp_path / "run"))
     assert sources == []
-    assert problems[0].endswith("a run folder, not images; several weights have a flag each: --weights A --weights B")
+    assert problems[0].endswith(
+        "a run folder, not images; several weights have a flag each: --weights A --weights B"
+    )
 
 
 def test_what_cannot_be_found_is_told_and_the_rest_goes_on(tmp_path):
@@ -390,13 +426,24 @@ def test_what_cannot_be_found_is_told_and_the_rest_goes_on(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.mp4").write_bytes(b"hello")
     (tmp_path / "text.txt").write_text("hello")
-    given = [tmp_path / name for name in ("empty", "broken.mp4", "good.png", "missing.png", "text.txt", "missing.mp4")]
+    given = [
+        tmp_path / name
+        for name in ("empty", "broken.mp4", "good.png", "missing.png", "text.txt", "missing.mp4")
+    ]
     sources, films, problems = found(*given)
     assert films == []
-    assert [problem.split(": ")[0] for problem in problems] == [str(given[0]), str(given[1]), str(given[5])]
+    assert [problem.split(": ")[0] for problem in problems] == [
+        str(given[0]),
+        str(given[1]),
+        str(given[5]),
+    ]
     assert all("\n" not in problem for problem in problems)
     assert "a folder without images" in problems[0]
-    assert [source.name for source in sources] == ["good", "missing", "text"]  # these are told when they are read
+    assert [source.name for source in sources] == [
+        "good",
+        "missing",
+        "text",
+    ]  # these are told when they are read
     assert sources[0].read(3).shape == (3, 8, 8)
     with pytest.raises(ValueError, match="does not exist"):
         sources[1].read(3)
@@ -416,14 +463,15 @@ def run_folder(folder, **options):
 
     config = dataclasses.replace(RUN, dataset="shapes", output_dir=str(folder), **options)
     weights_of(
-        folder / "teacher.safetensors", **{key: options[key] for key in options if key in ("in_chans", "mean", "std")}
+        folder / "teacher.safetensors",
+        **{key: options[key] for key in options if key in ("in_chans", "mean", "std")},
     )
     write_config(config, folder)
     return str(folder)
 
 
 def test_own_images_are_the_first_validation_images_of_the_run(tmp_path):
-    from dino_xcit.shapes import draw_shape
+    from dino_xcit.data.shapes import draw_shape
 
     weights = run_folder(tmp_path / "run", seed=3)
     sources = own_images(AttentionConfig(weights=(weights,)), 3)
@@ -447,44 +495,54 @@ def test_weights_without_a_run_have_no_images_of_their_own(weights):
 @pytest.mark.parametrize(("fit", "size"), [("crop", (24, 28)), ("pad", (24, 30))])
 def test_a_view_is_what_the_backbone_sees_of_the_normalised_image(fit, size, tmp_path):
     path = weights_of(tmp_path / "w.safetensors", mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
-    eye = eye_of(path, image_size=30, layer=0, xca_layer=0)
-    view = look_at("cat", noise(72, 90), eye, Frame([eye], fit), features=True, xca=True)
+    model = eye_of(path, image_size=30, layer=0, xca_layer=0)
+    view = look_at("cat", noise(72, 90), model, Framing([model], fit), features=True, xca=True)
     assert view.name == "cat"
     assert view.patch == 4
     assert view.image.shape == (*size, 3)
     pixels, _ = framing(4, 30, fit).framed(noise(72, 90))
-    np.testing.assert_array_equal(view.image, pixels[:, : size[0], : size[1]].permute(1, 2, 0).numpy())
-    x = (pixels.double() / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.4, 0.3])[:, None, None]
-    expected = look(eye.backbone, x[None].float(), layer=0, xca_layer=0, features=True)
+    np.testing.assert_array_equal(
+        view.image, pixels[:, : size[0], : size[1]].permute(1, 2, 0).numpy()
+    )
+    x = (pixels.double() / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor(
+        [0.5, 0.4, 0.3]
+    )[:, None, None]
+    expected = look(model.backbone, x[None].float(), layer=0, xca_layer=0, features=True)
     for name, maps in expected._asdict().items():
         np.testing.assert_allclose(getattr(view, name), maps[0].numpy(), rtol=1e-3, atol=1e-5)
     assert view.attention.shape == (4, 6, -(-size[1] // 4))
-    plain = look_at("cat", noise(72, 90), eye, Frame([eye], fit))
+    plain = look_at("cat", noise(72, 90), model, Framing([model], fit))
     assert plain.queries is plain.keys is plain.covariance is plain.features is None
 
 
 def test_backbones_of_one_frame_keep_their_own_patches(tmp_path):
-    eyes = [eye_of(weights_of(tmp_path / f"{patch}.safetensors", arch=f"xcit_pico2_p{patch}")) for patch in (4, 8)]
-    frame = Frame(eyes, "crop")
-    seen = [look_at("cat", noise(32, 44), eye, frame) for eye in eyes]
+    models = [
+        eye_of(weights_of(tmp_path / f"{patch}.safetensors", arch=f"xcit_pico2_p{patch}"))
+        for patch in (4, 8)
+    ]
+    frame = Framing(models, "crop")
+    seen = [look_at("cat", noise(32, 44), model, frame) for model in models]
     assert [view.patch for view in seen] == [4, 8]
-    assert [view.attention.shape for view in seen] == [(4, 4, 8), (4, 2, 4)]  # 32 x 23 is cropped to 32 x 16 for both
+    assert [view.attention.shape for view in seen] == [
+        (4, 4, 8),
+        (4, 2, 4),
+    ]  # 32 x 23 is cropped to 32 x 16 for both
     np.testing.assert_array_equal(seen[0].image, seen[1].image)
 
 
 def test_too_large_an_image_is_not_looked_at(weights, monkeypatch):
-    eye = eye_of(weights)
-    frame = Frame([eye], "crop")
+    model = eye_of(weights)
+    frame = Framing([model], "crop")
     frame.there = 10
-    monkeypatch.setattr(views, "look", lambda *_, **__: pytest.fail("looked"))
+    monkeypatch.setattr(inputs, "look", lambda *_, **__: pytest.fail("looked"))
     with pytest.raises(ValueError, match="32 x 32 pixels need about"):
-        look_at("cat", noise(32, 32), eye, frame)
+        look_at("cat", noise(32, 32), model, frame)
 
 
 def test_one_channel_weights_see_grey_images(tmp_path):
     path = weights_of(tmp_path / "w.safetensors", in_chans=1, mean=(0.5,), std=(0.2,))
-    eye = eye_of(path)
-    view = look_at("cat", noise(32, 32, 1), eye, Frame([eye], "crop"))
+    model = eye_of(path)
+    view = look_at("cat", noise(32, 32, 1), model, Framing([model], "crop"))
     assert view.image.shape == (32, 32, 1)
     assert view.attention.shape == (4, 8, 8)
 
@@ -493,16 +551,20 @@ def test_one_channel_weights_see_grey_images(tmp_path):
     ("crop", "asked", "expected"),
     [(32, None, 32), (95, None, 95), (96, None, 480), (224, None, 480), (32, 100, 100), (32, 0, 0)],
 )
-def test_images_are_looked_at_in_the_size_asked_for_or_that_suits_the_weights(crop, asked, expected, tmp_path):
-    eye = eye_of(weights_of(tmp_path / "w.safetensors", global_crops_size=crop), image_size=asked)
-    assert eye.long_side == expected
+def test_images_are_looked_at_in_the_size_asked_for_or_that_suits_the_weights(
+    crop, asked, expected, tmp_path
+):
+    model = eye_of(weights_of(tmp_path / "w.safetensors", global_crops_size=crop), image_size=asked)
+    assert model.long_side == expected
 
 
 def test_half_precision_is_near(weights):
     views_of = []
     for precision in ("32-true", "bf16-mixed"):
-        eye = eye_of(weights, precision=precision)
-        views_of.append(look_at("cat", noise(32, 32), eye, Frame([eye], "crop"), features=True))
+        model = eye_of(weights, precision=precision)
+        views_of.append(
+            look_at("cat", noise(32, 32), model, Framing([model], "crop"), features=True)
+        )
     assert views_of[1].attention.dtype == np.float32
     np.testing.assert_allclose(views_of[0].attention, views_of[1].attention, rtol=0.2, atol=1e-3)
     assert not np.array_equal(views_of[0].attention, views_of[1].attention)
@@ -523,30 +585,44 @@ def test_heads_and_layers_that_are_not_there_are_refused(options, told, weights)
 
 
 def test_weights_of_another_network_are_refused(monkeypatch):
-    monkeypatch.setattr(views, "load_backbone", lambda *_, **__: torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^--weights timm:vit: Linear has no class-attention layers"):
+    monkeypatch.setattr(inputs, "load_backbone", lambda *_, **__: torch.nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"^--weights timm:vit: Linear has no class-attention layers"
+    ):
         eye_of("timm:vit")
 
 
-def test_an_eye_with_other_weights_keeps_its_options_and_leaves_the_first_as_it_is(tmp_path, weights):
-    eye = eye_of(weights, image_size=24, layer=0)
+def test_an_eye_with_other_weights_keeps_its_options_and_leaves_the_first_as_it_is(
+    tmp_path, weights
+):
+    model = eye_of(weights, image_size=24, layer=0)
     other = XCiT("xcit_pico2_p8")
     other.metadata = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "global_crops_size": 64}
-    before = eye(noise(16, 16)[None]).attention
-    changed = eye.with_backbone(other, "other")
-    assert (changed.title, changed.backbone, changed.config, changed.long_side) == ("other", other, eye.config, 24)
+    before = model(noise(16, 16)[None]).attention
+    changed = model.with_backbone(other, "other")
+    assert (changed.title, changed.backbone, changed.config, changed.long_side) == (
+        "other",
+        other,
+        model.config,
+        24,
+    )
     assert changed.offset.flatten().tolist() == [0, 0, 0]
     assert not changed.backbone.training
-    assert eye.title == "pico"
-    assert torch.equal(eye(noise(16, 16)[None]).attention, before)
+    assert model.title == "pico"
+    assert torch.equal(model(noise(16, 16)[None]).attention, before)
 
 
 def titles(*weights, names=()):
-    return [eye.title for eye in open_eyes(AttentionConfig(weights=weights, names=names), CPU)]
+    return [
+        model.title for model in open_models(AttentionConfig(weights=weights, names=names), CPU)
+    ]
 
 
 def test_backbones_are_titled_by_their_names_folders_or_files(tmp_path):
-    a, b = weights_of(tmp_path / "a" / "one.safetensors"), weights_of(tmp_path / "b" / "two.safetensors")
+    a, b = (
+        weights_of(tmp_path / "a" / "one.safetensors"),
+        weights_of(tmp_path / "b" / "two.safetensors"),
+    )
     same = weights_of(tmp_path / "b" / "one.safetensors")
     run = run_folder(tmp_path / "run")
     assert titles(a, b) == ["one.safetensors", "two.safetensors"]
@@ -565,14 +641,16 @@ def kept(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run_folder(run)
     (run / "checkpoints").mkdir()
-    load = views.load_backbone
+    load = inputs.load_backbone
 
     def load_any(path, *rest):
         if str(path).endswith(".ckpt"):
-            path = weights_of(tmp_path / "loaded.safetensors", seed=int(re.findall(r"\d+", str(path))[-1]))
+            path = weights_of(
+                tmp_path / "loaded.safetensors", seed=int(re.findall(r"\d+", str(path))[-1])
+            )
         return load(path, *rest)
 
-    monkeypatch.setattr(views, "load_backbone", load_any)
+    monkeypatch.setattr(inputs, "load_backbone", load_any)
     return run
 
 
@@ -580,18 +658,20 @@ def test_checkpoints_come_in_the_order_of_their_epochs_and_the_teacher_last(kept
     for epoch in (20, 5, 0):
         (kept / "checkpoints" / f"epoch{epoch:04}.ckpt").touch()
     weights_of(kept / "teacher.safetensors", seed=99)
-    eyes = open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)
-    assert [eye.title for eye in eyes] == ["epoch 0", "epoch 5", "epoch 20", "last"]
-    for eye, seed in zip(eyes, (0, 5, 20, 99), strict=True):
+    models = open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)
+    assert [model.title for model in models] == ["epoch 0", "epoch 5", "epoch 20", "last"]
+    for model, seed in zip(models, (0, 5, 20, 99), strict=True):
         torch.manual_seed(seed)
-        assert torch.equal(eye.backbone.cls_token, XCiT("xcit_pico2_p4").cls_token)
+        assert torch.equal(model.backbone.cls_token, XCiT("xcit_pico2_p4").cls_token)
 
 
 def test_the_teacher_is_left_out_where_the_last_checkpoint_holds_it(kept):
     for epoch in (5, 20):
         (kept / "checkpoints" / f"epoch{epoch:04}.ckpt").touch()
     weights_of(kept / "teacher.safetensors", seed=20)
-    assert [eye.title for eye in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)] == ["epoch 5", "epoch 20"]
+    assert [
+        model.title for model in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)
+    ] == ["epoch 5", "epoch 20"]
 
 
 def test_without_a_last_one_the_checkpoints_alone_are_shown(kept):
@@ -599,39 +679,49 @@ def test_without_a_last_one_the_checkpoints_alone_are_shown(kept):
     (kept / "metrics.csv").touch()
     for name in ("epoch0005.ckpt", "epoch0020.ckpt", "epoch_best.ckpt"):
         (kept / "checkpoints" / name).touch()
-    assert [eye.title for eye in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)] == ["epoch 5", "epoch 20"]
+    assert [
+        model.title for model in open_checkpoints(AttentionConfig(weights=(str(kept),)), CPU)
+    ] == ["epoch 5", "epoch 20"]
 
 
 def test_a_run_without_checkpoints_is_told_how_to_keep_them(kept, weights):
     for given in (str(kept), weights):
-        with pytest.raises(ValueError, match=rf"{re.escape(given)} is not a run folder that kept .* --saveckp_freq N keeps"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{re.escape(given)} is not a run folder that kept .* --saveckp_freq N keeps",
+        ):
             open_checkpoints(AttentionConfig(weights=(given,)), CPU)
 
 
 def test_other_failures_are_not_taken_for_want_of_memory(weights, monkeypatch):
-    eye = eye_of(weights)
+    model = eye_of(weights)
 
     def fail(*_, **__):
         raise RuntimeError("a kernel is not there")
 
-    monkeypatch.setattr(views, "look", fail)
+    monkeypatch.setattr(inputs, "look", fail)
     with pytest.raises(RuntimeError, match="a kernel is not there"):
-        look_at("name", noise(24, 32), eye, Frame([eye], "crop"))
+        look_at("name", noise(24, 32), model, Framing([model], "crop"))
 
 
 def test_memory_of_the_device_and_of_the_machine_are_asked_apart(weights, monkeypatch):
     asked = []
-    monkeypatch.setattr(views, "memory_there", lambda device: asked.append(device.type) or 1000)
-    eye = eye_of(weights)
-    Frame([SimpleNamespace(device=torch.device("meta"), backbone=eye.backbone, long_side=32)], "crop")
+    monkeypatch.setattr(inputs, "memory_there", lambda device: asked.append(device.type) or 1000)
+    model = eye_of(weights)
+    Framing(
+        [SimpleNamespace(device=torch.device("meta"), backbone=model.backbone, long_side=32)],
+        "crop",
+    )
     assert asked == ["meta", "cpu"]
 
 
 def test_covariance_in_half_precision_is_float32(weights):
     seen = {}
     for precision in ("bf16-mixed", "32-true"):
-        eye = eye_of(weights, precision=precision)
-        seen[precision] = look_at("cat", noise(32, 32), eye, Frame([eye], "crop"), xca=True).covariance
+        model = eye_of(weights, precision=precision)
+        seen[precision] = look_at(
+            "cat", noise(32, 32), model, Framing([model], "crop"), xca=True
+        ).covariance
     assert seen["bf16-mixed"].dtype == np.float32
     np.testing.assert_allclose(seen["bf16-mixed"], seen["32-true"], atol=0.05)
 

@@ -13,13 +13,18 @@ from conftest import TINY, as_flags
 from test_interruptions import rows
 
 from dino_xcit.cli import main
-from dino_xcit.config import PretrainConfig
-from dino_xcit.module import DINOModule
-from dino_xcit.pretrain import pretrain
-from dino_xcit.watch import PATIENCE, CollapseError, CollapseWatch
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.train.collapse import PATIENCE, CollapseError, CollapseWatch
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.pretrain import pretrain
 
 CONFIG = PretrainConfig(out_dim=16, freeze_last_layer=1)
-HEALTHY = {"epoch": 1, "loss": 0.7 * log(16), "teacher_entropy": 0.3 * log(16), "teacher_temp": 0.04}
+HEALTHY = {
+    "epoch": 1,
+    "loss": 0.7 * log(16),
+    "teacher_entropy": 0.3 * log(16),
+    "teacher_temp": 0.04,
+}
 UNIFORM = {**HEALTHY, "loss": log(16), "teacher_entropy": log(16)}
 SINGLE = {**HEALTHY, "loss": 0.001, "teacher_entropy": 0.0}
 
@@ -29,7 +34,9 @@ def signs(rows, config=CONFIG):
     return [watch(row) for row in rows]
 
 
-@pytest.mark.parametrize(("row", "text"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")])
+@pytest.mark.parametrize(
+    ("row", "text"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")]
+)
 def test_collapse_is_told_after_patience_and_names_flags(row, text):
     said = signs([row] * PATIENCE)
     assert said[:-1] == [None] * (PATIENCE - 1)
@@ -83,7 +90,12 @@ def test_one_healthy_row_starts_the_count_anew(row):
 # -- real runs -------------------------------------------------------------------------------------------------------
 
 COLLAPSING = {
-    "collapse to one prototype": {"center_momentum": 1.0, "teacher_temp": 0.01, "warmup_teacher_temp": 0.01, "lr": 0.05},
+    "collapse to one prototype": {
+        "center_momentum": 1.0,
+        "teacher_temp": 0.01,
+        "warmup_teacher_temp": 0.01,
+        "lr": 0.05,
+    },
     "temperature too high": {"teacher_temp": 2.0, "warmup_teacher_temp": 2.0},
     "divergence": {"lr": 20.0},
 }
@@ -92,7 +104,12 @@ COLLAPSING = {
 @pytest.mark.parametrize("name", COLLAPSING)
 def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path, name):
     config = dataclasses.replace(
-        TINY, output_dir=str(tmp_path / "run"), num_images=96, epochs=8, checkpoint_every_n_steps=1, **COLLAPSING[name]
+        TINY,
+        output_dir=str(tmp_path / "run"),
+        num_images=96,
+        epochs=8,
+        checkpoint_every_n_steps=1,
+        **COLLAPSING[name],
     )
     with pytest.raises(CollapseError, match=name):
         pretrain(dataclasses.replace(config, on_collapse="stop"))
@@ -105,7 +122,12 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path,
 
 def test_a_warning_lets_the_run_go_on_and_a_resumed_run_remembers_the_signs(tmp_path, capsys):
     config = dataclasses.replace(
-        TINY, output_dir=str(tmp_path / "run"), num_images=96, epochs=4, checkpoint_every_n_steps=1, teacher_temp=2.0
+        TINY,
+        output_dir=str(tmp_path / "run"),
+        num_images=96,
+        epochs=4,
+        checkpoint_every_n_steps=1,
+        teacher_temp=2.0,
     )
     config = dataclasses.replace(config, warmup_teacher_temp=2.0)
     pretrain(dataclasses.replace(config, trainer={"max_steps": 17}))  # five rows with the sign
@@ -114,16 +136,25 @@ def test_a_warning_lets_the_run_go_on_and_a_resumed_run_remembers_the_signs(tmp_
     said = capsys.readouterr().err
     assert "step 22: temperature too high" in said
     assert "sound.ckpt is from before the first sign of it" in said
-    assert torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"] == 12
+    assert (
+        torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"] == 12
+    )
 
 
 def test_a_temperature_that_does_not_sharpen_is_told_before_the_run(tmp_path, capsys):
-    pretrain(dataclasses.replace(TINY, output_dir=str(tmp_path / "run"), teacher_temp=0.1, dry_run=True))
-    assert "--teacher_temp 0.1 (--warmup_teacher_temp 0.04) is not below --student_temp 0.1" in capsys.readouterr().err
+    pretrain(
+        dataclasses.replace(TINY, output_dir=str(tmp_path / "run"), teacher_temp=0.1, dry_run=True)
+    )
+    assert (
+        "--teacher_temp 0.1 (--warmup_teacher_temp 0.04) is not below --student_temp 0.1"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
-def test_nan_in_a_weight_is_found_by_the_next_step_and_never_saved(tmp_path, monkeypatch, capsys, network):
+def test_nan_in_a_weight_is_found_by_the_next_step_and_never_saved(
+    tmp_path, monkeypatch, capsys, network
+):
     step = DINOModule.training_step
 
     def poisoned(self, batch, batch_idx):
@@ -156,4 +187,9 @@ def test_a_weight_that_no_loss_has_seen_is_not_saved_either(tmp_path, monkeypatc
     config = dataclasses.replace(TINY, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=1)
     assert main(["pretrain", *as_flags(config)]) == 1
     assert "teacher.backbone.norm.weight" in capsys.readouterr().err
-    assert torch.load(Path(config.output_dir) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    assert (
+        torch.load(Path(config.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
+            "global_step"
+        ]
+        == 5
+    )

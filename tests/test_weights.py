@@ -9,10 +9,11 @@ import timm
 import torch
 from conftest import TINY
 
-from dino_xcit.features import Frozen, Transform
-from dino_xcit.run_folder import CONFIG, METRICS, write_config
-from dino_xcit.weights import LAST, TEACHER, load_backbone, read_run, run_folder_of
-from dino_xcit.xcit import XCiT
+from dino_xcit.data.framing import Transform
+from dino_xcit.evaluate.features import FeatureExtractor
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.run_folder import CONFIG, LAST, METRICS, TEACHER, write_config
+from dino_xcit.weights.load import load_backbone, read_run, run_folder_of
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -45,7 +46,12 @@ def test_an_xcit_of_timm_becomes_ours_with_the_same_features(created, tag):
     backbone = load_backbone(f"timm:xcit_nano_12_p16_224{tag}")
     assert isinstance(backbone, XCiT)
     assert not backbone.training
-    assert backbone.metadata == {"arch": "xcit_n12_p16", "in_chans": 3, "global_crops_size": 224, **IMAGENET}
+    assert backbone.metadata == {
+        "arch": "xcit_n12_p16",
+        "in_chans": 3,
+        "global_crops_size": 224,
+        **IMAGENET,
+    }
     x = torch.randn(2, 3, 48, 32)
     with torch.no_grad():
         torch.testing.assert_close(backbone(x), timms_features(created[0], x), rtol=1e-4, atol=1e-5)
@@ -55,8 +61,16 @@ def test_an_xcit_of_timm_becomes_ours_with_the_same_features(created, tag):
     ("name", "dim", "metadata"),
     [
         ("resnet10t", 512, {"in_chans": 3, "global_crops_size": 176, **IMAGENET}),
-        ("test_vit", 64, {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3}),
-        ("test_convnext", 64, {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3}),
+        (
+            "test_vit",
+            64,
+            {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3},
+        ),
+        (
+            "test_convnext",
+            64,
+            {"in_chans": 3, "global_crops_size": 160, "mean": [0.5] * 3, "std": [0.5] * 3},
+        ),
     ],
 )
 def test_other_networks_of_timm_give_features_without_a_classifier(created, name, dim, metadata):
@@ -71,7 +85,7 @@ def test_other_networks_of_timm_give_features_without_a_classifier(created, name
     assert features.shape == (2, dim)
     torch.testing.assert_close(features, timms_features(network, x))
     transform = Transform(size, size, tuple(metadata["mean"]), tuple(metadata["std"]))
-    assert Frozen(network, transform, torch.device("cpu")).shape() == (1, dim)
+    assert FeatureExtractor(network, transform, torch.device("cpu")).shape() == (1, dim)
 
 
 def test_networks_that_timm_cannot_load_are_an_error_in_one_line(monkeypatch):
@@ -88,7 +102,9 @@ def test_networks_that_timm_cannot_load_are_an_error_in_one_line(monkeypatch):
 
 
 def test_unknown_networks_of_timm_are_an_error():
-    with pytest.raises(ValueError, match="--weights timm:resnet9000 could not be loaded: Unknown model"):
+    with pytest.raises(
+        ValueError, match="--weights timm:resnet9000 could not be loaded: Unknown model"
+    ):
         load_backbone("timm:resnet9000")
 
 
@@ -110,7 +126,9 @@ def test_the_run_folder_is_found_from_what_is_in_it(run, weights):
     assert read_run(str(run / weights)) == dataclasses.replace(TINY, output_dir=str(run), seed=7)
 
 
-@pytest.mark.parametrize("weights", ["runs", "runs/other.safetensors", "runs/two/last.ckpt", "runs/one/a/b/deep.ckpt"])
+@pytest.mark.parametrize(
+    "weights", ["runs", "runs/other.safetensors", "runs/two/last.ckpt", "runs/one/a/b/deep.ckpt"]
+)
 def test_weights_outside_a_run_folder_have_none(run, tmp_path, weights):
     assert run_folder_of(str(tmp_path / weights)) is None
     assert read_run(str(tmp_path / weights)) is None

@@ -8,14 +8,21 @@ from timm.models import xcit as timm_xcit
 from torch import nn
 
 import dino_xcit
-from dino_xcit.xcit import ARCHITECTURES, XCA, FourierPositions, XCiT, resolve_architecture, timm_name
+from dino_xcit.model.architectures import ARCHITECTURES, resolve_architecture, timm_name
+from dino_xcit.model.xcit import XCA, FourierPositions, XCiT
 
-PARITY = [("xcit_n12_p16", (64, 48)), ("xcit_t12_p8", (32, 48)), ("xcit_t24_p16", (32, 48))]  # tokens_norm off, on, on
-PUBLISHED = [f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)]
+PARITY = [
+    ("xcit_n12_p16", (64, 48)),
+    ("xcit_t12_p8", (32, 48)),
+    ("xcit_t24_p16", (32, 48)),
+]  # tokens_norm off, on, on
+PUBLISHED = [
+    f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)
+]
 PICO = {"embed_dim": 64, "depth": 2, "num_heads": 4, "tokens_norm": True}
 
 
-def fill(*networks):
+def load_strict(*networks):
     """Give the networks the same random weights and statistics, none of them neutral, so that every one matters."""
     torch.manual_seed(0)
     state = {}
@@ -29,15 +36,20 @@ def fill(*networks):
         else:
             state[name] = torch.tensor(7)
     for network in networks:
-        network.load_state_dict({name: value.clone() for name, value in state.items()}, strict=True, assign=True)
+        network.load_state_dict(
+            {name: value.clone() for name, value in state.items()}, strict=True, assign=True
+        )
     return networks
 
 
 def pair(arch, in_chans=3):
     """Our network and timm's, with the same weights."""
     with torch.device("meta"):  # skips the initial values, which take longer than the tests
-        networks = XCiT(arch, in_chans=in_chans), timm.create_model(timm_name(arch), num_classes=0, in_chans=in_chans)
-    return fill(*networks)
+        networks = (
+            XCiT(arch, in_chans=in_chans),
+            timm.create_model(timm_name(arch), num_classes=0, in_chans=in_chans),
+        )
+    return load_strict(*networks)
 
 
 def pico(**options):
@@ -53,7 +65,11 @@ def assert_gradients_match(ours, theirs):
         # The key bias of class attention has gradient zero, so both hold rounding noise: hence the second term.
         tolerance = 1e-4 * expected[name].abs().max() + 1e-6 * largest
         torch.testing.assert_close(
-            parameter.grad, expected[name], rtol=0, atol=tolerance.item(), msg=lambda text, name=name: f"{name}: {text}"
+            parameter.grad,
+            expected[name],
+            rtol=0,
+            atol=tolerance.item(),
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -83,7 +99,9 @@ def test_eval_outputs_are_timms(arch, size):
     ours, theirs = (network.eval() for network in pair(arch))
     images = torch.randn(2, 3, *size)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours.forward_features(images), theirs.forward_features(images), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_features"])
@@ -100,8 +118,12 @@ def test_train_outputs_gradients_and_running_statistics_are_timms(arch, size, me
     for output in outputs:
         (output * direction).sum().backward()
     assert_gradients_match(ours, theirs)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-4 * inputs[1].grad.abs().max().item())
-    for (name, buffer), (same_name, expected) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+    torch.testing.assert_close(
+        inputs[0].grad, inputs[1].grad, rtol=0, atol=1e-4 * inputs[1].grad.abs().max().item()
+    )
+    for (name, buffer), (same_name, expected) in zip(
+        ours.named_buffers(), theirs.named_buffers(), strict=True
+    ):
         assert name == same_name
         torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-5)
 
@@ -110,7 +132,10 @@ def test_train_outputs_gradients_and_running_statistics_are_timms(arch, size, me
 def test_state_dict_has_timms_names_and_shapes(arch):
     with torch.device("meta"):
         ours, theirs = XCiT(arch), timm.create_model(timm_name(arch), num_classes=0)
-    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (ours, theirs)]
+    shapes = [
+        {name: value.shape for name, value in network.state_dict().items()}
+        for network in (ours, theirs)
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -137,8 +162,10 @@ def test_pico_and_patch_4_are_timms_blocks_with_fewer_layers(patch):
     """timm has no such preset, but its class builds pico; its stem of patch 8 less one halving is that of patch 4."""
     theirs = timm_xcit.Xcit(patch_size=max(patch, 8), num_classes=0, **PICO)
     if patch == 4:
-        theirs.patch_embed.proj = nn.Sequential(timm_xcit.conv3x3(3, 32, 2), nn.GELU(), timm_xcit.conv3x3(32, 64, 2))
-    ours, theirs = fill(XCiT(f"xcit_pico2_p{patch}"), theirs)
+        theirs.patch_embed.proj = nn.Sequential(
+            timm_xcit.conv3x3(3, 32, 2), nn.GELU(), timm_xcit.conv3x3(32, 64, 2)
+        )
+    ours, theirs = load_strict(XCiT(f"xcit_pico2_p{patch}"), theirs)
     images = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
     assert ours.forward_features(images).shape == (2, 1 + 32 * 48 // patch**2, 64)
@@ -183,7 +210,10 @@ def test_xca_is_the_papers_formula(l2_norm):
     outputs = [xca(tokens), expected]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
     direction = torch.randn_like(expected)
-    gradients = [torch.autograd.grad((output * direction).sum(), list(xca.parameters())) for output in outputs]
+    gradients = [
+        torch.autograd.grad((output * direction).sum(), list(xca.parameters()))
+        for output in outputs
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
@@ -205,7 +235,9 @@ def test_class_attention_is_that_of_timms_weights(arch, size):
     maps = dino_xcit.class_attention(ours, images)
     assert maps.shape == (2, ours.heads, *grid)
     torch.testing.assert_close(maps.sum((-2, -1)), 1 - expected[:, -1, :, 0])
-    torch.testing.assert_close(maps[..., 1, 2], expected[:, -1, :, 1 + grid[1] + 2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        maps[..., 1, 2], expected[:, -1, :, 1 + grid[1] + 2], rtol=1e-4, atol=1e-6
+    )
     first = dino_xcit.class_attention(ours, images, layer=0)
     torch.testing.assert_close(first.flatten(-2), expected[:, 0, :, 1:], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=f"patch size {patch} must divide"):
@@ -218,8 +250,16 @@ def test_class_attention_is_that_of_timms_weights(arch, size):
 @pytest.mark.parametrize(
     ("switch", "removed"),
     [
-        ("xca", {"norm1.weight", "norm1.bias", "gamma1"} | {f"attn.{n}" for n in ("temperature", "qkv", "proj")}),
-        ("lpi", {"norm3.weight", "norm3.bias", "gamma3"} | {f"local_mp.{n}" for n in ("conv1", "bn", "conv2")}),
+        (
+            "xca",
+            {"norm1.weight", "norm1.bias", "gamma1"}
+            | {f"attn.{n}" for n in ("temperature", "qkv", "proj")},
+        ),
+        (
+            "lpi",
+            {"norm3.weight", "norm3.bias", "gamma3"}
+            | {f"local_mp.{n}" for n in ("conv1", "bn", "conv2")},
+        ),
         ("l2_norm", set()),
         ("learned_temperature", {"attn.temperature"}),
     ],
@@ -229,7 +269,11 @@ def test_ablation_removes_its_parameters_and_the_rest_learn(switch, removed):
     ablated = pico(**{switch: False})
     gone = complete.keys() - dict(ablated.named_parameters()).keys()
     assert gone == {
-        name for name in complete for i in range(4) for part in removed if f"{name}.".startswith(f"blocks.{i}.{part}.")
+        name
+        for name in complete
+        for i in range(4)
+        for part in removed
+        if f"{name}.".startswith(f"blocks.{i}.{part}.")
     }
     assert bool(gone) == bool(removed)
     ablated(torch.randn(2, 3, 32, 32)).square().mul(torch.randn(64)).sum().backward()
@@ -243,10 +287,14 @@ def test_ablation_removes_its_parameters_and_the_rest_learn(switch, removed):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("switch", "neutral"),
-    [("xca", ("gamma1", 0.0)), ("lpi", ("gamma3", 0.0)), ("learned_temperature", ("temperature", 1.0))],
+    [
+        ("xca", ("gamma1", 0.0)),
+        ("lpi", ("gamma3", 0.0)),
+        ("learned_temperature", ("temperature", 1.0)),
+    ],
 )
 def test_ablated_network_is_the_complete_one_with_that_part_neutral(switch, neutral):
-    (complete,) = fill(pico())
+    (complete,) = load_strict(pico())
     ablated = pico(**{switch: False})
     images = torch.randn(2, 3, 32, 48)
     output = complete(images)
@@ -254,7 +302,9 @@ def test_ablated_network_is_the_complete_one_with_that_part_neutral(switch, neut
         if name.startswith("blocks") and name.endswith(neutral[0]):
             parameter.fill_(neutral[1])
     kept = ablated.state_dict().keys()
-    ablated.load_state_dict({name: value for name, value in complete.state_dict().items() if name in kept}, strict=True)
+    ablated.load_state_dict(
+        {name: value for name, value in complete.state_dict().items() if name in kept}, strict=True
+    )
     torch.testing.assert_close(ablated(images), complete(images), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ablated(images), output, atol=1e-2)
 
@@ -263,8 +313,13 @@ def test_grad_checkpointing_changes_nothing_but_memory():
     images = torch.randn(3, 3, 32, 48)
     results = []
     for grad_checkpointing in (False, True):
-        (backbone,) = fill(pico(grad_checkpointing=grad_checkpointing))
-        paths = torch.randint(0, 2, (3, len(backbone.blocks), 3), generator=torch.Generator().manual_seed(0)) * 2.0
+        (backbone,) = load_strict(pico(grad_checkpointing=grad_checkpointing))
+        paths = (
+            torch.randint(
+                0, 2, (3, len(backbone.blocks), 3), generator=torch.Generator().manual_seed(0)
+            )
+            * 2.0
+        )
         for step in range(2):  # the second shows that the first left batch norm tracking
             output = backbone(images, paths.roll(step, 0))
             output[:, :9].sum().backward()
@@ -282,7 +337,7 @@ def test_training_works_after_inference_mode_on_the_same_grid():
 
 def test_stochastic_depth_scales_one_branch_of_one_sample():
     images = torch.randn(3, 3, 32, 32)
-    (backbone,) = fill(pico())
+    (backbone,) = load_strict(pico())
     backbone.eval()
     whole = backbone(images)
     paths = torch.ones(3, len(backbone.blocks), 3)
@@ -371,9 +426,11 @@ def test_timm_knows_every_name_that_is_said_to_be_its_own():
 
 
 def test_class_token_output_is_the_first_of_the_features():
-    (backbone,) = fill(pico().eval())
+    (backbone,) = load_strict(pico().eval())
     images = F.normalize(torch.randn(2, 3, 48, 32))
-    torch.testing.assert_close(backbone(images), backbone.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        backbone(images), backbone.forward_features(images)[:, 0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_float16_products_over_many_tokens_stay_finite():

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from common import circumstances, peak
 
-from dino_xcit.attention import bytes_per_pixel, look
-from dino_xcit.machine import keep_freed_memory
-from dino_xcit.xcit import XCiT
+from dino_xcit.figures.maps import bytes_per_pixel, look
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.runtime import keep_freed_memory
 
 
 def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
@@ -49,12 +49,18 @@ def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", default=["xcit_s12_p16", "xcit_s12_p8"])
     parser.add_argument("--sides", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--one", action="store_true", help="measure here; without it, each size in a process of its own")
+    parser.add_argument(
+        "--one",
+        action="store_true",
+        help="measure here; without it, each size in a process of its own",
+    )
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.arch[0], options.sides[0], options.repeats)))
@@ -63,7 +69,16 @@ def main() -> None:
     for arch in options.arch:
         rows = []
         for side in options.sides:
-            command = [sys.executable, __file__, "--one", "--arch", arch, "--sides", str(side), "--repeats"]
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                "--arch",
+                arch,
+                "--sides",
+                str(side),
+                "--repeats",
+            ]
             done = subprocess.run([*command, str(options.repeats)], capture_output=True, text=True)
             if done.returncode:
                 print(f"{arch}, {side} px: failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -76,7 +91,8 @@ def main() -> None:
             )
         pixels = np.log([row["side"] ** 2 for row in rows])
         slopes = {
-            name: float(np.polyfit(pixels, np.log([row[name] for row in rows]), 1)[0]) for name in ("seconds", "bytes")
+            name: float(np.polyfit(pixels, np.log([row[name] for row in rows]), 1)[0])
+            for name in ("seconds", "bytes")
         }
         print(f"{arch}: exponents {slopes['seconds']:.2f} of time, {slopes['bytes']:.2f} of memory")
         report[arch] = {"rows": rows, "exponents": slopes}

@@ -19,7 +19,9 @@ def circumstances() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "command": shlex.join(["python", *words]),
-        "machine": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{os.cpu_count()} cores, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

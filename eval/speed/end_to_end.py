@@ -40,12 +40,39 @@ def write_files(folder: Path, count: int) -> None:
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float]]:
     """Pretrain -> images a second by row of metrics.csv, and how busy the GPU was in the second half, in percent."""
     output = folder / "run"
-    command = [sys.executable, "-m", "dino_xcit.cli", "pretrain", "--arch", options.arch, "--data_path", str(folder)]
-    command += ["--batch_size_per_gpu", str(options.batch), "--epochs", "1", "--warmup_epochs", "0", "--devices", "1"]
-    command += ["--eval_every_n_epochs", "0", "--log_every_n_steps", str(LOG_EVERY), "--output_dir", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "dino_xcit.cli",
+        "pretrain",
+        "--arch",
+        options.arch,
+        "--data_path",
+        str(folder),
+    ]
+    command += [
+        "--batch_size_per_gpu",
+        str(options.batch),
+        "--epochs",
+        "1",
+        "--warmup_epochs",
+        "0",
+        "--devices",
+        "1",
+    ]
+    command += [
+        "--eval_every_n_epochs",
+        "0",
+        "--log_every_n_steps",
+        str(LOG_EVERY),
+        "--output_dir",
+        str(output),
+    ]
     busy: list[tuple[int, float]] = []  # rows of metrics.csv by then, percent
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([*command, *options.options], stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            [*command, *options.options], stdout=subprocess.DEVNULL, stderr=said
+        )
         while process.poll() is None:
             time.sleep(1)
             if shutil.which("nvidia-smi"):
@@ -59,7 +86,13 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[fl
 
 def utilisation() -> float:
     """Of the first GPU, in percent, over the last second or less."""
-    query = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "-i",
+        "0",
+        "--query-gpu=utilization.gpu",
+        "--format=csv,noheader,nounits",
+    ]
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
@@ -71,7 +104,9 @@ def rates_in(table: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="xcit_s12_p16")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=150)

@@ -31,13 +31,17 @@ from common import circumstances
 from loader import write_photographs
 from torchvision import datasets, transforms
 
-from dino_xcit.attention import look
-from dino_xcit.config import AttentionConfig, PretrainConfig
-from dino_xcit.data import open_images
-from dino_xcit.features import EvalDataset, Frozen, Store, Transform, extract
-from dino_xcit.show import show_attention
-from dino_xcit.weights import save_backbone
-from dino_xcit.xcit import XCiT, timm_name
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.framing import EvalDataset, Transform
+from dino_xcit.data.images import open_images
+from dino_xcit.evaluate.feature_store import FeatureStore, extract
+from dino_xcit.evaluate.features import FeatureExtractor
+from dino_xcit.figures.command import show_attention
+from dino_xcit.figures.maps import look
+from dino_xcit.model.architectures import timm_name
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.weights.load import save_backbone
 
 SIZE, SHORT_SIDE, FIGURE, BATCH = 224, 256, 480, 32
 
@@ -50,18 +54,28 @@ def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], ob
     transform = Transform(SIZE, SHORT_SIDE, config.mean, config.std)
     backbone = XCiT(arch)
     frozen, in_bfloat16 = (
-        Frozen(backbone, transform, torch.device("cpu"), precision) for precision in ("32-true", "bf16-mixed")
+        FeatureExtractor(backbone, transform, torch.device("cpu"), precision)
+        for precision in ("32-true", "bf16-mixed")
     )
     dataset = EvalDataset(images, transform)
     rows = np.arange(count) % len(images)
 
-    def ours(frozen: Frozen) -> object:
-        return extract(frozen, dataset, rows, Store.in_memory((count, *frozen.shape())), batch_size=BATCH, num_workers=0)
+    def ours(frozen: FeatureExtractor) -> object:
+        return extract(
+            frozen,
+            dataset,
+            rows,
+            FeatureStore.in_memory((count, *frozen.shape())),
+            batch_size=BATCH,
+            num_workers=0,
+        )
 
     network = timm.create_model(timm_name(arch), num_classes=0).eval()
     normalise = transforms.Normalize(config.mean, config.std)
     resize = transforms.Resize(SHORT_SIDE, interpolation=transforms.InterpolationMode.BICUBIC)
-    steps = transforms.Compose([resize, transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise])
+    steps = transforms.Compose(
+        [resize, transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise]
+    )
     theirs = datasets.ImageFolder(str(folder / "train"), steps)
 
     @torch.no_grad()
@@ -83,7 +97,11 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
     save_backbone(backbone, PretrainConfig(arch=arch), weights)
     image = str(next(folder.rglob("*.jpg")))
     config = AttentionConfig(
-        weights=(str(weights),), images=(image,), image_size=FIGURE, figures=("heads",), output_dir=str(folder / "figures")
+        weights=(str(weights),),
+        images=(image,),
+        image_size=FIGURE,
+        figures=("heads",),
+        output_dir=str(folder / "figures"),
     )
     pixels = torch.randn(1, 3, FIGURE * 3 // 4 // 16 * 16, FIGURE)
 
@@ -99,7 +117,9 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="xcit_s12_p16")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -108,7 +128,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_photographs(folder)
-        runs = {**extractors(options.arch, folder, options.images), **renderers(options.arch, folder)}
+        runs = {
+            **extractors(options.arch, folder, options.images),
+            **renderers(options.arch, folder),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(options.rounds + 1):
             for name, run in runs.items():
@@ -118,7 +141,11 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
-        rate = f", {options.images / medians[name]:.1f} images/s" if name.startswith("features") else ""
+        rate = (
+            f", {options.images / medians[name]:.1f} images/s"
+            if name.startswith("features")
+            else ""
+        )
         print(f"{name:34} {medians[name]:7.3f} s ({min(times):.3f} to {max(times):.3f}){rate}")
     if options.output:
         about = {"arch": options.arch, "images": options.images, "seconds": seconds}

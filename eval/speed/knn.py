@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_xcit.knn import knn_classify
+from dino_xcit.evaluate.knn import knn_classify
 
 NB_KNN = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -34,7 +34,9 @@ def pass_for_each_k(train: Tensor, labels: Tensor, test: Tensor, classes: int) -
             similarity, neighbours = (block @ train.T).topk(k)
             one_hot = torch.zeros(len(block) * k, classes, device=test.device)
             one_hot.scatter_(1, labels[neighbours].view(-1, 1), 1)
-            votes = (one_hot.view(-1, k, classes) * (similarity / TEMPERATURE).exp()[:, :, None]).sum(1)
+            votes = (
+                one_hot.view(-1, k, classes) * (similarity / TEMPERATURE).exp()[:, :, None]
+            ).sum(1)
             first[k].append(votes.sort(dim=1, descending=True).indices[:, 0])
     return {k: torch.cat(parts) for k, parts in first.items()}
 
@@ -49,15 +51,26 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("train", 50_000), ("test", 5000), ("dim", 384), ("classes", 1000), ("repeats", 5)):
+    for name, default in (
+        ("train", 50_000),
+        ("test", 5000),
+        ("dim", 384),
+        ("classes", 1000),
+        ("repeats", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     centres = torch.randn(options.classes, options.dim, device=device)
-    labels, right = (torch.randint(options.classes, (n,), device=device) for n in (options.train, options.test))
-    train, test = (F.normalize(centres[y] + 3 * torch.randn(len(y), options.dim, device=device)) for y in (labels, right))
+    labels, right = (
+        torch.randint(options.classes, (n,), device=device) for n in (options.train, options.test)
+    )
+    train, test = (
+        F.normalize(centres[y] + 3 * torch.randn(len(y), options.dim, device=device))
+        for y in (labels, right)
+    )
 
     runs: dict[str, Callable[[], object]] = {
         "ours": lambda: knn_classify(train, labels, test, NB_KNN, TEMPERATURE),
@@ -76,8 +89,12 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         ratio = medians[name] / medians["ours"]
-        print(f"{name:26} {medians[name]:7.2f} s  ({min(values):.2f} to {max(values):.2f}), {ratio:.2f} x ours")
-    print(f"same first class: {', '.join(f'k = {k}: {100 * share:.2f} %' for k, share in agree.items())}")
+        print(
+            f"{name:26} {medians[name]:7.2f} s  ({min(values):.2f} to {max(values):.2f}), {ratio:.2f} x ours"
+        )
+    print(
+        f"same first class: {', '.join(f'k = {k}: {100 * share:.2f} %' for k, share in agree.items())}"
+    )
     if options.output:
         about = {
             "device": device,
@@ -85,7 +102,12 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        content = {**{k: v for k, v in vars(options).items() if k != "output"}, **about, "seconds": times, "agree": agree}
+        content = {
+            **{k: v for k, v in vars(options).items() if k != "output"},
+            **about,
+            "seconds": times,
+            "agree": agree,
+        }
         options.output.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -24,10 +24,12 @@ import torch
 from common import circumstances
 from PIL import Image
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.crops import GLOBAL_CROPS
-from dino_xcit.data import CropDataset, collate, decode, open_images
-from dino_xcit.photometric import photometric
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.crops import GLOBAL_CROPS
+from dino_xcit.data.decode import decode
+from dino_xcit.data.images import open_images
+from dino_xcit.data.loader import CropDataset, collate
+from dino_xcit.data.photometric import photometric
 
 SIZE, QUALITY = (500, 375), 90
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -39,7 +41,11 @@ def write_photographs(folder: Path) -> None:
     from skimage import data  # type: ignore[import-not-found]
 
     for name in PHOTOGRAPHS:
-        image = Image.fromarray(getattr(data, name)()).convert("RGB").resize(SIZE, Image.Resampling.BICUBIC)
+        image = (
+            Image.fromarray(getattr(data, name)())
+            .convert("RGB")
+            .resize(SIZE, Image.Resampling.BICUBIC)
+        )
         (folder / "train" / "photographs").mkdir(parents=True, exist_ok=True)
         image.save(folder / "train" / "photographs" / f"{name}.jpg", quality=QUALITY)
 
@@ -81,17 +87,23 @@ def others(folder: Path, official_dino: str) -> dict[str, Contender]:
         sys.path.insert(0, official_dino)
         import main_dino  # type: ignore[import-not-found]
 
-        transforms["official"] = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 10 - GLOBAL_CROPS)
+        transforms["official"] = main_dino.DataAugmentationDINO(
+            (0.4, 1.0), (0.05, 0.4), 10 - GLOBAL_CROPS
+        )
     try:
         from lightly.transforms import DINOTransform  # type: ignore[import-not-found]
 
-        transforms["lightly"] = DINOTransform(local_crop_scale=(0.05, 0.4), n_local_views=10 - GLOBAL_CROPS)
+        transforms["lightly"] = DINOTransform(
+            local_crop_scale=(0.05, 0.4), n_local_views=10 - GLOBAL_CROPS
+        )
     except ImportError as error:
         print(f"lightly: left out: {error}")
 
     def contender(transform: Callable[[Image.Image], object]) -> Contender:
         def load(count: int) -> object:
-            return [transform(Image.open(files[i % len(files)]).convert("RGB")) for i in range(count)]
+            return [
+                transform(Image.open(files[i % len(files)]).convert("RGB")) for i in range(count)
+            ]
 
         return load
 
@@ -99,7 +111,9 @@ def others(folder: Path, official_dino: str) -> dict[str, Contender]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, help="folder with train/CLASS/*.jpg inside")
     parser.add_argument("--official_dino", default="", help="a clone of facebookresearch/dino")
     parser.add_argument("--rounds", type=int, default=7)
@@ -127,7 +141,9 @@ def main() -> None:
         ratio = f", {rate / base:.2f} of official" if base else ""
         print(f"{name:17} {rate:6.0f} images/s on one core ({slowest:.0f} to {fastest:.0f}){ratio}")
     if options.output:
-        options.output.write_text(json.dumps({**circumstances(), "images_per_second": rates}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({**circumstances(), "images_per_second": rates}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

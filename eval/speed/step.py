@@ -37,25 +37,28 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_xcit.config import PretrainConfig
-from dino_xcit.data import Batch
-from dino_xcit.dino import DINOLoss
-from dino_xcit.machine import keep_freed_memory
-from dino_xcit.module import DINOModule, Network
-from dino_xcit.pretrain import make_trainer
-from dino_xcit.saving import DurableIO
-from dino_xcit.schedules import Schedules
-from dino_xcit.xcit import BRANCHES, resolve_architecture, timm_name
+from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.loader import Batch
+from dino_xcit.model.architectures import BRANCHES, resolve_architecture, timm_name
+from dino_xcit.model.dino import DINOLoss
+from dino_xcit.runtime import keep_freed_memory
+from dino_xcit.train.checkpoints import DurableIO
+from dino_xcit.train.module import DINOModule, Network
+from dino_xcit.train.pretrain import make_trainer
+from dino_xcit.train.schedules import Schedules
 
 DROP_PATH = 0.1
 STEPS_PER_EPOCH, EPOCHS = 1000, 100
 ANSWER = "answer: "  # what begins otherwise was printed by some package
-GO, END = "go", "end"  # what a contender is told; any other word is the file that a profile of the step goes to
+GO, END = (
+    "go",
+    "end",
+)  # what a contender is told; any other word is the file that a profile of the step goes to
 PROFILED = 30  # operations of a profile
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ProbeTask:
     """What every contender does."""
 
     arch: str
@@ -88,12 +91,17 @@ class Work:
 
     @property
     def schedules(self) -> Schedules:
-        return Schedules(config=self.config, steps_per_epoch=STEPS_PER_EPOCH, total_batch=self.batch)
+        return Schedules(
+            config=self.config, steps_per_epoch=STEPS_PER_EPOCH, total_batch=self.batch
+        )
 
     def views(self) -> list[Tensor]:
         """(B, 2, 3, S, S) and (B, L, 3, s, s)."""
         generator = torch.Generator().manual_seed(0)
-        shapes = [(self.batch, 2, 3, *[self.global_size] * 2), (self.batch, self.local_crops, 3, *[self.local_size] * 2)]
+        shapes = [
+            (self.batch, 2, 3, *[self.global_size] * 2),
+            (self.batch, self.local_crops, 3, *[self.local_size] * 2),
+        ]
         return [torch.randn(shape, generator=generator).to(self.device) for shape in shapes]
 
     def autocast(self) -> torch.autocast:
@@ -104,7 +112,7 @@ class Work:
 # -- contenders ------------------------------------------------------------------------------------------------------
 
 
-def ours(work: Work, clones: list[str], turns: Iterator[None], compiled: bool = False) -> None:
+def ours(work: ProbeTask, clones: list[str], turns: Iterator[None], compiled: bool = False) -> None:
     config = dataclasses.replace(work.config, compile=compiled)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = make_trainer(config, DurableIO())
@@ -117,12 +125,15 @@ def ours(work: Work, clones: list[str], turns: Iterator[None], compiled: bool = 
     groups = work.views()
     module.views = lambda batch: groups  # type: ignore[method-assign]
     layers = resolve_architecture(work.arch)[1].depth
-    paths = [torch.rand(*views.shape[:2], layers, BRANCHES).ge(DROP_PATH).float() / (1 - DROP_PATH) for views in groups]
+    paths = [
+        torch.rand(*views.shape[:2], layers, BRANCHES).ge(DROP_PATH).float() / (1 - DROP_PATH)
+        for views in groups
+    ]
     batch = Batch(views={"global_paths": paths[0], "local_paths": paths[1]}, bad_images=[])
     trainer.fit(module, TakingTurns(batch, turns))
 
 
-def compiled(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+def compiled(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     ours(work, clones, turns, compiled=True)
 
 
@@ -140,10 +151,12 @@ class TakingTurns:
             yield self.batch
 
 
-def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+def official(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     """The loop of main_dino.py's train_one_epoch, without its printing."""
     dino, xcit = clones
-    if work.device.type == "cpu":  # which its batch norms refuse as soon as there is a process group
+    if (
+        work.device.type == "cpu"
+    ):  # which its batch norms refuse as soon as there is a process group
         torch.nn.SyncBatchNorm = torch.nn.BatchNorm2d  # type: ignore[misc,assignment]
     build = _official_backbone(work, xcit)
     sys.path[0] = dino
@@ -151,16 +164,22 @@ def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
     import utils  # type: ignore[import-not-found]
     import vision_transformer  # type: ignore[import-not-found]
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
 
     def network(**options: Any) -> Any:
         backbone = build(**options)
-        return utils.MultiCropWrapper(backbone, vision_transformer.DINOHead(backbone.embed_dim, work.out_dim))
+        return utils.MultiCropWrapper(
+            backbone, vision_transformer.DINOHead(backbone.embed_dim, work.out_dim)
+        )
 
     student = network(drop_path_rate=DROP_PATH).to(work.device)
     teacher = network().to(work.device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    loss_of = main_dino.DINOLoss(work.out_dim, 2 + work.local_crops, 0.04, 0.04, 0, EPOCHS).to(work.device)
+    loss_of = main_dino.DINOLoss(work.out_dim, 2 + work.local_crops, 0.04, 0.04, 0, EPOCHS).to(
+        work.device
+    )
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
     scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
     crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
@@ -186,7 +205,7 @@ def official(work: Work, clones: list[str], turns: Iterator[None]) -> None:
                 averaged.data.mul_(momentum).add_((1 - momentum) * learned.detach().data)
 
 
-def _official_backbone(work: Work, clone: str) -> Callable[..., Any]:
+def _official_backbone(work: ProbeTask, clone: str) -> Callable[..., Any]:
     sys.path.insert(0, clone)
     if not resolve_architecture(work.arch)[1].tokens_norm:
         # The official class attention of these writes in place to what the backward pass needs, which torch now refuses.
@@ -200,7 +219,7 @@ def _official_backbone(work: Work, clone: str) -> Callable[..., Any]:
     return functools.partial(getattr(xcit, name), pretrained=False)
 
 
-def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+def lightly(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     """The loop of lightly's DINO example, with AdamW, on timm's XCiT."""
     import timm
     from lightly.loss import DINOLoss  # type: ignore[import-not-found]
@@ -209,7 +228,9 @@ def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
 
     def network(**options: Any) -> Any:
         backbone = timm.create_model(timm_name(work.arch), num_classes=0, **options)
-        head = DINOProjectionHead(backbone.num_features, 2048, 256, work.out_dim, freeze_last_layer=1)
+        head = DINOProjectionHead(
+            backbone.num_features, 2048, 256, work.out_dim, freeze_last_layer=1
+        )
         return torch.nn.Sequential(backbone, head)
 
     student = network(drop_path_rate=DROP_PATH).to(work.device)
@@ -223,7 +244,9 @@ def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
     for step, _ in enumerate(turns):
         update_momentum(student, teacher, schedules.momentum(step))
         with work.autocast():
-            loss = loss_of([teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0)
+            loss = loss_of(
+                [teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0
+            )
         scaler.scale(loss).backward()
         student[1].cancel_last_layer_gradients(0)
         scaler.step(optimizer)
@@ -231,7 +254,7 @@ def lightly(work: Work, clones: list[str], turns: Iterator[None]) -> None:
         optimizer.zero_grad()
 
 
-def stable_pretraining(work: Work, clones: list[str], turns: Iterator[None]) -> None:
+def stable_pretraining(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     """Its DINO module, with AdamW, on timm's XCiT; the teacher moves as its callback moves it."""
     import timm
     from stable_pretraining.methods.dino import DINO  # type: ignore[import-not-found]
@@ -264,7 +287,7 @@ CONTENDERS = {
 # -- a contender's process ---------------------------------------------------------------------------------------------
 
 
-def turns_of(work: Work) -> Iterator[None]:
+def turns_of(work: ProbeTask) -> Iterator[None]:
     """Yields when the parent says so, and tells it how long the step took."""
     answer("ready")
     while (word := sys.stdin.readline().strip()) not in (END, ""):
@@ -280,16 +303,28 @@ def turns_of(work: Work) -> Iterator[None]:
         answer(time.perf_counter() - start)
 
 
-def write_profile(seen: profile, work: Work, path: Path) -> None:
+def write_profile(seen: profile, work: ProbeTask, path: Path) -> None:
     """Where the time of one step went, by operation."""
 
     def milliseconds(event: Any) -> float:
-        return (event.self_device_time_total if work.device.type == "cuda" else event.self_cpu_time_total) / 1000
+        return (
+            event.self_device_time_total
+            if work.device.type == "cuda"
+            else event.self_cpu_time_total
+        ) / 1000
 
     events = sorted(seen.key_averages(), key=milliseconds, reverse=True)
     total = sum(map(milliseconds, events))
-    lines = [f"{work}", f"one step, under the profiler: {total:.0f} ms in operations", "", "      ms  share  calls"]
-    lines += [f"{milliseconds(e):8.1f}  {milliseconds(e) / total:5.1%}  {e.count:5}  {e.key}" for e in events[:PROFILED]]
+    lines = [
+        f"{work}",
+        f"one step, under the profiler: {total:.0f} ms in operations",
+        "",
+        "      ms  share  calls",
+    ]
+    lines += [
+        f"{milliseconds(e):8.1f}  {milliseconds(e) / total:5.1%}  {e.count:5}  {e.key}"
+        for e in events[:PROFILED]
+    ]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -297,7 +332,7 @@ def answer(value: object) -> None:
     print(f"{ANSWER}{value}", flush=True)
 
 
-def contend(name: str, work: Work, clones: list[str]) -> None:
+def contend(name: str, work: ProbeTask, clones: list[str]) -> None:
     before = peak(work.device)
 
     def turns() -> Iterator[None]:
@@ -313,12 +348,17 @@ def contend(name: str, work: Work, clones: list[str]) -> None:
 class Contender:
     """The parent's end of a contender's process."""
 
-    def __init__(self, name: str, work: Work, clones: list[str]) -> None:
+    def __init__(self, name: str, work: ProbeTask, clones: list[str]) -> None:
         self.name = name
         self.seconds: list[float] = []
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--contend", json.dumps([name, dataclasses.astuple(work), clones])],
+            [
+                sys.executable,
+                __file__,
+                "--contend",
+                json.dumps([name, dataclasses.astuple(work), clones]),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
@@ -356,7 +396,7 @@ class Contender:
 # -- the floor ---------------------------------------------------------------------------------------------------------
 
 
-def step_flops(work: Work) -> int:
+def step_flops(work: ProbeTask) -> int:
     """Floating point operations of the matrix products and convolutions of a step that makes nothing twice."""
     student, teacher = Network(work.config), Network(work.config)
     groups = [views.cpu() for views in work.views()]
@@ -368,11 +408,13 @@ def step_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def measured_peak(work: Work) -> float:
+def measured_peak(work: ProbeTask) -> float:
     """Floating point operations a second of a large matrix product, the best of several."""
     dtypes = {"32-true": torch.float32, "16-mixed": torch.float16}
     side = 2048 if work.device.type == "cpu" else 8192
-    a, b = torch.randn(2, side, side, device=work.device, dtype=dtypes.get(work.precision, torch.bfloat16))
+    a, b = torch.randn(
+        2, side, side, device=work.device, dtype=dtypes.get(work.precision, torch.bfloat16)
+    )
     best = float("inf")
     for _ in range(20):
         start = time.perf_counter()
@@ -384,7 +426,7 @@ def measured_peak(work: Work) -> float:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def measure(work: Work, clones: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(work: ProbeTask, clones: list[str], options: argparse.Namespace) -> dict[str, Any]:
     contenders = []
     for name in options.contenders:
         contender = Contender(name, work, clones)
@@ -423,16 +465,29 @@ def measure(work: Work, clones: list[str], options: argparse.Namespace) -> dict[
             f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, {row['seconds'] / floor:.2f} floors, "
             f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
         )
-    work_done = {"flops": flops, "flops_a_second": rate, "floor_seconds": floor, "steps": options.steps}
+    work_done = {
+        "flops": flops,
+        "flops_a_second": rate,
+        "floor_seconds": floor,
+        "steps": options.steps,
+    }
     return {**dataclasses.asdict(work), **work_done, "contenders": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="+", default=["xcit_s12_p16", "xcit_n12_p16"])
     parser.add_argument("--precision", nargs="+", default=["bf16-mixed", "32-true"])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sizes", type=int, nargs=2, default=[224, 96], help="sides of the global and the local crops")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs=2,
+        default=[224, 96],
+        help="sides of the global and the local crops",
+    )
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=10, help="of each contender, taking turns")
@@ -440,18 +495,22 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--official_dino", default="", help="a clone of facebookresearch/dino")
     parser.add_argument("--official_xcit", default="", help="a clone of facebookresearch/xcit")
-    parser.add_argument("--profile", type=Path, help="text file: one more step of the last contender, by operation")
+    parser.add_argument(
+        "--profile", type=Path, help="text file: one more step of the last contender, by operation"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
         name, work, clones = json.loads(options.contend)
-        contend(name, Work(*work), clones)
+        contend(name, ProbeTask(*work), clones)
         return
     clones = [options.official_dino, options.official_xcit]
     rows = [
         measure(
-            Work(arch, precision, options.batch, *options.sizes, options.local_crops, options.out_dim),
+            ProbeTask(
+                arch, precision, options.batch, *options.sizes, options.local_crops, options.out_dim
+            ),
             clones,
             options,
         )

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from common import circumstances, peak
 
-from dino_xcit.machine import keep_freed_memory
-from dino_xcit.xcit import XCiT
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.runtime import keep_freed_memory
 
 ARCHS = ("xcit_s12_p16", "xcit_s12_p8", "vit_small_patch16_224", "resnet50")
 SMALL = 64
@@ -36,7 +36,9 @@ def build(arch: str, side: int) -> torch.nn.Module:
         return XCiT(arch)
     import timm
 
-    return timm.create_model(arch, num_classes=0, **({"dynamic_img_size": True} if arch.startswith("vit") else {}))
+    return timm.create_model(
+        arch, num_classes=0, **({"dynamic_img_size": True} if arch.startswith("vit") else {})
+    )
 
 
 def measure(arch: str, side: int, mode: str, repeats: int, batch: int) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def measure(arch: str, side: int, mode: str, repeats: int, batch: int) -> dict[s
 def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
     pixels = np.log([row["side"] ** 2 for row in rows])
     return {
-        name: round(float(np.polyfit(pixels, np.log([r[name] for r in rows]), 1)[0]), 3) for name in ("seconds", "bytes")
+        name: round(float(np.polyfit(pixels, np.log([r[name] for r in rows]), 1)[0]), 3)
+        for name in ("seconds", "bytes")
     }
 
 
@@ -87,11 +90,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(2, 2, sharex=True)
     for column, mode in enumerate(MODES):
         for axis, (name, label, unit) in zip(
-            axes[:, column], (("seconds", "seconds an image", 1), ("bytes", "MiB an image", 2**20)), strict=True
+            axes[:, column],
+            (("seconds", "seconds an image", 1), ("bytes", "MiB an image", 2**20)),
+            strict=True,
         ):
             for arch in dict.fromkeys(row["arch"] for row in rows):
                 points = [row for row in rows if row["arch"] == arch and row["mode"] == mode]
-                axis.plot([p["side"] for p in points], [p[name] / unit for p in points], marker="o", label=arch)
+                axis.plot(
+                    [p["side"] for p in points],
+                    [p[name] / unit for p in points],
+                    marker="o",
+                    label=arch,
+                )
             axis.set(xscale="log", yscale="log", ylabel=label)
             axis.grid(alpha=0.3)
         axes[0, column].set_title(mode)
@@ -104,8 +114,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=ARCHS, help="xcit_...: ours; any other name: timm's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch", nargs="+", default=ARCHS, help="xcit_...: ours; any other name: timm's"
+    )
     parser.add_argument("--sides", nargs="+", type=int, default=[224, 448, 896, 1344, 2048])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
@@ -123,18 +137,27 @@ def main() -> None:
             mine = []
             for side in options.sides:
                 one = json.dumps([arch, side, mode, options.repeats, options.batch])
-                done = subprocess.run([sys.executable, __file__, "--one", one], capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, "--one", one], capture_output=True, text=True
+                )
                 if done.returncode:
-                    print(f"{arch}, {mode}, {side} px: left out: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+                    print(
+                        f"{arch}, {mode}, {side} px: left out: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
+                    )
                     break
                 mine.append(json.loads(done.stdout))
                 row = mine[-1]
-                print(f"{arch:22} {mode:21} {side:5} px {row['seconds']:8.3f} s {row['bytes'] / 2**20:7.0f} MiB", flush=True)
+                print(
+                    f"{arch:22} {mode:21} {side:5} px {row['seconds']:8.3f} s {row['bytes'] / 2**20:7.0f} MiB",
+                    flush=True,
+                )
             slopes[f"{arch}, {mode}"] = exponents(mine)
             print(f"{arch:22} {mode:21} exponents {slopes[f'{arch}, {mode}']}", flush=True)
             rows += mine
     if options.output:
-        options.output.write_text(json.dumps({**circumstances(), "exponents": slopes, "rows": rows}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({**circumstances(), "exponents": slopes, "rows": rows}, indent=2) + "\n"
+        )
     if options.figure:
         draw(rows, options.figure)
 

@@ -1,0 +1,208 @@
+"""Options of the evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_xcit.config.checks import PRECISIONS, Checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Options of every evaluation of a frozen backbone."""
+
+    weights: str | None = None
+    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
+    dino_xcit_small_12_p16, ..."""
+    arch: str | None = None
+    """architecture, where the weights do not say it"""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """which network of a checkpoint that holds both"""
+    baselines: bool = False
+    """also evaluate raw pixels (of at most 32 x 32) and the same network untrained"""
+
+    # Data
+    data_path: str | None = None
+    """folder of labelled images with train/ and val/ inside, or the root of a named data set. Default: the run's own data"""
+    dataset: str | None = None
+    """timm data set name: torch/..., hfds/..., or shapes"""
+    num_images: int | None = None
+    """training images to use, picked by the seed (shapes: how many to draw). Default: all"""
+    in_chans: int | None = None
+    """channels of the images. Default: the weights' own"""
+    mean: tuple[float, ...] = ()
+    """mean of each channel in [0, 1], subtracted. Default: the weights' own, else ImageNet's"""
+    std: tuple[float, ...] = ()
+    """standard deviation of each channel in [0, 1], divided by. Default: the weights' own, else ImageNet's"""
+    image_size: int | None = None
+    """side of the centre crop in pixels. Default: the global crops' of the pretraining, else 224"""
+    resize_size: int | None = None
+    """pixels to which the short side is resized before. Default: 8 / 7 of the crop (256 for 224), below 96 the crop's own"""
+    num_workers: int | None = None
+    """loader processes per process; default: the cores of this process less one, at most 16"""
+    seed: int = 0
+    """seed of everything random"""
+
+    # Features
+    feature_dtype: Literal["auto", "float32", "float16"] = "auto"
+    """numbers in which features are stored; auto: float32, float16 where --precision is half"""
+    cache_dir: str | None = None
+    """folder in which features are kept for the next evaluation. Default: dino_xcit in $XDG_CACHE_HOME or ~/.cache"""
+    no_cache: bool = False
+    """forget the features at the end"""
+
+    # Machine
+    batch_size_per_gpu: int = 128
+    """images per process and forward pass; changes no result"""
+    accelerator: str = "auto"
+    """cpu, gpu, mps, ... as Lightning names them"""
+    devices: str = "auto"
+    """number of processes on this machine, or a list of device numbers"""
+    precision: str = "auto"
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
+
+    output_dir: str | None = None
+    """folder of the results. Default: the run folder of the weights, else runs/NAME"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(EvalConfig):
+    """Options of evaluations with one class an image."""
+
+    n_last_blocks: int | None = None
+    """class tokens to concatenate, of the last n class-attention layers (XCiT has 2). Default: 1"""
+    avgpool_patchtokens: bool | None = None
+    """append the mean of the last layer's patch tokens. Default: false"""
+    load_features: str | None = None
+    """folder of trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth to evaluate instead of --weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(ClassificationConfig):
+    """Weighted k-nearest-neighbour classification on frozen features, as official eval_knn.py."""
+
+    nb_knn: tuple[int, ...] = (10, 20, 100, 200)
+    """numbers of neighbours"""
+    temperature: float = 0.07
+    """temperature of the vote: a neighbour's is exp(similarity / temperature)"""
+    dump_features: str | None = None
+    """folder to write the four files that --load_features reads"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(ClassificationConfig):
+    """Linear classification on frozen features."""
+
+    protocol: Literal["heads", "dino", "logistic"] = "heads"
+    """heads: a head for each learning rate and choice of features, as DINOv2, on features extracted once; dino: one head on
+    augmented crops, as official eval_linear.py; logistic: L-BFGS for each C, as DINOv2's logistic regression"""
+    lr: tuple[float, ...] = ()
+    """learning rates for 256 images per step, scaled linearly. Default: dino 0.001; heads 16 from 1e-5 to 1"""
+    epochs: int | None = None
+    """passes over the images. Default: dino 100; heads 12500 steps, but from 1000 steps on at most 100 passes"""
+    batch_size: int = 1024
+    """images per SGD step, of all processes together"""
+    c: tuple[float, ...] = ()
+    """inverse strengths of logistic regression's L2 penalty. Default: 45 from 1e-6 to 1e5"""
+    held_out: float = 0.1
+    """share of the training images on which learning rate, features and C are chosen"""
+    train_fraction: tuple[float, ...] = (1.0,)
+    """shares of each class's training images to use, one result each"""
+    num_seeds: int = 1
+    """repetitions with other seeds: subset, held-out images, initial weights, order"""
+    evaluate: str | None = None
+    """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegConfig(EvalConfig):
+    """Semantic segmentation by one linear layer on frozen patch tokens.
+
+    --data_path: images/ beside masks/ (or annotations/), each with train/ and val/ inside, as ADE20K, or a folder of VOC.
+    """
+
+    lr: float = 0.01
+    """peak learning rate of AdamW, which falls to 0 on a cosine"""
+    epochs: int = 10
+    """passes over the images"""
+    batch_size: int = 64
+    """images per step, of all processes together"""
+    ignore_label: tuple[int, ...] = (255,)
+    """numbers in the masks that are no class: neither trained on nor scored (ADE20K: 0 255)"""
+
+
+def validate_evaluation(config: EvalConfig) -> None:
+    """Raise ValueError, naming the flag, for values that no evaluation can use."""
+    require = Checks(config)
+    if isinstance(config, ClassificationConfig):
+        _validate_features(config, require)
+    elif config.weights is None:
+        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
+    for flag in ("num_images", "in_chans", "image_size", "resize_size", "batch_size_per_gpu"):
+        require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    require(config.seed >= 0, "seed", "0 or more")
+    require(config.num_workers is None or config.num_workers >= 0, "num_workers", "0 or more")
+    require(all(s > 0 for s in config.std), "std", "positive values")
+    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+    if isinstance(config, KnnConfig):
+        require(bool(config.nb_knn) and min(config.nb_knn) >= 1, "nb_knn", "numbers of at least 1")
+        require(config.temperature > 0, "temperature", "a positive number")
+    if isinstance(config, LinearConfig):
+        require(all(lr > 0 for lr in config.lr), "lr", "positive numbers")
+        require(
+            config.protocol != "dino" or len(config.lr) <= 1,
+            "lr",
+            "one number with --protocol dino",
+        )
+        require(
+            config.protocol != "dino" or config.load_features is None,
+            "load_features",
+            "images, for --protocol dino",
+        )
+        require(all(c > 0 for c in config.c), "c", "positive numbers")
+        require(
+            not (config.evaluate and config.baselines),
+            "baselines",
+            "false with --evaluate, which is one head's",
+        )
+        require(0 < config.held_out < 1, "held_out", "a share between 0 and 1")
+        shares = config.train_fraction
+        require(
+            bool(shares) and all(0 < share <= 1 for share in shares),
+            "train_fraction",
+            "shares over 0, up to 1",
+        )
+        for flag in ("epochs", "batch_size", "num_seeds"):
+            require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
+    if isinstance(config, SegConfig):
+        require(config.lr > 0, "lr", "a positive number")
+        for flag in ("epochs", "batch_size"):
+            require(getattr(config, flag) >= 1, flag, "at least 1")
+        require(
+            all(0 <= label <= 255 for label in config.ignore_label),
+            "ignore_label",
+            "numbers from 0 to 255",
+        )
+
+
+def _validate_features(config: ClassificationConfig, require: Checks) -> None:
+    if (config.weights is None) == (config.load_features is None):
+        found = "both are given" if config.weights else "neither is"
+        raise ValueError(f"expected --weights or --load_features, {found}")
+    if config.load_features is not None:
+        for flag in (
+            "baselines",
+            "data_path",
+            "dataset",
+            "num_images",
+            "image_size",
+            "n_last_blocks",
+        ):
+            if getattr(config, flag):
+                raise ValueError(
+                    f"--{flag} has no meaning with --load_features, which brings features instead of images"
+                )
+    require(
+        config.n_last_blocks is None or config.n_last_blocks >= 1, "n_last_blocks", "at least 1"
+    )

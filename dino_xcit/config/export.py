@@ -1,0 +1,42 @@
+"""Options of `dino-xcit export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dino_xcit.config.checks import Checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a backbone as the files that other tools read."""
+
+    weights: str | None = None
+    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
+    dino_xcit_small_12_p16, ..."""
+    arch: str | None = None
+    """architecture, where the weights do not say it"""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """which network of a checkpoint that holds both"""
+    format: tuple[Literal["timm", "hf", "official", "onnx", "torch_export"], ...] = ("timm",)
+    """timm: a folder for timm's local-dir:; hf: the same with a model card, to upload; official: a .pth under official
+    DINO's names; onnx, torch_export: graphs for any batch and image size"""
+    attention: bool = False
+    """onnx, torch_export: the last layer's class-attention maps as a second output"""
+    output_dir: str = "export"
+    """folder of the files"""
+
+
+def validate_export(config: ExportConfig) -> None:
+    """Raise ValueError, naming the flag, for values that no export can use."""
+    require = Checks(config)
+    if not config.weights:
+        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
+    require(bool(config.format), "format", "at least one of timm, hf, official, onnx, torch_export")
+    graphs = {"onnx", "torch_export"} & set(config.format)
+    require(
+        not config.attention or bool(graphs),
+        "attention",
+        "false without --format onnx or torch_export",
+    )

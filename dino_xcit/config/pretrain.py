@@ -1,0 +1,295 @@
+"""Every option of every command: default, unit and help in one place. Imports no torch, so that help is instant.
+
+Names and defaults are official DINO's (`main_dino.py`) wherever it has the option.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dino_xcit.config.checks import PRECISIONS, Checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain an XCiT backbone with DINO, without labels."""
+
+    # Data
+    data_path: str | None = None
+    """folder of images (with train/ and val/ inside, or not), or the root of a named data set"""
+    dataset: str | None = None
+    """timm data set name: torch/..., hfds/..., or shapes (drawn in memory). Default: the folder --data_path, else shapes"""
+    num_images: int | None = None
+    """images to use: how many shapes to draw (default 10000); of any other set, a subset picked by the seed"""
+    in_chans: int = 3
+    """channels of the images: 1 grey, 3 RGB"""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """mean of each channel in [0, 1], subtracted"""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """standard deviation of each channel in [0, 1], divided by"""
+    on_bad_image: Literal["replace", "raise"] = "replace"
+    """an unreadable image is replaced by another and listed in bad_images.txt, or ends the run"""
+    num_workers: int | None = None
+    """loader processes per training process; default: the cores of this process less one, at most 16"""
+    seed: int = 0
+    """seed of everything random"""
+
+    # Multi-crop
+    global_crops_size: int = 224
+    """side of the two global crops in pixels"""
+    local_crops_size: int = 96
+    """side of the local crops in pixels"""
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """share of the image's area that a global crop covers, from and to"""
+    local_crops_number: int = 8
+    """local crops per image; 0 trains on the global crops alone"""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """share of the image's area that a local crop covers, from and to"""
+
+    # Photometric augmentation; three probabilities are: global crop 1, global crop 2, local crops
+    flip_prob: float = 0.5
+    """probability of a horizontal flip"""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """strength of brightness, contrast, saturation and hue jitter"""
+    color_jitter_prob: float = 0.8
+    """probability of colour jitter"""
+    grayscale_prob: float = 0.2
+    """probability of dropping colour"""
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """probability of Gaussian blur in global crop 1, global crop 2, local crops"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """standard deviation of the blur in pixels, from and to"""
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """probability of solarization in global crop 1, global crop 2, local crops"""
+
+    # Backbone
+    arch: str = "xcit_s12_p16"
+    """architecture and patch size: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}; official and timm names too"""
+    init_weights: str | None = None
+    """what student and teacher start from: anything that --weights of the evaluations takes. Default: random numbers"""
+    continue_from: str | None = None
+    """a full checkpoint of official DINO: goes on after its last epoch, with heads, center and optimizer"""
+    drop_path_rate: float = 0.1
+    """stochastic depth of the student, the same in every layer"""
+    grad_checkpointing: bool = False
+    """recompute layers in the backward pass: less memory, more time"""
+    xca: bool = True
+    """cross-covariance attention (false: the paper's ablation)"""
+    lpi: bool = True
+    """local patch interaction (false: the paper's ablation)"""
+    l2_norm: bool = True
+    """L2-normalised queries and keys (false: the paper's ablation)"""
+    learned_temperature: bool = True
+    """learned temperature of XCA (false: the paper's ablation)"""
+
+    # Head and loss
+    out_dim: int = 65536
+    """prototypes: outputs of the projection head"""
+    head_hidden_dim: int = 2048
+    """width of the projection head"""
+    head_bottleneck_dim: int = 256
+    """outputs of the projection head's last hidden layer, which the prototypes are compared with"""
+    use_bn_in_head: bool = False
+    """batch norm in the projection head"""
+    norm_last_layer: bool = True
+    """fix the gain of the weight-normalised last layer at 1 (false: better but less stable)"""
+    freeze_last_layer: int = 1
+    """epochs during which the last layer does not learn"""
+    student_temp: float = 0.1
+    """temperature of the student's softmax"""
+    warmup_teacher_temp: float = 0.04
+    """temperature of the teacher's softmax at the start"""
+    teacher_temp: float = 0.04
+    """temperature of the teacher's softmax after its warmup"""
+    warmup_teacher_temp_epochs: int = 0
+    """epochs over which the teacher's temperature rises linearly"""
+    momentum_teacher: float = 0.996
+    """momentum of the teacher at the start; rises to 1 on a cosine"""
+    center_momentum: float = 0.9
+    """momentum of the center"""
+
+    # Optimisation
+    epochs: int = 100
+    """passes over the images"""
+    batch_size_per_gpu: int = 64
+    """images per process and forward pass"""
+    accumulate_grad_batches: int = 1
+    """forward passes per optimizer step"""
+    lr: float = 0.0005
+    """peak learning rate for a total batch of 256 images; scaled linearly with the total batch"""
+    warmup_epochs: float = 10
+    """epochs of linear warmup of the learning rate"""
+    warmup_lr: float = 0.0
+    """learning rate at the start of the warmup (not scaled)"""
+    min_lr: float = 1e-6
+    """learning rate at the end (not scaled)"""
+    weight_decay: float = 0.04
+    """weight decay at the start; as in official DINO it spares biases and one-dimensional tensors only"""
+    weight_decay_end: float = 0.4
+    """weight decay at the end, reached on a cosine"""
+    clip_grad: float = 3.0
+    """largest gradient norm of each parameter tensor; 0 does not clip"""
+
+    # Machine: options of Lightning's Trainer
+    accelerator: str = "auto"
+    """cpu, gpu, mps, ... as Lightning names them"""
+    devices: str = "auto"
+    """number of processes on this machine, or a list of device numbers"""
+    num_nodes: int = 1
+    """machines"""
+    strategy: str = "auto"
+    """how processes work together: ddp or a variant of it, as Lightning names it"""
+    precision: str = "auto"
+    """32-true, bf16-mixed or 16-mixed; auto, settled as a run begins: bf16-mixed on GPUs with it and AVX512-BF16 CPUs"""
+    compile: bool | None = None
+    """torch.compile each layer: takes a minute or more at the start. Default: on a GPU, and on CPU from 10000 steps on"""
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """any other option of Lightning's Trainer, such as --trainer.profiler simple"""
+
+    # Run folder
+    output_dir: str = "runs/pretrain"
+    """run folder"""
+    resume: bool = True
+    """continue the run in --output_dir if it holds one of the same options; false refuses instead"""
+    checkpoint_every_n_steps: int | None = None
+    """steps between checkpoints, besides those at every epoch's end and by --checkpoint_every_n_minutes"""
+    checkpoint_every_n_minutes: float = 10
+    """minutes after which the next step is saved"""
+    saveckp_freq: int = 20
+    """epochs between checkpoints that are kept; 0 keeps the last one only"""
+    log_every_n_steps: int = 50
+    """steps between rows of metrics.csv"""
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """loggers besides metrics.csv"""
+    eval_every_n_epochs: int = 10
+    """epochs between k-NN accuracies of the teacher, if the images have labels; 0 only at the end"""
+    eval_num_images: int = 10000
+    """images that this k-NN uses at most, of the training and of the validation set each"""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """what follows when the run has collapsed or diverges: a warning that says how, or the end of the run"""
+    dry_run: bool = False
+    """write crops.png, print the plan and stop"""
+
+
+# Options that a resumed run may change: they say where it runs and what it tells, not what it computes. (Of the images per
+# process only the sum over all processes matters, which is compared on loading.)
+FREE_ON_RESUME = frozenset(
+    {
+        "accelerator",
+        "batch_size_per_gpu",
+        "checkpoint_every_n_minutes",
+        "checkpoint_every_n_steps",
+        "compile",
+        "data_path",
+        "devices",
+        "dry_run",
+        "eval_every_n_epochs",
+        "eval_num_images",
+        "log_every_n_steps",
+        "logger",
+        "num_nodes",
+        "num_workers",
+        "on_collapse",
+        "output_dir",
+        "resume",
+        "saveckp_freq",
+        "strategy",
+        "trainer",
+    }
+)
+
+
+def differing_options(one: PretrainConfig, other: PretrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options that change what a run computes and on which the two disagree, with both values."""
+    return {
+        f.name: (getattr(one, f.name), getattr(other, f.name))
+        for f in dataclasses.fields(one)
+        if f.name not in FREE_ON_RESUME and getattr(one, f.name) != getattr(other, f.name)
+    }
+
+
+def validate(config: PretrainConfig) -> None:
+    """Raise ValueError, naming the flag, for values that no run can use."""
+    require = Checks(config)
+
+    for flag in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(config, flag)
+        require(0 < low <= high <= 1, flag, "two shares with 0 < from <= to <= 1")
+    for flag in ("mean", "std"):
+        require(
+            len(getattr(config, flag)) == config.in_chans,
+            flag,
+            f"one value per channel (--in_chans {config.in_chans})",
+        )
+    require(all(s > 0 for s in config.std), "std", "positive values")
+    low, high = config.blur_sigma
+    require(0 < low <= high, "blur_sigma", "two numbers of pixels with 0 < from <= to")
+    for flag in ("flip_prob", "color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
+        value = getattr(config, flag)
+        require(
+            all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))),
+            flag,
+            "probabilities from 0 to 1",
+        )
+    require(
+        all(0 <= s <= 1 for s in config.color_jitter[:3]),
+        "color_jitter",
+        "strengths from 0 to 1, hue to 0.5",
+    )
+    require(0 <= config.color_jitter[3] <= 0.5, "color_jitter", "strengths from 0 to 1, hue to 0.5")
+    for flag in ("momentum_teacher", "center_momentum", "drop_path_rate"):
+        require(0 <= getattr(config, flag) <= 1, flag, "a number from 0 to 1")
+    for flag in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
+        require(getattr(config, flag) > 0, flag, "a positive number")
+    for flag in (
+        "epochs",
+        "batch_size_per_gpu",
+        "accumulate_grad_batches",
+        "in_chans",
+        "log_every_n_steps",
+        "num_nodes",
+    ):
+        require(getattr(config, flag) >= 1, flag, "at least 1")
+    for flag in (
+        "out_dim",
+        "head_hidden_dim",
+        "head_bottleneck_dim",
+        "global_crops_size",
+        "local_crops_size",
+    ):
+        require(getattr(config, flag) >= 1, flag, "at least 1")
+    for flag in (
+        "local_crops_number",
+        "lr",
+        "clip_grad",
+        "eval_every_n_epochs",
+        "freeze_last_layer",
+        "saveckp_freq",
+    ):
+        require(getattr(config, flag) >= 0, flag, "0 or more")
+    require(
+        config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most --epochs {config.epochs}"
+    )
+    require(
+        config.warmup_teacher_temp_epochs <= config.epochs,
+        "warmup_teacher_temp_epochs",
+        f"at most --epochs {config.epochs}",
+    )
+    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+    require(
+        config.strategy == "auto" or config.strategy.startswith("ddp"),
+        "strategy",
+        "auto or ddp (every process is whole)",
+    )
+    require(config.eval_num_images >= 1, "eval_num_images", "at least 1")
+    require(
+        config.init_weights is None or config.continue_from is None,
+        "init_weights",
+        "nothing beside --continue_from, which brings weights",
+    )
+    require(config.checkpoint_every_n_minutes >= 0, "checkpoint_every_n_minutes", "0 or more")
+    for flag in ("num_images", "checkpoint_every_n_steps"):
+        value = getattr(config, flag)
+        require(value is None or value >= 1, flag, "at least 1")

@@ -1,0 +1,1 @@
+"""What a backbone attends to: figures, videos, an interactive page, a score."""

@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoint formats, loading, export."""
