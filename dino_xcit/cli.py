@@ -1,13 +1,15 @@
-"""`dino-xcit <command>`: parses the command line, then imports the one room that the command needs.
+"""`dino-xcit <command>`: parses the command line, then imports the one module the command needs.
 
-Exit code 0: done, or SLURM will start it again; 2: something that the user can put right, told in one line; 1: the run
-failed; 128 + a signal's number: stopped by it and saved (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1).
+Exit code 0: done, or SLURM will start the job again; 2: input the user can put right, in one line;
+1: the run failed; 128 + a signal's number: stopped by it and saved (130 Ctrl-C, 143 SIGTERM,
+138 SIGUSR1).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import itertools
@@ -16,9 +18,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import traceback
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -27,169 +29,184 @@ from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.evaluation import KnnConfig, LinearConfig, SegConfig
 from dino_xcit.config.export import ExportConfig
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 Config = TypeVar("Config")
 PROGRAM = "dino-xcit"
+DEBUG = "--debug"
 LONGEST_MESSAGE = 500  # characters: the parser quotes what it was given
-RESUMABLE = ("knn-eval", "linear-eval", "seg-eval")  # pretraining tells it by itself
+FAULT = "this is a fault of dino_xcit, not of your input: please report it with the lines above"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command -> its exit code."""
+class Command(NamedTuple):
+    """One row of the command table. `dino_xcit.NAME` is the same function for Python."""
+
+    config: type
+    """dataclass of its options"""
+    function: str
+    """`module:function` in this package; called with the config"""
+    summary: str
+    """what `dino-xcit --help` says of it"""
+    resumes: bool = False
+    """the same command continues after Ctrl-C, and does not say so by itself"""
+    large_tensors: bool = False
+    """takes and frees large tensors all the time: the command's process keeps freed memory"""
+
+
+COMMANDS = {
+    "pretrain": Command(
+        PretrainConfig,
+        "train.pretrain:pretrain",
+        "pretrain an XCiT backbone with DINO, without labels",
+        large_tensors=True,
+    ),
+    "knn-eval": Command(
+        KnnConfig,
+        "evaluate.knn:knn_eval",
+        "classify by nearest neighbours of frozen features",
+        resumes=True,
+    ),
+    "linear-eval": Command(
+        LinearConfig,
+        "evaluate.linear:linear_eval",
+        "train a linear classifier on frozen features",
+        resumes=True,
+    ),
+    "seg-eval": Command(
+        SegConfig,
+        "evaluate.segmentation:seg_eval",
+        "segment images by a linear layer on frozen patch tokens",
+        resumes=True,
+    ),
+    "attention": Command(
+        AttentionConfig,
+        "figures.command:attention",
+        "draw what the class-attention heads look at",
+        large_tensors=True,
+    ),
+    "export": Command(
+        ExportConfig,
+        "weights.export:export",
+        "write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export",
+    ),
+}
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(own_process=True))
+
+
+def main(argv: Sequence[str] | None = None, *, own_process: bool = False) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command line without the program's name; default: the process's own.
+        own_process: whether the process is this command's, so that it may set the allocator.
+
+    Returns:
+        The exit code.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = arguments.pop(0) if arguments else "--help"
-    if command in ("-h", "--help"):
+    name = arguments.pop(0) if arguments else "--help"
+    if name in ("-h", "--help"):
         print(overview())
         return 0
-    if command == "--version":
+    if name == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0
+    debug = DEBUG in arguments
+    arguments = [word for word in arguments if word != DEBUG]
     try:
-        if command not in COMMANDS:
-            closest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"unknown command {command!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}"
-            )
-        _, config_class, run = COMMANDS[command]
-        config: Any = parse(command, config_class, arguments)
-        with ctrl_c_at_once():
-            importlib.import_module(f"dino_xcit.{ROOMS[command]}")
-        return run(config)
+        return run(name, arguments, own_process)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            goes_on = (
-                "; the same command goes on from there (not with --no_cache)"
-                if command in RESUMABLE
-                else ""
-            )
-            print(f"\n{PROGRAM} {command}: stopped{goes_on}", file=sys.stderr)
+        if is_first_process():
+            resumes = name in COMMANDS and COMMANDS[name].resumes
+            how = "; the same command continues from there (not with --no_cache)" if resumes else ""
+            print(f"\n{PROGRAM} {name}: stopped{how}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError) as error:
-        if os.environ.get("DINO_XCIT_TRACEBACK"):
-            raise
-        # What the user can put right is the same in every process, so the first one tells it.
-        if not isinstance(error, ValueError) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{PROGRAM} {command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError) else 2
+    except Exception as error:
+        return report(name, error, debug)
+
+
+def run(name: str, arguments: list[str], own_process: bool) -> int:
+    """Parse the options of the command and call its function.
+
+    Returns:
+        The `exit_code` of what the function returns; 0 if that has none.
+
+    Raises:
+        UserError: the command or an option is unknown, or an option's value cannot be used.
+    """
+    if name not in COMMANDS:
+        closest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"unknown command {name!r}; did you mean {closest}? Commands: {', '.join(COMMANDS)}"
+        )
+    command = COMMANDS[name]
+    config = parse(name, command.config, arguments)
+    with interrupt_ends_the_process():
+        function = load_function(command)
+    if own_process and command.large_tensors:
+        from dino_xcit.runtime import keep_freed_memory
+
+        keep_freed_memory()
+    return getattr(function(config), "exit_code", 0)
+
+
+def load_function(command: Command) -> Callable[..., Any]:
+    """Import the command's function, which takes seconds."""
+    module, _, name = command.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"dino_xcit.{module}"), name)
+    return function
+
+
+def report(name: str, error: Exception, debug: bool) -> int:
+    """Print the error: one line if it is the user's to put right or the run's end, else a traceback.
+
+    Returns:
+        The exit code: 2 for the user's errors, 1 for all others.
+    """
+    users = isinstance(error, UserError) or (
+        isinstance(error, OSError) and error.filename is not None
+    )
+    expected = users or isinstance(error, RunFailedError)
+    if debug or not expected:
+        traceback.print_exception(error)
+    # A user's error is the same in every process, so the first one prints it.
+    if not isinstance(error, UserError) or is_first_process():
+        line = str(error) if expected else FAULT
+        print(f"{PROGRAM} {name}: {line}", file=sys.stderr)
+    return 2 if users else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its machine, as the launcher left it in the environment."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def ctrl_c_at_once() -> Iterator[None]:
-    """KeyboardInterrupt in the middle of an import may be swallowed, or make Python abort. Nothing is there to be saved."""
+def interrupt_ends_the_process() -> Iterator[None]:
+    """Ctrl-C in the middle of an import may be swallowed, or make Python abort: end at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
-
-
 def overview() -> str:
     """What `dino-xcit --help` prints."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{description}" for name, (description, *_) in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} COMMAND [options]",
-            "",
-            *lines,
-            "",
-            f"{PROGRAM} COMMAND --help lists the options of a command.",
-        ]
-    )
-
-
-def run_pretrain(config: PretrainConfig) -> int:
-    from dino_xcit.train.pretrain import pretrain
-
-    outcome = pretrain(config)
-    if outcome.stopped_by is not None:
-        print(
-            f"stopped at step {outcome.step} of {outcome.steps}, saved; go on with: "
-            f"{PROGRAM} pretrain --config {outcome.folder}/config.yaml",
-            file=sys.stderr,
-        )
-        return 0 if outcome.requeued else 128 + outcome.stopped_by
-    if not config.dry_run:
-        print(f"step {outcome.step} of {outcome.steps}: {outcome.folder}/teacher.safetensors")
-    return 0
-
-
-def run_knn_eval(config: KnnConfig) -> int:
-    from dino_xcit.evaluate.knn import knn_eval
-
-    knn_eval(config)
-    return 0
-
-
-def run_linear_eval(config: LinearConfig) -> int:
-    from dino_xcit.evaluate.linear import linear_eval
-
-    linear_eval(config)
-    return 0
-
-
-def run_seg_eval(config: SegConfig) -> int:
-    from dino_xcit.evaluate.segmentation import seg_eval
-
-    seg_eval(config)
-    return 0
-
-
-def run_attention(config: AttentionConfig) -> int:
-    from dino_xcit.figures.command import show_attention
-    from dino_xcit.files import printable
-
-    problems = show_attention(config)
-    for problem in problems:
-        print(printable(f"{PROGRAM} attention: {problem}"), file=sys.stderr)
-    return 2 if problems else 0
-
-
-def run_export(config: ExportConfig) -> int:
-    from dino_xcit.weights.export import export
-
-    for path in export(config):
-        print(path)
-    return 0
-
-
-COMMANDS: dict[str, tuple[str, type, Callable[[Any], int]]] = {
-    "pretrain": (
-        "pretrain an XCiT backbone with DINO, without labels",
-        PretrainConfig,
-        run_pretrain,
-    ),
-    "knn-eval": ("classify by nearest neighbours of frozen features", KnnConfig, run_knn_eval),
-    "linear-eval": ("train a linear classifier on frozen features", LinearConfig, run_linear_eval),
-    "seg-eval": (
-        "segment images by a linear layer on frozen patch tokens",
-        SegConfig,
-        run_seg_eval,
-    ),
-    "attention": ("draw what the class-attention heads look at", AttentionConfig, run_attention),
-    "export": (
-        "write a backbone for timm, Hugging Face, official DINO, ONNX or torch.export",
-        ExportConfig,
-        run_export,
-    ),
-}
-
-ROOMS = {  # of the commands, which take seconds to import
-    "pretrain": "train.pretrain",
-    "knn-eval": "evaluate.knn",
-    "linear-eval": "evaluate.linear",
-    "seg-eval": "evaluate.segmentation",
-    "attention": "figures.command",
-    "export": "weights.export",
-}
+    lines = [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
+    options = f"{PROGRAM} COMMAND --help lists the options of a command; {DEBUG} shows tracebacks."
+    return "\n".join([f"usage: {PROGRAM} COMMAND [options]", "", *lines, "", options])
 
 
 def parse(command: str, config_class: type[Config], arguments: list[str]) -> Config:
@@ -204,21 +221,26 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
     parser.add_argument(
         "--config", action="config", help="YAML file of options; a flag on the line wins"
     )
+    parser.add_argument(DEBUG, action="store_true", help="show the traceback of every error")
     parser.add_class_arguments(config_class)
     joined, words = join_lists(arguments, config_class)
     refuse_bad_configs(joined)
     try:
         namespace = parser.parse_args(joined)
     except argparse.ArgumentError as error:
-        raise ValueError(explain(error, parser)) from None
+        raise UserError(
+            explain(error, [field.name for field in dataclasses.fields(config_class)])
+        ) from None
     except RecursionError:
-        raise ValueError("an option has a value that is nested too deep") from None
+        raise UserError("an option has a value that is nested too deep") from None
     # Words pass by the parser, which reads YAML: names of files may hold anything.
     values = {**vars(namespace), **words}
     for name, hint in get_type_hints(config_class).items():
         if values[name] is None and type(None) not in get_args(hint):
-            raise ValueError(f"--{name} has no value; leave it out for its default, or give it one")
-    return config_class(**{name: value for name, value in values.items() if name != "config"})
+            raise UserError(f"--{name} has no value; leave it out for its default, or give it one")
+    return config_class(
+        **{name: value for name, value in values.items() if name not in ("config", "debug")}
+    )
 
 
 def refuse_bad_configs(arguments: list[str]) -> None:
@@ -298,14 +320,14 @@ def _items(words: list[str], item: Any) -> int:
     return next((i for i, one in enumerate(fits) if i and not one), len(words))
 
 
-def explain(error: argparse.ArgumentError, parser: ArgumentParser) -> str:
+def explain(error: argparse.ArgumentError, names: Sequence[str]) -> str:
     """jsonargparse's message in one line, with the flag as it is typed."""
     message = " ".join(str(error).split())
     message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]} ..."
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown:
         flag = unknown[1].split("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings]
+        flags = [f"--{name}" for name in (*names, "config", "help", "print_config", "debug")]
         closest = difflib.get_close_matches(flag, flags, n=1)
         return f"unknown option {flag}" + (
             f"; did you mean {closest[0]}?" if closest else "; --help lists the options"

@@ -7,11 +7,15 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -60,13 +64,13 @@ def read_yaml(path: Path) -> Any:
         content = yaml.safe_load(text.decode())
         many = _values(content, {}) > MOST_VALUES
     except RecursionError:
-        raise ValueError(f"{path} is no file of options: it is nested too deep") from None
+        raise UserError(f"{path} is no file of options: it is nested too deep") from None
     except Exception as error:  # YAML's own, and whatever it lets through of values that are not what their tags say
-        raise ValueError(
+        raise UserError(
             f"{path} is not readable as YAML: {' '.join(str(error).split())[:LONGEST_REASON]}"
         ) from None
     if many:
-        raise ValueError(
+        raise UserError(
             f"{path} is no file of options: its names stand for more than {MOST_VALUES} values"
         )
     return content

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import UserError
 from dino_xcit.files import plain, read_yaml, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -41,7 +44,7 @@ def read_config(folder: Path) -> PretrainConfig:
     try:
         return from_plain(read_yaml(path))
     except (TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a config of this version: {' '.join(str(error).split())}"
         ) from None
 

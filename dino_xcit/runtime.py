@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -18,7 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_xcit.config.evaluation import EvalConfig
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from dino_xcit.config.evaluation import EvalConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -103,7 +106,7 @@ def _fabric(config: MachineOptions, devices: Any) -> Fabric:
     try:
         return Fabric(accelerator=config.accelerator, devices=devices)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
-        raise ValueError(refusal(config, error)) from error
+        raise UserError(refusal(config, error)) from error
 
 
 def memory_there(device: torch.device) -> int:
@@ -148,7 +151,7 @@ def require_folder(path: Path, flag: str) -> None:
             pass
     except OSError as error:
         found = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
-        raise ValueError(f"--{flag} {path} {found}; expected a folder to write to") from None
+        raise UserError(f"--{flag} {path} {found}; expected a folder to write to") from None
     finally:
         with contextlib.suppress(OSError):  # in use by now
             for folder in missing:

@@ -15,7 +15,7 @@ from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.evaluate.knn import knn_eval
-from dino_xcit.figures.command import show_attention
+from dino_xcit.figures.command import attention
 from dino_xcit.train.pretrain import pretrain
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -35,7 +35,7 @@ def main() -> None:
     print(
         f"\nthe same as `dino-xcit attention --weights {weights} --masks shapes --figures heads overlay --html`:"
     )
-    show_attention(
+    attention(
         AttentionConfig(
             weights=(weights,),
             output_dir=figures,

@@ -23,9 +23,8 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
@@ -38,10 +37,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import dino_xcit
 from dino_xcit.cli import COMMANDS, parse
-from dino_xcit.config.attention import validate_attention
-from dino_xcit.config.evaluation import KnnConfig, validate_evaluation
-from dino_xcit.config.export import validate_export
-from dino_xcit.config.pretrain import validate
+from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.data.decode import decode
 from dino_xcit.evaluate.features import OFFICIAL_FILES, FileFeatures
 from dino_xcit.figures.localization import read_mask
@@ -52,6 +48,9 @@ from dino_xcit.run_folder import read_config
 from dino_xcit.train.checkpoints import is_whole
 from dino_xcit.weights.formats import to_official_names
 from dino_xcit.weights.load import load_backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECONDS = 10  # for one input
 GIB = 2**30
@@ -313,11 +312,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-VALIDATE: dict[str, Callable[[Any], None]] = {
-    "pretrain": validate,
-    "attention": validate_attention,
-    "export": validate_export,
-}
 TAGS = (
     f'!!python/object/apply:os.system ["touch {MARK}"]',
     f"!!python/object/new:open [{MARK}, w]",
@@ -349,7 +343,7 @@ def options(draw: Any) -> bytes:
             | st.text(max_size=200).map(lambda text: text.encode(errors="replace"))
         )
     command = draw(st.sampled_from(sorted(COMMANDS)))
-    config = COMMANDS[command][1]()
+    config = COMMANDS[command].config()
     lines = [f"# {command}\n"]
     for name in draw(st.lists(st.sampled_from(sorted(vars(config))), max_size=4, unique=True)):
         as_it_is = yaml.safe_dump({name: plain(getattr(config, name))})
@@ -395,9 +389,7 @@ def try_options(data: bytes) -> None:
     command = named if named in COMMANDS else "pretrain"
 
     def parsed(_: Path) -> None:
-        VALIDATE.get(command, validate_evaluation)(
-            parse(command, COMMANDS[command][1], ["--config", str(path)])
-        )
+        parse(command, COMMANDS[command].config, ["--config", str(path)])
 
     guard("options", parsed, folder)
     guard("configs of run folders", lambda _: read_config(folder), folder)

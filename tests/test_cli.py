@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -157,8 +158,10 @@ def test_images_are_the_words_that_belong_to_no_flag():
 
 def test_lists_before_images_end_where_the_words_are_no_items_of_theirs():
     config = attention(
+        "--weights",
+        "W",
         "--figures",
-        "heads",
+        "similarity",
         "pca",
         "a.png",
         "--point",
@@ -174,7 +177,7 @@ def test_lists_before_images_end_where_the_words_are_no_items_of_theirs():
     )
     assert config.images == ("a.png", "b.png", "c", "d")
     assert (config.figures, config.point, config.format, config.dpi) == (
-        ("heads", "pca"),
+        ("similarity", "pca"),
         (0.5, 0.1),
         ("pdf",),
         72,
@@ -271,5 +274,5 @@ def test_ctrl_c_while_modules_load_ends_at_once(tmp_path):
         text=True,
         check=False,
     )
-    assert run.returncode == 130, run.stderr
+    assert run.returncode == -signal.SIGINT, run.stderr
     assert run.stderr == ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.config.checks import PRECISIONS, Checks
+from dino_xcit.config.checks import Checks
+from dino_xcit.errors import UserError
 
 Interpolation = Literal["nearest", "bicubic"]
 FigureKind = Literal[
@@ -99,51 +100,37 @@ class AttentionConfig:
     precision: str = "32-true"
     """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
 
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no figure can use."""
+        if not self.weights:
+            raise UserError("expected --weights: a run folder, .ckpt, .safetensors or timm:NAME")
+        check = Checks(self)
+        self._check_combinations(check)
+        check.at_least(0, "image_size", "head", "seed")
+        check.at_least(1, "num_images", "images_per_figure")
+        in_the_image = len(self.point) == 2 and all(0 <= share <= 1 for share in self.point)
+        check(not self.point or in_the_image, "point", "two shares from 0 to 1")
+        check(0 < self.threshold < 1, "threshold", "a share between 0 and 1")
+        check(0 <= self.clip < 0.5, "clip", "a share from 0 to below 0.5")
+        check(bool(self.format), "format", "at least one of png, pdf, svg")
+        check.within(10, 1200, "10 to 1200", "dpi")
+        check.positive("fps")
+        check.precision()
 
-def validate_attention(config: AttentionConfig) -> None:
-    """Raise ValueError, naming the flag, for values that no figure can use."""
-    require = Checks(config)
-    if not config.weights:
-        raise ValueError("expected --weights: a run folder, .ckpt, .safetensors or timm:NAME")
-    several = len(config.weights) > 1
-    require(
-        not several or set(config.figures) <= {"models"},
-        "figures",
-        "models alone with several --weights",
-    )
-    require(several or "models" not in config.figures, "figures", "no models with one --weights")
-    require(
-        not several or not (config.html or config.masks), "weights", "one with --html or --masks"
-    )
-    draws_its_own = config.masks == "shapes" and not (config.figures or config.html)
-    require(
-        not (draws_its_own and config.images),
-        "masks",
-        "a folder of masks of the images that are named",
-    )
-    require(
-        len(config.names) in (0, len(config.weights)),
-        "names",
-        f"a name for each of {len(config.weights)} --weights",
-    )
-    require(len(set(config.names)) == len(config.names), "names", "different names")
-    require(
-        config.frames or config.fps == AttentionConfig.fps,
-        "fps",
-        "no rate without --frames: videos keep their own",
-    )
-    similar = "similarity" in config.figures
-    require(similar or not config.point, "point", "none without --figures similarity")
-    require(config.image_size is None or config.image_size >= 0, "image_size", "0 or more")
-    require(config.num_images is None or config.num_images >= 1, "num_images", "at least 1")
-    require(config.images_per_figure >= 1, "images_per_figure", "at least 1")
-    require(config.head is None or config.head >= 0, "head", "0 or more")
-    in_the_image = len(config.point) == 2 and all(0 <= share <= 1 for share in config.point)
-    require(not config.point or in_the_image, "point", "two shares from 0 to 1")
-    require(0 < config.threshold < 1, "threshold", "a share between 0 and 1")
-    require(0 <= config.clip < 0.5, "clip", "a share from 0 to below 0.5")
-    require(bool(config.format), "format", "at least one of png, pdf, svg")
-    require(10 <= config.dpi <= 1200, "dpi", "10 to 1200")
-    require(config.fps > 0, "fps", "a positive number")
-    require(config.seed >= 0, "seed", "0 or more")
-    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+    def _check_combinations(self, check: Checks) -> None:
+        several, kinds = len(self.weights) > 1, set(self.figures)
+        alone = not several or kinds <= {"models"}
+        check(alone, "figures", "models alone with several --weights")
+        check(several or "models" not in kinds, "figures", "no models with one --weights")
+        one = not several or not (self.html or self.masks)
+        check(one, "weights", "one with --html or --masks")
+        draws_its_own = self.masks == "shapes" and not (self.figures or self.html)
+        named = draws_its_own and bool(self.images)
+        check(not named, "masks", "a folder of masks of the images that are named")
+        count = f"a name for each of {len(self.weights)} --weights"
+        check(len(self.names) in (0, len(self.weights)), "names", count)
+        check(len(set(self.names)) == len(self.names), "names", "different names")
+        default = self.frames or self.fps == AttentionConfig.fps
+        check(default, "fps", "no rate without --frames: videos keep their own")
+        points = "similarity" in kinds or not self.point
+        check(points, "point", "none without --figures similarity")

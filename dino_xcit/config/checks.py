@@ -1,18 +1,54 @@
-"""Rules of options: each raises an error that names the flag."""
+"""Rules of options: each raises a UserError that names the flag."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 class Checks:
-    """Raises ValueError, naming the flag, for a value that was not expected."""
+    """The rules of one config; `__post_init__` of its class calls them."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: object) -> None:
         self.config = config
 
     def __call__(self, condition: bool, flag: str, expected: str) -> None:
+        """Raise UserError unless the condition holds."""
         if not condition:
-            raise ValueError(f"--{flag} is {getattr(self.config, flag)!r}; expected {expected}")
+            raise UserError(f"--{flag} is {getattr(self.config, flag)!r}; expected {expected}")
+
+    def numbers(self, flag: str) -> Iterable[Any]:
+        """The flag's value, or values; none if it has no value."""
+        value = getattr(self.config, flag)
+        if value is None:
+            return ()
+        return value if isinstance(value, tuple) else (value,)
+
+    def at_least(self, least: float, *flags: str) -> None:
+        """Each value is `least` or more."""
+        for flag in flags:
+            expected = f"{least:g} or more" if least <= 0 else f"at least {least:g}"
+            self(all(value >= least for value in self.numbers(flag)), flag, expected)
+
+    def positive(self, *flags: str) -> None:
+        """Each value is over 0."""
+        for flag in flags:
+            values = getattr(self.config, flag)
+            expected = "positive values" if isinstance(values, tuple) else "a positive number"
+            self(all(value > 0 for value in self.numbers(flag)), flag, expected)
+
+    def within(self, low: float, high: float, expected: str, *flags: str) -> None:
+        """Each value is from `low` to `high`."""
+        for flag in flags:
+            self(all(low <= value <= high for value in self.numbers(flag)), flag, expected)
+
+    def precision(self) -> None:
+        """`--precision` is one that the commands know."""
+        (precision,) = self.numbers("precision")
+        self(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")

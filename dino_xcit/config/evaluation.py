@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.config.checks import PRECISIONS, Checks
+from dino_xcit.config.checks import Checks
+from dino_xcit.errors import UserError
+
+WEIGHTS = "a run folder, a file, timm:NAME or hf-hub:ORG/NAME"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,21 @@ class EvalConfig:
     output_dir: str | None = None
     """folder of the results. Default: the run folder of the weights, else runs/NAME"""
 
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        self._check_source()
+        check = Checks(self)
+        check.at_least(
+            1, "num_images", "in_chans", "image_size", "resize_size", "batch_size_per_gpu"
+        )
+        check.at_least(0, "seed", "num_workers")
+        check.positive("std")
+        check.precision()
+
+    def _check_source(self) -> None:
+        if self.weights is None:
+            raise UserError(f"expected --weights: {WEIGHTS}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(EvalConfig):
@@ -77,6 +95,30 @@ class ClassificationConfig(EvalConfig):
     load_features: str | None = None
     """folder of trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth to evaluate instead of --weights"""
 
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        super().__post_init__()
+        Checks(self).at_least(1, "n_last_blocks")
+
+    def _check_source(self) -> None:
+        if (self.weights is None) == (self.load_features is None):
+            found = "both are given" if self.weights else "neither is"
+            raise UserError(f"expected --weights or --load_features, {found}")
+        of_images = (
+            "baselines",
+            "data_path",
+            "dataset",
+            "num_images",
+            "image_size",
+            "n_last_blocks",
+        )
+        meaningless = [flag for flag in of_images if getattr(self, flag)]
+        if self.load_features is not None and meaningless:
+            raise UserError(
+                f"--{meaningless[0]} has no meaning with --load_features, which brings features "
+                "instead of images"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig(ClassificationConfig):
@@ -88,6 +130,14 @@ class KnnConfig(ClassificationConfig):
     """temperature of the vote: a neighbour's is exp(similarity / temperature)"""
     dump_features: str | None = None
     """folder to write the four files that --load_features reads"""
+
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        super().__post_init__()
+        check = Checks(self)
+        check(bool(self.nb_knn), "nb_knn", "numbers of at least 1")
+        check.at_least(1, "nb_knn")
+        check.positive("temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +164,23 @@ class LinearConfig(ClassificationConfig):
     evaluate: str | None = None
     """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
 
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        super().__post_init__()
+        check = Checks(self)
+        check.positive("lr", "c")
+        one_head = self.protocol == "dino"
+        check(not one_head or len(self.lr) <= 1, "lr", "one number with --protocol dino")
+        images = not one_head or self.load_features is None
+        check(images, "load_features", "images, for --protocol dino")
+        alone = not (self.evaluate and self.baselines)
+        check(alone, "baselines", "false with --evaluate, which is one head's")
+        check(0 < self.held_out < 1, "held_out", "a share between 0 and 1")
+        shares = self.train_fraction
+        in_range = bool(shares) and all(0 < share <= 1 for share in shares)
+        check(in_range, "train_fraction", "shares over 0, up to 1")
+        check.at_least(1, "epochs", "batch_size", "num_seeds")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegConfig(EvalConfig):
@@ -131,78 +198,10 @@ class SegConfig(EvalConfig):
     ignore_label: tuple[int, ...] = (255,)
     """numbers in the masks that are no class: neither trained on nor scored (ADE20K: 0 255)"""
 
-
-def validate_evaluation(config: EvalConfig) -> None:
-    """Raise ValueError, naming the flag, for values that no evaluation can use."""
-    require = Checks(config)
-    if isinstance(config, ClassificationConfig):
-        _validate_features(config, require)
-    elif config.weights is None:
-        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
-    for flag in ("num_images", "in_chans", "image_size", "resize_size", "batch_size_per_gpu"):
-        require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
-    require(config.seed >= 0, "seed", "0 or more")
-    require(config.num_workers is None or config.num_workers >= 0, "num_workers", "0 or more")
-    require(all(s > 0 for s in config.std), "std", "positive values")
-    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-    if isinstance(config, KnnConfig):
-        require(bool(config.nb_knn) and min(config.nb_knn) >= 1, "nb_knn", "numbers of at least 1")
-        require(config.temperature > 0, "temperature", "a positive number")
-    if isinstance(config, LinearConfig):
-        require(all(lr > 0 for lr in config.lr), "lr", "positive numbers")
-        require(
-            config.protocol != "dino" or len(config.lr) <= 1,
-            "lr",
-            "one number with --protocol dino",
-        )
-        require(
-            config.protocol != "dino" or config.load_features is None,
-            "load_features",
-            "images, for --protocol dino",
-        )
-        require(all(c > 0 for c in config.c), "c", "positive numbers")
-        require(
-            not (config.evaluate and config.baselines),
-            "baselines",
-            "false with --evaluate, which is one head's",
-        )
-        require(0 < config.held_out < 1, "held_out", "a share between 0 and 1")
-        shares = config.train_fraction
-        require(
-            bool(shares) and all(0 < share <= 1 for share in shares),
-            "train_fraction",
-            "shares over 0, up to 1",
-        )
-        for flag in ("epochs", "batch_size", "num_seeds"):
-            require(getattr(config, flag) is None or getattr(config, flag) >= 1, flag, "at least 1")
-    if isinstance(config, SegConfig):
-        require(config.lr > 0, "lr", "a positive number")
-        for flag in ("epochs", "batch_size"):
-            require(getattr(config, flag) >= 1, flag, "at least 1")
-        require(
-            all(0 <= label <= 255 for label in config.ignore_label),
-            "ignore_label",
-            "numbers from 0 to 255",
-        )
-
-
-def _validate_features(config: ClassificationConfig, require: Checks) -> None:
-    if (config.weights is None) == (config.load_features is None):
-        found = "both are given" if config.weights else "neither is"
-        raise ValueError(f"expected --weights or --load_features, {found}")
-    if config.load_features is not None:
-        for flag in (
-            "baselines",
-            "data_path",
-            "dataset",
-            "num_images",
-            "image_size",
-            "n_last_blocks",
-        ):
-            if getattr(config, flag):
-                raise ValueError(
-                    f"--{flag} has no meaning with --load_features, which brings features instead of images"
-                )
-    require(
-        config.n_last_blocks is None or config.n_last_blocks >= 1, "n_last_blocks", "at least 1"
-    )
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        super().__post_init__()
+        check = Checks(self)
+        check.positive("lr")
+        check.at_least(1, "epochs", "batch_size")
+        check.within(0, 255, "numbers from 0 to 255", "ignore_label")

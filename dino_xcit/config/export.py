@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dino_xcit.config.checks import Checks
+from dino_xcit.config.evaluation import WEIGHTS
+from dino_xcit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +29,13 @@ class ExportConfig:
     output_dir: str = "export"
     """folder of the files"""
 
-
-def validate_export(config: ExportConfig) -> None:
-    """Raise ValueError, naming the flag, for values that no export can use."""
-    require = Checks(config)
-    if not config.weights:
-        raise ValueError("expected --weights: a run folder, a file, timm:NAME or hf-hub:ORG/NAME")
-    require(bool(config.format), "format", "at least one of timm, hf, official, onnx, torch_export")
-    graphs = {"onnx", "torch_export"} & set(config.format)
-    require(
-        not config.attention or bool(graphs),
-        "attention",
-        "false without --format onnx or torch_export",
-    )
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no export can use."""
+        if not self.weights:
+            raise UserError(f"expected --weights: {WEIGHTS}")
+        check = Checks(self)
+        formats = "at least one of timm, hf, official, onnx, torch_export"
+        check(bool(self.format), "format", formats)
+        graphs = {"onnx", "torch_export"} & set(self.format)
+        has_output = not self.attention or bool(graphs)
+        check(has_output, "attention", "false without --format onnx or torch_export")

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dino_xcit.config.checks import PRECISIONS, Checks
+from dino_xcit.config.checks import Checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +172,52 @@ class PretrainConfig:
     dry_run: bool = False
     """write crops.png, print the plan and stop"""
 
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that no run can use."""
+        check = Checks(self)
+        self._check_images(check)
+        self._check_training(check)
+        self._check_machine(check)
+
+    def _check_images(self, check: Checks) -> None:
+        for flag in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, flag)
+            check(0 < low <= high <= 1, flag, "two shares with 0 < from <= to <= 1")
+        channels = f"one value per channel (--in_chans {self.in_chans})"
+        for flag in ("mean", "std"):
+            check(len(getattr(self, flag)) == self.in_chans, flag, channels)
+        check.positive("std")
+        low, high = self.blur_sigma
+        check(0 < low <= high, "blur_sigma", "two numbers of pixels with 0 < from <= to")
+        probabilities = ("flip_prob", "color_jitter_prob", "grayscale_prob", "blur_prob")
+        check.within(0, 1, "probabilities from 0 to 1", *probabilities, "solarize_prob")
+        *strengths, hue = self.color_jitter
+        in_range = all(0 <= strength <= 1 for strength in strengths) and 0 <= hue <= 0.5
+        check(in_range, "color_jitter", "strengths from 0 to 1, hue to 0.5")
+        check.at_least(1, "in_chans", "num_images", "global_crops_size", "local_crops_size")
+        check.at_least(0, "local_crops_number")
+
+    def _check_training(self, check: Checks) -> None:
+        shares = ("momentum_teacher", "center_momentum", "drop_path_rate")
+        check.within(0, 1, "a number from 0 to 1", *shares)
+        check.positive("student_temp", "warmup_teacher_temp", "teacher_temp")
+        check.at_least(1, "out_dim", "head_hidden_dim", "head_bottleneck_dim")
+        check.at_least(1, "epochs", "batch_size_per_gpu", "accumulate_grad_batches")
+        check.at_least(0, "lr", "clip_grad", "freeze_last_layer")
+        for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+            fits = getattr(self, flag) <= self.epochs
+            check(fits, flag, f"at most --epochs {self.epochs}")
+        both = self.init_weights is not None and self.continue_from is not None
+        check(not both, "init_weights", "nothing beside --continue_from, which brings weights")
+
+    def _check_machine(self, check: Checks) -> None:
+        check.precision()
+        whole = self.strategy == "auto" or self.strategy.startswith("ddp")
+        check(whole, "strategy", "auto or ddp (every process is whole)")
+        check.at_least(1, "num_nodes", "log_every_n_steps", "eval_num_images")
+        check.at_least(1, "checkpoint_every_n_steps")
+        check.at_least(0, "eval_every_n_epochs", "saveckp_freq", "checkpoint_every_n_minutes")
+
 
 # Options that a resumed run may change: they say where it runs and what it tells, not what it computes. (Of the images per
 # process only the sum over all processes matters, which is compared on loading.)
@@ -208,88 +254,3 @@ def differing_options(one: PretrainConfig, other: PretrainConfig) -> dict[str, t
         for f in dataclasses.fields(one)
         if f.name not in FREE_ON_RESUME and getattr(one, f.name) != getattr(other, f.name)
     }
-
-
-def validate(config: PretrainConfig) -> None:
-    """Raise ValueError, naming the flag, for values that no run can use."""
-    require = Checks(config)
-
-    for flag in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(config, flag)
-        require(0 < low <= high <= 1, flag, "two shares with 0 < from <= to <= 1")
-    for flag in ("mean", "std"):
-        require(
-            len(getattr(config, flag)) == config.in_chans,
-            flag,
-            f"one value per channel (--in_chans {config.in_chans})",
-        )
-    require(all(s > 0 for s in config.std), "std", "positive values")
-    low, high = config.blur_sigma
-    require(0 < low <= high, "blur_sigma", "two numbers of pixels with 0 < from <= to")
-    for flag in ("flip_prob", "color_jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob"):
-        value = getattr(config, flag)
-        require(
-            all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))),
-            flag,
-            "probabilities from 0 to 1",
-        )
-    require(
-        all(0 <= s <= 1 for s in config.color_jitter[:3]),
-        "color_jitter",
-        "strengths from 0 to 1, hue to 0.5",
-    )
-    require(0 <= config.color_jitter[3] <= 0.5, "color_jitter", "strengths from 0 to 1, hue to 0.5")
-    for flag in ("momentum_teacher", "center_momentum", "drop_path_rate"):
-        require(0 <= getattr(config, flag) <= 1, flag, "a number from 0 to 1")
-    for flag in ("student_temp", "warmup_teacher_temp", "teacher_temp"):
-        require(getattr(config, flag) > 0, flag, "a positive number")
-    for flag in (
-        "epochs",
-        "batch_size_per_gpu",
-        "accumulate_grad_batches",
-        "in_chans",
-        "log_every_n_steps",
-        "num_nodes",
-    ):
-        require(getattr(config, flag) >= 1, flag, "at least 1")
-    for flag in (
-        "out_dim",
-        "head_hidden_dim",
-        "head_bottleneck_dim",
-        "global_crops_size",
-        "local_crops_size",
-    ):
-        require(getattr(config, flag) >= 1, flag, "at least 1")
-    for flag in (
-        "local_crops_number",
-        "lr",
-        "clip_grad",
-        "eval_every_n_epochs",
-        "freeze_last_layer",
-        "saveckp_freq",
-    ):
-        require(getattr(config, flag) >= 0, flag, "0 or more")
-    require(
-        config.warmup_epochs <= config.epochs, "warmup_epochs", f"at most --epochs {config.epochs}"
-    )
-    require(
-        config.warmup_teacher_temp_epochs <= config.epochs,
-        "warmup_teacher_temp_epochs",
-        f"at most --epochs {config.epochs}",
-    )
-    require(config.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
-    require(
-        config.strategy == "auto" or config.strategy.startswith("ddp"),
-        "strategy",
-        "auto or ddp (every process is whole)",
-    )
-    require(config.eval_num_images >= 1, "eval_num_images", "at least 1")
-    require(
-        config.init_weights is None or config.continue_from is None,
-        "init_weights",
-        "nothing beside --continue_from, which brings weights",
-    )
-    require(config.checkpoint_every_n_minutes >= 0, "checkpoint_every_n_minutes", "0 or more")
-    for flag in ("num_images", "checkpoint_every_n_steps"):
-        value = getattr(config, flag)
-        require(value is None or value >= 1, flag, "at least 1")

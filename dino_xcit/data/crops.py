@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import resize
 from dino_xcit.data.photometric import PhotometricParam
-from dino_xcit.model.architectures import BRANCHES, resolve_architecture
+
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
 
 GLOBAL_CROPS = 2
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -44,15 +46,15 @@ class Views:
 class MultiCrop:
     """Cuts the views of an image. Picklable, without state: a worker may hold one."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: PretrainConfig, path_shape: tuple[int, int]) -> None:
+        """path_shape: layers and residual branches of the backbone's stochastic depth."""
+        self.config, self.path_shape = config, path_shape
         local = config.local_crops_number
         self.views = GLOBAL_CROPS + local
         scales = [config.global_crops_scale] * GLOBAL_CROPS + [config.local_crops_scale] * local
         self.scale_low, self.scale_high = np.array(scales).T
         self.blur_prob = self._per_view(config.blur_prob)
         self.solarize_prob = self._per_view(config.solarize_prob)
-        self.layers = resolve_architecture(config.arch)[1].depth
 
     def _per_view(self, values: tuple[float, float, float]) -> np.ndarray:
         return np.array([values[0], values[1], *[values[2]] * self.config.local_crops_number])
@@ -96,9 +98,9 @@ class MultiCrop:
         return draws.astype(np.float32)
 
     def sample_paths(self, rng: np.random.Generator) -> np.ndarray:
-        """float32 (V, layers, 3). The rate is the same in every layer, as published."""
+        """float32 (V, layers, branches). The rate is the same in every layer, as published."""
         rate = self.config.drop_path_rate
-        kept = rng.random((self.views, self.layers, BRANCHES)) >= rate
+        kept = rng.random((self.views, *self.path_shape)) >= rate
         return kept.astype(np.float32) / max(1 - rate, 1e-9)
 
 

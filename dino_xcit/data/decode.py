@@ -7,13 +7,17 @@ import io
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -67,9 +71,9 @@ def reading_images() -> Iterator[None]:
     except ValueError:
         raise
     except UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise UserError("not an image") from None
     except Exception as error:
-        raise ValueError(one_line(error)) from error
+        raise UserError(one_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -97,7 +101,7 @@ def from_pil(image: Image.Image, channels: int) -> Tensor:
             (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         )
     if channels not in PIL_MODES:
-        raise ValueError(
+        raise UserError(
             f"images of {channels} channels cannot be read from files; --in_chans takes 1, 3 or 4 here"
         )
     array = np.array(image.convert(PIL_MODES[channels]))

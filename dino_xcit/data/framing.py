@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_xcit.data.images import ImageSet
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dino_xcit.data.images import ImageSet
 
 
 def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:

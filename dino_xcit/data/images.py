@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dino_xcit.data import shapes
 from dino_xcit.data.decode import EXTENSIONS, SECONDS_TO_READ, decode, from_pil, in_time, one_line
+from dino_xcit.errors import UserError
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
 IMAGES_LOOKED_AT = 16  # for a set's fingerprint
@@ -171,7 +172,7 @@ def open_images(
     images = _open_folder(config, split, classes) if not name else _open_named(name, config, split)
     if images is not None and split == "train" and config.num_images:
         if config.num_images > len(images):
-            raise ValueError(
+            raise UserError(
                 f"--num_images {config.num_images} is more than the {len(images)} images found"
             )
         images = Subset(images, config.num_images, config.seed)
@@ -188,7 +189,7 @@ def _open_folder(
     root = Path(data_path or "")
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"--data_path {data_path} {kind}; expected a folder of images")
+        raise UserError(f"--data_path {data_path} {kind}; expected a folder of images")
     found = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
     if split == "validation" and found is None:
         return None
@@ -204,7 +205,7 @@ def _open_folder(
         if split == "validation":
             return None
         files = sum(len(names) for _, _, names in os.walk(folder))
-        raise ValueError(
+        raise UserError(
             f"no images in --data_path {folder} ({files} other files); expected files ending in {' '.join(EXTENSIONS)}"
         ) from None
 
@@ -213,7 +214,7 @@ def _open_named(name: str, config: ImageOptions, split: str) -> ImageSet | None:
     from timm.data import create_dataset
 
     if not name.startswith(("torch/", "hfds/")):
-        raise ValueError(
+        raise UserError(
             f"--dataset {name} is unknown; expected shapes, torch/NAME (torchvision) or hfds/NAME (Hugging Face)"
         )
     try:
@@ -221,13 +222,13 @@ def _open_named(name: str, config: ImageOptions, split: str) -> ImageSet | None:
             create_dataset(name, root=config.data_path, split=split), config.in_chans or 3
         )
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--dataset {name} needs a package that is not installed: {error}"
         ) from error
     except (AssertionError, RuntimeError, OSError, ValueError) as error:
         if split == "validation":  # a set whose training images opened has no such split
             return None
-        raise ValueError(
+        raise UserError(
             f"--dataset {name} could not be opened at --data_path {config.data_path}: {one_line(error)}"
         ) from error
 

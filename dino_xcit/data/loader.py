@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.crops import MultiCrop, Views
 from dino_xcit.data.decode import one_line
-from dino_xcit.data.images import ImageSet
+from dino_xcit.errors import UserError
 from dino_xcit.runtime import say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
 
 REPLACEMENTS_TRIED = 20
 T = TypeVar("T")
@@ -40,9 +45,11 @@ class Batch(NamedTuple):
 class CropDataset(Dataset[Any]):
     """(epoch, index) -> the views of that image in that epoch."""
 
-    def __init__(self, images: ImageSet, config: PretrainConfig) -> None:
+    def __init__(
+        self, images: ImageSet, config: PretrainConfig, path_shape: tuple[int, int]
+    ) -> None:
         self.images, self.config = images, config
-        self.crop = MultiCrop(config)
+        self.crop = MultiCrop(config, path_shape)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,8 +70,8 @@ class CropDataset(Dataset[Any]):
                     break
         problem = f"cannot read {bad[0].name}: {bad[0].reason}"
         if self.config.on_bad_image == "raise":
-            raise ValueError(f"{problem}; --on_bad_image replace would go on without it")
-        raise ValueError(
+            raise UserError(f"{problem}; --on_bad_image replace would go on without it")
+        raise UserError(
             f"{problem}, nor {len(bad) - 1} others picked in its place; is --data_path right?"
         )
 
@@ -85,7 +92,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         self.total_batch = self.pass_batch * config.accumulate_grad_batches
         self.steps_per_epoch = images // self.total_batch
         if not self.steps_per_epoch:
-            raise ValueError(
+            raise UserError(
                 f"{images} images are fewer than one step takes ({self.total_batch}: --batch_size_per_gpu "
                 f"{config.batch_size_per_gpu} x {world_size} processes x --accumulate_grad_batches "
                 f"{config.accumulate_grad_batches}); lower --batch_size_per_gpu"
@@ -133,7 +140,7 @@ def surviving(loaded_from: Callable[[int], Iterator[T]]) -> Iterator[T]:
                 else "a loader worker died"
             )
             if deaths > WORKER_DEATHS:
-                raise ValueError(
+                raise UserError(
                     f"{deaths} loader workers died one after the other ({reason}); if the machine is out of memory, "
                     "lower --num_workers, else look for an image that a decoder cannot bear with --num_workers 0"
                 ) from error
@@ -164,7 +171,7 @@ class CropLoader(DataLoader[Batch]):
                 self.handed_out += 1
                 yield batch
         except ValueError as error:  # from a worker it comes with the traceback in its text
-            raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
+            raise UserError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
 
     def _from(self, number: int) -> Iterator[Batch]:
         self.order.passes_done = self.handed_out

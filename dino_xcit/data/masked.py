@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,11 +12,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_xcit.config.evaluation import SegConfig
 from dino_xcit.data import shapes
 from dino_xcit.data.decode import EXTENSIONS, FORMATS, decode, reading_images
 from dino_xcit.data.framing import Transform, centre_crop
 from dino_xcit.data.images import SPLITS, ImageSet, ShapeSet, Subset
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from dino_xcit.config.evaluation import SegConfig
 
 IMAGE_FOLDERS, MASK_FOLDERS = (
     ("images", "JPEGImages"),
@@ -77,7 +80,7 @@ class MaskedFiles:
     def mask(self, index: int) -> np.ndarray:
         with reading_images(), Image.open(self.masks[index], formats=FORMATS) as file:
             if file.mode not in ("P", "L", "1"):
-                raise ValueError(
+                raise UserError(
                     f"mask {self.masks[index]} is in colour or of 16 bits; expected the number of a class a pixel"
                 )
             return np.array(file).astype(np.uint8)
@@ -97,14 +100,14 @@ def open_masked(config: SegConfig) -> tuple[dict[str, MaskedSet], dict[str, int]
         }
         return drawn, classes
     if config.dataset is not None or config.data_path is None:
-        raise ValueError(
+        raise UserError(
             f"--dataset {config.dataset} has no masks; expected shapes, or --data_path with images and masks"
         )
     root = Path(config.data_path)
     found: dict[str, Any] = {split: MaskedFiles(*_pairs(root, split), channels) for split in SPLITS}
     if config.num_images:
         if config.num_images > len(found["train"]):
-            raise ValueError(
+            raise UserError(
                 f"--num_images {config.num_images} is more than the {len(found['train'])} images found"
             )
         chosen = Subset(found["train"], config.num_images, config.seed).indices
@@ -121,7 +124,7 @@ def _pairs(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
     expected = f"expected images/ and masks/ with train/ and val/ in each, or {VOC_LISTS}/train.txt and val.txt beside"
     if images is None or masks is None:
-        raise ValueError(
+        raise UserError(
             f"--data_path {root} has no {'images' if images is None else 'masks'}/; {expected}"
         )
     named = None
@@ -133,7 +136,7 @@ def _pairs(root: Path, split: str) -> tuple[list[Path], list[Path]]:
             named = set(listed.read_text().split())
             break
     else:
-        raise ValueError(f"--data_path {root} has no {split} images; {expected}")
+        raise UserError(f"--data_path {root} has no {split} images; {expected}")
     of_masks = {
         path.relative_to(masks).with_suffix(""): path
         for path in sorted(masks.rglob("*"))
@@ -146,7 +149,7 @@ def _pairs(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     }
     both = [key for key in of_images if key in of_masks and (named is None or str(key) in named)]
     if not both:
-        raise ValueError(f"no image in {images} has a mask of its name in {masks}")
+        raise UserError(f"no image in {images} has a mask of its name in {masks}")
     return [of_images[key] for key in both], [of_masks[key] for key in both]
 
 
@@ -169,7 +172,7 @@ class MaskDataset(Dataset[tuple[Tensor, bool]]):
         try:
             mask = torch.from_numpy(self.images.mask(index))
             if (shape := tuple(self.images.read(index).shape[1:])) != tuple(mask.shape):
-                raise ValueError(
+                raise UserError(
                     f"{self.images.name(index)}: image of {shape} pixels, mask of {tuple(mask.shape)}"
                 )
             mask = centre_crop(mask[None], size, self.transform.resize_size, _nearest)[0]

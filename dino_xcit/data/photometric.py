@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in PIL and torchvision
 BLUR_REACH = 3.0  # standard deviations after which the Gaussian is cut off

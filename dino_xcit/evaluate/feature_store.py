@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.loader import leave_signals_to_the_parent, surviving
+from dino_xcit.errors import NotFiniteError
 from dino_xcit.files import replacing
 from dino_xcit.runtime import progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
 
 WORTH_WORKERS = 5000  # images; starting workers for fewer costs more than it saves
 NOT_DONE, DONE, UNREADABLE = 0, 1, 2
@@ -115,7 +119,7 @@ def extract(
             with np.errstate(over="ignore"):
                 features = frozen(images).cpu().numpy().astype(store.features.dtype)
             if not np.isfinite(features).all():
-                raise FloatingPointError(f"features are not finite in {features.dtype}")
+                raise NotFiniteError(f"features are not finite in {features.dtype}")
             store.features[batch] = features
             store.mark(batch, readable.numpy())
             bar.update(len(batch))

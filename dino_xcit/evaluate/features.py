@@ -15,25 +15,29 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import dino_xcit
-from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.data.framing import EvalDataset, Transform
 from dino_xcit.data.images import ImageSet, fingerprint
 from dino_xcit.data.loader import default_workers
+from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.evaluate.feature_store import DONE, NOT_DONE, WORTH_WORKERS, FeatureStore, extract
 from dino_xcit.files import replacing
 from dino_xcit.model.architectures import ABLATIONS
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.backbone import Backbone
 from dino_xcit.runtime import HALF, say, summed
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 
 ROWS = 65536  # features looked at in one go
 PIXELS = 32  # side of the images whose raw pixels are a baseline
@@ -49,9 +53,9 @@ OFFICIAL_FILES = {
 Take = Callable[[Any, Tensor], Tensor]
 
 
-def class_features(network: Any, x: Tensor) -> Tensor:
+def class_features(network: Backbone, x: Tensor) -> Tensor:
     """What classifiers see: `XCiT.layer_features`, or the one feature of another network (B, 1, C)."""
-    return network.layer_features(x) if isinstance(network, XCiT) else network(x)[:, None]
+    return network.layer_features(x)
 
 
 class FeatureExtractor:
@@ -90,27 +94,31 @@ class FeatureExtractor:
         try:
             parts, dim = self(torch.zeros(1, channels, size, size, dtype=torch.uint8)).shape[1:]
         except (ValueError, AssertionError, RuntimeError) as error:  # each network has its own
-            raise ValueError(f"--image_size {size}: {' '.join(str(error).split())}") from error
+            raise UserError(f"--image_size {size}: {' '.join(str(error).split())}") from error
         return parts, dim
 
 
-class Pixels(nn.Module):
+class Pixels(Backbone):
     """Baseline: the image itself, averaged down to at most 32 x 32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        side = min(PIXELS, x.shape[-1])
-        return F.adaptive_avg_pool2d(x, side).flatten(1)
+    arch = "raw pixels"
+    metadata: ClassVar[dict[str, Any]] = {}
+
+    def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """Give the pixels, (B, C * side * side)."""
+        side = min(PIXELS, images.shape[-1])
+        return F.adaptive_avg_pool2d(images, side).flatten(1)
 
 
 def part_slice(n_last_blocks: int, avgpool: bool, parts: int) -> slice:
     """Which of the P parts of a feature make up the choice. Raises ValueError if the network has no such parts."""
     layers = max(1, parts - 1)
     if n_last_blocks > layers:
-        raise ValueError(
+        raise UserError(
             f"--n_last_blocks {n_last_blocks}: this network has class tokens in {layers} layers"
         )
     if avgpool and parts == 1:
-        raise ValueError("--avgpool_patchtokens true: these features have no patch tokens")
+        raise UserError("--avgpool_patchtokens true: these features have no patch tokens")
     if avgpool and n_last_blocks < layers:
         return slice(0, parts, layers)
     return slice(0, n_last_blocks + avgpool)
@@ -179,7 +187,7 @@ class FrozenFeatures:
                 FeatureStore.on_disk(folder, shape, dtype)
             except OSError as error:
                 size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
-                raise ValueError(
+                raise UserError(
                     f"--cache_dir {self.cache} cannot take {size:.2g} GiB of features: {error}"
                 ) from None
             with replacing(folder / "about.json") as path:
@@ -200,9 +208,7 @@ class FrozenFeatures:
                 description=f"{self.name}, {split}" if fabric.is_global_zero else None,
             )
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"--weights {self.name}: {error}; a run that diverged?"
-            ) from None
+            raise NotFiniteError(f"--weights {self.name}: {error}; a run that diverged?") from None
         fabric.barrier()
         total = int(summed(fabric, torch.tensor(made)))
         if total:
@@ -215,7 +221,7 @@ class FrozenFeatures:
         lost = np.flatnonzero(~readable)
         self.unreadable += len(lost)
         if len(lost) == len(images):
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(images)} images can be read, {images.name(0)} for one"
             )
         if len(lost):
@@ -270,7 +276,7 @@ class FileFeatures:
         self.splits = {name: self._load(*files) for name, files in OFFICIAL_FILES.items()}
         widths = [split.features.shape[2] for split in self.splits.values()]
         if widths[0] != widths[1]:
-            raise ValueError(
+            raise UserError(
                 f"trainfeat.pth has {widths[0]} columns and testfeat.pth {widths[1]} in {self.folder}"
             )
         # Labels may be any numbers; here they count the classes.
@@ -305,31 +311,31 @@ class FileFeatures:
                 )
             except FileNotFoundError:
                 expected = ", ".join(file for files in OFFICIAL_FILES.values() for file in files)
-                raise ValueError(
+                raise UserError(
                     f"--load_features {self.folder} has no {name}; expected {expected}"
                 ) from None
             except Exception as error:
-                raise ValueError(
+                raise UserError(
                     f"--load_features: {self.folder / name} is not a tensor file: {type(error).__name__}"
                 ) from None
             if not isinstance(tensor, Tensor) or tensor.ndim != dimensions:
-                raise ValueError(
+                raise UserError(
                     f"--load_features: {self.folder / name} does not hold a tensor of {dimensions} dimensions"
                 )
             tensors.append(tensor)
         if len(tensors[0]) != len(tensors[1]):
-            raise ValueError(
+            raise UserError(
                 f"{features_file} has {len(tensors[0])} rows and {labels_file} {len(tensors[1])} in {self.folder}"
             )
         features, labels = tensors
         if not len(labels):
-            raise ValueError(f"--load_features: {self.folder / features_file} is empty")
+            raise UserError(f"--load_features: {self.folder / features_file} is empty")
         if not all(bool(torch.isfinite(rows).all()) for rows in features.split(ROWS)):
-            raise ValueError(
+            raise UserError(
                 f"--load_features: {self.folder / features_file} holds numbers that are not finite"
             )
         if (labels.long() != labels).any() or labels.min() < 0:
-            raise ValueError(
+            raise UserError(
                 f"--load_features: {self.folder / labels_file} does not hold whole numbers from 0"
             )
         return Split(features[:, None], labels.long())

@@ -6,19 +6,18 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import Transform, default_resize
 from dino_xcit.data.images import ImageSet, open_images
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.features import (
     FeatureExtractor,
     FileFeatures,
@@ -27,9 +26,15 @@ from dino_xcit.evaluate.features import (
     Take,
     class_features,
 )
-from dino_xcit.model.xcit import XCiT
 from dino_xcit.runtime import require_folder, resolve_precision, say
 from dino_xcit.weights.load import build, load_backbone, read_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lightning.fabric import Fabric
+
+    from dino_xcit.model.backbone import Backbone
 
 Config = TypeVar("Config", bound=EvalConfig)
 
@@ -91,11 +96,11 @@ def default_cache() -> Path:
 
 
 def baselines(
-    config: EvalConfig, backbone: nn.Module, pixels: nn.Module
-) -> list[tuple[str, nn.Module]]:
+    config: EvalConfig, backbone: Backbone, pixels: Backbone
+) -> list[tuple[str, Backbone]]:
     """What a pretrained network must beat."""
-    rows: list[tuple[str, nn.Module]] = [("raw pixels", pixels)]
-    if isinstance(backbone, XCiT):
+    rows: list[tuple[str, Backbone]] = [("raw pixels", pixels)]
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         rows.append((f"{backbone.arch}, untrained", build(backbone.metadata)))
     return rows
@@ -112,7 +117,7 @@ def resolve(config: Config, metadata: dict[str, Any]) -> tuple[Config, int]:
     image_size = config.image_size or metadata.get("global_crops_size", defaults.global_crops_size)
     resize_size = config.resize_size or default_resize(image_size)
     if resize_size < image_size:
-        raise ValueError(f"--resize_size {resize_size} is smaller than --image_size {image_size}")
+        raise UserError(f"--resize_size {resize_size} is smaller than --image_size {image_size}")
     resolved: dict[str, Any] = {
         "in_chans": in_chans,
         "image_size": image_size,
@@ -121,13 +126,13 @@ def resolve(config: Config, metadata: dict[str, Any]) -> tuple[Config, int]:
     for name in ("mean", "std"):
         resolved[name] = getattr(config, name) or tuple(metadata.get(name, getattr(defaults, name)))
         if len(resolved[name]) != in_chans:
-            raise ValueError(
+            raise UserError(
                 f"--{name} {resolved[name]} does not have one value per channel (--in_chans {in_chans})"
             )
     if config.data_path is None and config.dataset is None:
         run = read_run(config.weights or "")
         if run is None:
-            raise ValueError(
+            raise UserError(
                 "expected --data_path or --dataset: the weights are not in a run folder that would name its own"
             )
         resolved |= {
@@ -149,14 +154,14 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
     )
     train, validation = open_images(config, "train"), open_images(config, "validation")
     if validation is None:
-        raise ValueError(f"{where} has no validation images; expected val/ beside train/")
+        raise UserError(f"{where} has no validation images; expected val/ beside train/")
     assert train is not None
     for name, opened in (("training", train), ("validation", validation)):
         in_one_folder = config.dataset is None and "" in (opened.classes or {})
         if in_one_folder or (
             opened.labels is None and (name == "training" or config.dataset is not None)
         ):
-            raise ValueError(
+            raise UserError(
                 f"the {name} images of {where} have no labels; expected a folder for each class"
             )
     classes = train.classes or {}
@@ -172,9 +177,7 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
         assert validation is not None
     images = {"train": train, "validation": validation}
     if min(validation.labels.min(), train.labels.min()) < 0:  # type: ignore[union-attr]
-        raise ValueError(
-            f"{where} has negative labels, which stand for labels that are kept secret"
-        )
+        raise UserError(f"{where} has negative labels, which stand for labels that are kept secret")
     unseen = np.setdiff1d(validation.labels, train.labels)  # type: ignore[arg-type]
     if len(unseen):
         say(

@@ -8,16 +8,14 @@ training images, classes of equal votes in the order of the classes. Axes: m tes
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from torch import Tensor
 
-from dino_xcit.config.evaluation import KnnConfig, validate_evaluation
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.features import dump_features, part_slice
 from dino_xcit.evaluate.inputs import subjects
 from dino_xcit.evaluate.report import (
@@ -38,6 +36,13 @@ from dino_xcit.runtime import (
     resolve_precision,
     summed,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.fabric import Fabric
+
+    from dino_xcit.config.evaluation import KnnConfig
 
 ROWS, TRAIN_ROWS = (
     512,
@@ -66,7 +71,7 @@ def knn_classify(
     Raises ValueError if some k exceeds the number of training images.
     """
     if max(nb_knn) > len(train_features):
-        raise ValueError(
+        raise UserError(
             f"--nb_knn {max(nb_knn)} asks for more neighbours than the {len(train_features)} training images"
         )
     device = device or test_features.device
@@ -190,7 +195,6 @@ def knn_eval(config: KnnConfig) -> dict[str, Any]:
 
     Raises ValueError, naming the flag, for what the user can put right.
     """
-    validate_evaluation(config)
     folder = output_folder(config)
     if config.dump_features is not None:
         require_folder(Path(config.dump_features), "dump_features")

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
-from dino_xcit.config.evaluation import LinearConfig, validate_evaluation
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.inputs import subjects
 from dino_xcit.evaluate.probe import Head, ProbeTask, load_head, save_head, stratified
 from dino_xcit.evaluate.probe_dino import dino_protocol
@@ -43,6 +41,13 @@ from dino_xcit.evaluate.report import (
 from dino_xcit.files import write_json
 from dino_xcit.runtime import launch, resolve_precision
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.fabric import Fabric
+
+    from dino_xcit.config.evaluation import LinearConfig
+
 EVALUATED = "linear_evaluate"  # the report's name with --evaluate
 SCRATCH = ".linear"  # in the run folder, while a command runs
 
@@ -55,7 +60,6 @@ def linear_eval(config: LinearConfig) -> dict[str, Any]:
 
     Raises ValueError, naming the flag, for what the user can put right.
     """
-    validate_evaluation(config)
     folder = output_folder(config)
     fabric = launch(config)
     start = time.perf_counter()
@@ -125,16 +129,16 @@ def _evaluate(
     head, about = load_head(Path(str(config.evaluate)))
     found = head.choice.of(torch.zeros(1, *subject.shape)).shape[1]
     if found != head.weight.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"--evaluate {config.evaluate} takes {head.weight.shape[1]} numbers, these features have {found}"
         )
     for name in ("image_size", "resize_size"):
         if about[name] != getattr(config, name):
-            raise ValueError(
+            raise UserError(
                 f"--evaluate {config.evaluate} was trained at --{name} {about[name]}, not {getattr(config, name)}"
             )
     if about["classes"] != names:
-        raise ValueError(
+        raise UserError(
             f"--evaluate {config.evaluate} knows the classes {_listed(about['classes'])}; the images have {_listed(names)}"
         )
     row, ranked = _result(config, subject, fabric, [head], head.chosen["train_fraction"])

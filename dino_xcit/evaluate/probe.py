@@ -5,22 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dino_xcit.config.evaluation import LinearConfig
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.features import Split, part_slice
 from dino_xcit.evaluate.report import TOP
 from dino_xcit.files import replacing
 from dino_xcit.weights.formats import write_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lightning.fabric import Fabric
+
+    from dino_xcit.config.evaluation import LinearConfig
 
 ROWS = 8192  # features turned into numbers of the working precision at a time
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving what has been learned
@@ -120,7 +125,7 @@ def hold_out(work: ProbeTask) -> tuple[np.ndarray, np.ndarray]:
                 ]
             )
     if not held:
-        raise ValueError(
+        raise UserError(
             f"{len(work.rows)} training images are one of each class, which leaves none to choose on; raise "
             "--train_fraction or name a single --lr with --n_last_blocks and --avgpool_patchtokens, or a single --c"
         )
@@ -219,6 +224,6 @@ def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
         )
         return Head(weight, bias, choice, about["chosen"]), about
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--evaluate {path} is not a head that linear-eval wrote: {error}"
         ) from None

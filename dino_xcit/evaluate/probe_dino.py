@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,12 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dino_xcit.data.crops import crop_boxes, sample_boxes
-from dino_xcit.data.images import ImageSet
 from dino_xcit.data.loader import default_workers, leave_signals_to_the_parent
-from dino_xcit.evaluate.features import FeatureExtractor
 from dino_xcit.evaluate.probe import FeatureChoice, Head, ProbeTask, Saver, choice_options
 from dino_xcit.evaluate.probe_heads import MOMENTUM, cosine, initial_heads, restore, training_state
 from dino_xcit.runtime import progress, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dino_xcit.data.images import ImageSet
+    from dino_xcit.evaluate.features import FeatureExtractor
 
 DINO_LR, DINO_EPOCHS = 0.001, 100
 CROP_SHARE = (0.08, 1.0)  # of the image's area, torchvision's RandomResizedCrop

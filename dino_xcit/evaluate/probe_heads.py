@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_xcit.config.evaluation import LinearConfig
 from dino_xcit.evaluate.features import part_slice
 from dino_xcit.evaluate.probe import (
     FeatureChoice,
@@ -24,6 +22,11 @@ from dino_xcit.evaluate.probe import (
     hold_out,
 )
 from dino_xcit.runtime import progress, say, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dino_xcit.config.evaluation import LinearConfig
 
 HEADS_LR = (
     1e-5,

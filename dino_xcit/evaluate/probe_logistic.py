@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_xcit.evaluate.features import Split
 from dino_xcit.evaluate.probe import (
     ROWS,
     FeatureChoice,
@@ -23,6 +21,11 @@ from dino_xcit.evaluate.probe import (
     remembered,
 )
 from dino_xcit.runtime import float64_device, progress, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dino_xcit.evaluate.features import Split
 
 C_VALUES = tuple(float(c) for c in np.logspace(-6, 5, 45))
 LBFGS_STEPS = 1000

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_xcit.config.evaluation import SegConfig, validate_evaluation
+from dino_xcit.config.evaluation import SegConfig
 from dino_xcit.data.framing import EvalDataset
 from dino_xcit.data.images import SPLITS, fingerprint
 from dino_xcit.data.loader import default_workers
 from dino_xcit.data.masked import VOID, MaskDataset, open_masked
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_store import DONE, WORTH_WORKERS, FeatureStore, extract
 from dino_xcit.evaluate.features import ROWS, FrozenFeatures, digest_of
 from dino_xcit.evaluate.inputs import Task, subjects
 from dino_xcit.evaluate.report import RESAMPLES, UNNAMED, cell, describe, output_folder, table
 from dino_xcit.files import printable, replacing, write_json
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.backbone import Backbone
 from dino_xcit.runtime import launch, progress, resolve_precision, say, summed
 from dino_xcit.weights.formats import write_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lightning.fabric import Fabric
 
 WEIGHT_DECAY = 1e-4
 PICTURED = 6
@@ -88,7 +92,7 @@ def scenes_of(subject: FrozenFeatures, split: str) -> Scenes:
     features, numbers = subject.split(split)
     readable = torch.from_numpy(store.state == DONE)[numbers]
     if not readable.any():
-        raise ValueError(
+        raise UserError(
             f"no mask of the {len(images)} {split} images can be read, that of {images.name(0)} for one"
         )
     lost = int((~readable).sum())
@@ -106,39 +110,27 @@ def scenes_of(subject: FrozenFeatures, split: str) -> Scenes:
 # -- features --------------------------------------------------------------------------------------------------------
 
 
-def patch_features(network: Any, x: Tensor) -> Tensor:
-    """Normed patch tokens of the last layer (B, N, C): of ours, of timm's transformers, of its convolutional networks."""
-    tokens = network.forward_features(x)
-    if tokens.ndim == 4:
-        channels_last = (
-            tokens.shape[-1] == getattr(network, "num_features", None) != tokens.shape[1]
-        )
-        return tokens.flatten(1, 2) if channels_last else tokens.flatten(2).mT
-    return tokens[:, 1 if isinstance(network, XCiT) else getattr(network, "num_prefix_tokens", 0) :]
+def patch_features(network: Backbone, x: Tensor) -> Tensor:
+    """Normed patch tokens of the last layer (B, N, C)."""
+    return network.patch_tokens(x)
 
 
-class PatchPixels(nn.Module):
+class PatchPixels(Backbone):
     """Baseline: the pixels of each patch."""
+
+    arch = "raw pixels"
+    metadata: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, patch: int) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch_size = patch
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, self.patch).flatten(2).mT
-
-
-def patch_of(network: Any) -> int:
-    """Pixels on a side of a patch; of networks that do not say, 16."""
-    side = (
-        network.patch_size
-        if isinstance(network, XCiT)
-        else getattr(getattr(network, "patch_embed", None), "patch_size", 16)
-    )
-    return side if isinstance(side, int) else side[0]
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """Give the pixels of each patch, (B, N, C * patch * patch)."""
+        return F.pixel_unshuffle(images, self.patch_size).flatten(2).mT
 
 
-SEGMENTATION = Task(open_masked, patch_features, lambda network: PatchPixels(patch_of(network)))
+SEGMENTATION = Task(open_masked, patch_features, lambda network: PatchPixels(network.patch_size))
 
 
 # -- the linear layer ------------------------------------------------------------------------------------------------
@@ -304,7 +296,6 @@ def seg_eval(config: SegConfig) -> dict[str, Any]:
 
     Raises ValueError, naming the flag, for what the user can put right.
     """
-    validate_evaluation(config)
     folder = output_folder(config)
     fabric = launch(config)
     start = time.perf_counter()
@@ -355,9 +346,7 @@ def _classes(scenes: Scenes, split: str) -> int:
     chunks = [scenes.masks[rows] for rows in scenes.rows.split(ROWS)]
     found = [int(said.max()) for masks in chunks if (said := masks[masks != VOID]).numel()]
     if not found:
-        raise ValueError(
-            f"no pixel of the {split} masks has a class; --ignore_label leaves nothing"
-        )
+        raise UserError(f"no pixel of the {split} masks has a class; --ignore_label leaves nothing")
     return max(found) + 1
 
 

@@ -9,14 +9,15 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dino_xcit.config.attention import AttentionConfig, validate_attention
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.report import table
 from dino_xcit.figures.drawing import Sheet, head_colours, inches, overlay, rgb, write
 from dino_xcit.figures.inputs import (
@@ -37,6 +38,11 @@ from dino_xcit.figures.video import write_video
 from dino_xcit.files import printable, replacing, write_json
 from dino_xcit.runtime import device_of, keep_freed_memory, progress, require_folder
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from dino_xcit.config.attention import AttentionConfig
+
 SUMMARY = "attention.json"
 PAGE = "attention.html"
 OF_SEVERAL = ("models",)
@@ -45,12 +51,25 @@ WITH_FEATURES = {"similarity", "pca"}
 WITH_XCA = {"magnitude", "covariance"}
 
 
-def show_attention(config: AttentionConfig) -> list[str]:
-    """What `dino-xcit attention` does -> a line for each image or video that could not be shown.
+@dataclass(frozen=True, kw_only=True)
+class AttentionOutcome:
+    """What `dino-xcit attention` left out."""
 
-    Raises ValueError, naming the flag, if nothing can be shown as asked.
+    problems: list[str]
+    """a line for each image or video that could not be shown"""
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 2 if something could not be shown."""
+        return 2 if self.problems else 0
+
+
+def attention(config: AttentionConfig) -> AttentionOutcome:
+    """Draw attention maps; what `dino-xcit attention` does.
+
+    Raises:
+        UserError: nothing can be shown as asked.
     """
-    validate_attention(config)
     inches(config.width)
     folder = Path(config.output_dir)
     require_folder(folder, "output_dir")
@@ -81,7 +100,10 @@ def show_attention(config: AttentionConfig) -> list[str]:
             except (ValueError, OSError) as error:
                 problems.append(f"{film.where}: {error}")
         _tell(config, images, problems, frame, folder)
-    return list(dict.fromkeys(problems))
+    problems = list(dict.fromkeys(problems))
+    for problem in problems:
+        print(printable(f"dino-xcit attention: {problem}"), file=sys.stderr)
+    return AttentionOutcome(problems=problems)
 
 
 def _score(
@@ -254,9 +276,9 @@ def _draw_film(
             maps.append(look_at(film.name, pixels, model, frame).attention)
             bar.update(1)
             if maps[-1].shape != maps[0].shape:
-                raise ValueError(f"frame {len(maps) - 1} is not as large as those before")
+                raise UserError(f"frame {len(maps) - 1} is not as large as those before")
     if not maps:
-        raise ValueError("a video without frames")
+        raise UserError("a video without frames")
     path = (
         folder
         / f"{film.name}_attention{'' if config.video_format == 'frames' else '.' + config.video_format}"

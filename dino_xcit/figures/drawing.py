@@ -10,10 +10,8 @@ padded) are cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -23,8 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
-from dino_xcit.config.attention import Interpolation
+from dino_xcit.errors import UserError
 from dino_xcit.files import printable, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from dino_xcit.config.attention import Interpolation
 
 # Told apart with normal sight and with any of the three colour blindnesses, the first ones best (tests/test_figure.py).
 HEAD_COLOURS = (
@@ -209,7 +213,7 @@ def inches(width: str) -> float:
             return float(width)
     if width not in WIDTHS:
         listed = ", ".join(f"{name} ({value:g})" for name, value in WIDTHS.items())
-        raise ValueError(f"--width is {width!r}; expected inches from 1 to 20, or one of {listed}")
+        raise UserError(f"--width is {width!r}; expected inches from 1 to 20, or one of {listed}")
     return WIDTHS[width]
 
 
@@ -227,7 +231,7 @@ def draw(sheet: Sheet, width: float, titles: bool) -> Figure:
     bar_width = BAR_INCHES + max(map(text_width, ticks)) if ticks else 0
     cell_width = (width - bar_width - GAP * (columns - 1)) / columns
     if cell_width < NARROWEST:
-        raise ValueError(f"--width {width:g} is too narrow for {columns} pictures side by side")
+        raise UserError(f"--width {width:g} is too narrow for {columns} pictures side by side")
     tops, y = [], 0.0
     for row in sheet.rows:
         lines = max(2 * bool(cell.note) or bool(cell.title) for cell in row) if titles else 0

@@ -11,26 +11,31 @@ import functools
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.data.decode import EXTENSIONS, FORMATS, decode, reading_images
 from dino_xcit.data.framing import resize
 from dino_xcit.data.images import ImageSet, open_images
+from dino_xcit.errors import UserError
 from dino_xcit.figures.maps import bytes_per_pixel
 from dino_xcit.figures.model import AttentionModel, AttentionResult
 from dino_xcit.figures.video import Clip, any_size, is_video
 from dino_xcit.runtime import memory_there
 from dino_xcit.weights.load import read_run, run_folder_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+
+    from dino_xcit.config.attention import AttentionConfig
 
 SHOWN = 4  # images of the run's own data
 LONGEST_NAME = 200  # bytes of a file's name that go into those of its figures
@@ -83,7 +88,7 @@ def find(
         path = Path(given)
         try:
             if path.is_dir() and run_folder_of(str(path)) == path:
-                raise ValueError(
+                raise UserError(
                     "a run folder, not images; several weights have a flag each: --weights A --weights B"
                 )
             files = images_in(path, Path(config.output_dir)) if path.is_dir() else [path]
@@ -127,9 +132,7 @@ def images_in(folder: Path, but: Path | None = None) -> list[Path]:
     if but is not None and but.resolve() != folder.resolve():
         files = [path for path in files if not path.resolve().is_relative_to(but.resolve())]
     if not files:
-        raise ValueError(
-            f"a folder without images; expected files ending in {' '.join(EXTENSIONS)}"
-        )
+        raise UserError(f"a folder without images; expected files ending in {' '.join(EXTENSIONS)}")
     return files
 
 
@@ -147,7 +150,7 @@ def run_images(config: AttentionConfig, channels: int) -> ImageSet:
     """Raises ValueError if the weights are not of a run."""
     run = read_run(config.weights[0])
     if run is None:
-        raise ValueError(
+        raise UserError(
             "expected images: the weights are not in a run folder that would name its own"
         )
     options = dataclasses.replace(run, in_chans=channels, num_images=None)
@@ -161,7 +164,7 @@ def _frames(files: Sequence[Path], frame: Framing, channels: int) -> Iterator[Te
         try:
             yield frame.read(file, channels)
         except ValueError as error:
-            raise ValueError(f"{file.name}: {error}") from None
+            raise UserError(f"{file.name}: {error}") from None
 
 
 def _of_set(images: ImageSet, index: int, channels: int) -> Tensor:
@@ -187,17 +190,17 @@ class Framing:
     def read(self, path: Path, channels: int) -> Tensor:
         """uint8 (C, H, W). Raises ValueError if the file is not an image, or too large to decode."""
         if not path.exists():
-            raise ValueError("does not exist")
+            raise UserError("does not exist")
         data = path.read_bytes()
         if not data:
-            raise ValueError("an empty file (0 bytes)")
+            raise UserError("an empty file (0 bytes)")
         with any_size():
             with reading_images(), Image.open(io.BytesIO(data), formats=FORMATS) as file:
                 width, height = file.size
             self.check(height, width)
             needed = COPIES * max(3, channels) * height * width
             if needed > self.on_cpu:
-                raise ValueError(
+                raise UserError(
                     f"{width} x {height} pixels: decoding alone needs about {_gib(needed)}, there are {_gib(self.on_cpu)}"
                 )
             return decode(data, channels)
@@ -216,7 +219,7 @@ class Framing:
                 (side for side in sides if self._needed(height, width, side) <= self.there), None
             )
             advice = f"--image_size {fits} fits" if fits else "no size fits"
-            raise ValueError(
+            raise UserError(
                 f"{w} x {h} pixels need about {_gib(needed)}, there are {_gib(self.there)}; {advice}"
             )
 
@@ -243,7 +246,7 @@ class Framing:
             return image[:, down][:, :, across], (h, w)  # the edge goes on
         H, W = h // p * p, w // p * p
         if not H or not W:
-            raise ValueError(
+            raise UserError(
                 f"{width} x {height} pixels, {w} x {h} at --image_size {self.long_side}: smaller than a patch of {p} x {p}; "
                 "raise --image_size or take --fit pad"
             )
@@ -280,7 +283,7 @@ def look_at(
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         found = f"{size[1]} x {size[0]} pixels: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{found}; lower --image_size") from error
+        raise UserError(f"{found}; lower --image_size") from error
     maps: dict[str, Any] = {
         key: None if maps is None else maps[0].cpu().numpy()
         for key, maps in sight._asdict().items()

@@ -11,25 +11,28 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.data import shapes
 from dino_xcit.data.decode import EXTENSIONS, FORMATS, reading_images
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.report import cell, scores, table
 from dino_xcit.figures.drawing import Cell, Sheet, cut_out, scaled
 from dino_xcit.figures.drawing import cell as figure_cell
 from dino_xcit.figures.inputs import Framing, ImageInput, shown
 from dino_xcit.figures.maps import jaccard, mass_mask
-from dino_xcit.figures.model import AttentionModel
 from dino_xcit.figures.video import any_size
 from dino_xcit.runtime import progress
 from dino_xcit.weights.load import build, read_run
+
+if TYPE_CHECKING:
+    from dino_xcit.config.attention import AttentionConfig
+    from dino_xcit.figures.model import AttentionModel
 
 VOID = 255  # in PASCAL VOC's masks: neither object nor background
 BLOB_SIZES = (
@@ -82,7 +85,7 @@ def scenes_of_files(
     """Each image with the file of its name in the folder of masks."""
     folder = Path(config.masks or "")
     if not folder.is_dir():
-        raise ValueError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
+        raise UserError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in EXTENSIONS and path.is_file():
@@ -94,7 +97,7 @@ def scenes_of_files(
         if len(found) > 1:  # frames of several films: that in a folder of the same name
             found = [path for path in found if path.parent.name == where.parent.name] or found
         if len(found) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{len(found) or 'no'} mask{'s' * (len(found) > 1)} named {where.stem} in --masks {folder}"
             )
         truth, counted = read_mask(found[0])
@@ -115,13 +118,13 @@ def read_mask(path: Path) -> tuple[Tensor, Tensor]:
                 VOID,
                 VOID,
             ):
-                raise ValueError("transparent; expected grey or a palette")
+                raise UserError("transparent; expected grey or a palette")
             values = np.array(
                 file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")
             ).astype(np.int64)
             numbered = file.mode == "P" or not _is_soft(values)
     except ValueError as error:
-        raise ValueError(f"mask {path}: {error}") from None
+        raise UserError(f"mask {path}: {error}") from None
     if not numbered:
         return torch.from_numpy(values > VOID // 2), torch.ones(values.shape, dtype=torch.bool)
     void = (values == VOID) & ((values != 0) & (values != VOID)).any()
@@ -135,12 +138,12 @@ def _is_soft(values: np.ndarray) -> bool:
 
 def _scene(frame: Framing, image: Tensor, truth: Tensor, counted: Tensor) -> Scene:
     if image.shape[-2:] != truth.shape:
-        raise ValueError(f"image of {_size(image)} pixels, mask of {_size(truth)}")
+        raise UserError(f"image of {_size(image)} pixels, mask of {_size(truth)}")
     pixels, (H, W) = frame.framed(image)
     masks, _ = frame.framed(torch.stack([truth, counted]).byte(), mode="nearest-exact")
     truth, counted = masks[:, :H, :W].bool()
     if not (truth & counted).any():
-        raise ValueError("no object in the mask")
+        raise UserError("no object in the mask")
     return Scene(pixels, truth, counted)
 
 
@@ -192,7 +195,7 @@ def score(
                 best = {name: masks[name][number, indices[name][number].argmax()] for name in masks}
                 rows.append(_row(batch[number], best, {SCORED: model.title} if not rows else None))
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"--masks {config.masks}: " + (problems[0] if problems else "no images to score")
         )
     results = {

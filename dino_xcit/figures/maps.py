@@ -9,15 +9,18 @@ Axes: B images, h heads, H x W grid of patches, N = H W, C channels, d = C / h c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import CLASS_ATTENTION_LAYERS
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.xcit import XCiT, with_class_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FEATURE_PARTS = 3  # principal components that become red, green and blue
 CLIPPED = 0.01  # share of patches beyond either end of each colour channel
@@ -60,7 +63,7 @@ def look(
         xca = _xca(backbone, xca_layer)
         hook = xca.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
-        tokens, H, W = backbone.patch_tokens(images)
+        tokens, H, W = backbone.xca_tokens(images)
     finally:
         if xca_layer is not None:
             hook.remove()
@@ -76,35 +79,26 @@ def look(
     return AttentionMaps(attention, lengths[0], lengths[1], covariance, patches)
 
 
-def class_attention(backbone: XCiT, images: Tensor, layer: int = -1) -> Tensor:
+def class_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> Tensor:
     """Normalised images (B, C, H, W) -> softmax weights on the patches (B, heads, H / patch, W / patch).
 
     layer: which class-attention layer, the last by default. A map sums to the share that goes to patches, which is one less
     what the class token keeps for itself. Raises ValueError if the backbone is not an XCiT, has no such layer, or the patch
     size does not divide the image.
     """
-    require_class_attention(backbone)
-    return look(backbone, images, layer=layer).attention
-
-
-def require_class_attention(backbone: nn.Module) -> None:
-    """Raise ValueError if this is not a network whose class token attends."""
-    if not isinstance(backbone, XCiT):
-        raise ValueError(
-            f"{type(backbone).__name__} has no class-attention layers; expected the weights of an XCiT"
-        )
+    return look(with_class_attention(backbone), images, layer=layer).attention
 
 
 def check_layer(flag: str, layer: int, layers: int) -> None:
     """Raise ValueError, naming the flag, if there is no such layer."""
     if not -layers <= layer < layers:
-        raise ValueError(f"--{flag} is {layer}; expected 0 to {layers - 1}, or -1 for the last")
+        raise UserError(f"--{flag} is {layer}; expected 0 to {layers - 1}, or -1 for the last")
 
 
 def _xca(backbone: XCiT, layer: int) -> Any:
     block: Any = backbone.blocks[layer]
     if not block.has_xca:
-        raise ValueError(
+        raise UserError(
             "these weights are of the ablation without XCA (--xca false): no queries and keys in its layers"
         )
     return block.attn

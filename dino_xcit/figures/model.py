@@ -6,20 +6,25 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import SMALL
-from dino_xcit.figures.maps import AttentionMaps, check_layer, look, require_class_attention
+from dino_xcit.errors import UserError
+from dino_xcit.figures.maps import AttentionMaps, check_layer, look
 from dino_xcit.model.architectures import CLASS_ATTENTION_LAYERS
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.xcit import XCiT, with_class_attention
 from dino_xcit.run_folder import LAST, TEACHER
 from dino_xcit.runtime import HALF, resolve_precision
 from dino_xcit.weights.load import load_backbone, run_folder_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dino_xcit.config.attention import AttentionConfig
 
 OFFICIAL_SIZE = 480  # of official visualize_attention.py
 
@@ -52,16 +57,16 @@ class AttentionModel:
     ) -> None:
         """Raises ValueError if the weights do not load or have no such layer or head."""
         self.title, self.weights, self.config, self.device = title, weights, config, device
-        backbone = load_backbone(weights, config.arch, config.checkpoint_key)
+        loaded = load_backbone(weights, config.arch, config.checkpoint_key)
         try:
-            require_class_attention(backbone)
-        except ValueError as error:
-            raise ValueError(f"--weights {weights}: {error}") from None
+            backbone = with_class_attention(loaded)
+        except UserError as error:
+            raise UserError(f"--weights {weights}: {error}") from None
         self.use(backbone)
         check_layer("layer", config.layer, CLASS_ATTENTION_LAYERS)
         check_layer("xca_layer", config.xca_layer, len(backbone.blocks))
         if config.head is not None and config.head >= backbone.heads:
-            raise ValueError(
+            raise UserError(
                 f"--head is {config.head}; {backbone.arch} has the heads 0 to {backbone.heads - 1}"
             )
 
@@ -69,7 +74,7 @@ class AttentionModel:
         self.backbone = backbone.to(self.device).eval()
         about = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
         if len(about["mean"]) != backbone.in_chans:
-            raise ValueError(
+            raise UserError(
                 f"--weights {self.weights} do not say how their {backbone.in_chans} channels are normalised"
             )
         self.offset, self.scale = (
@@ -119,7 +124,7 @@ def open_checkpoints(config: AttentionConfig, device: torch.device) -> list[Atte
     folder = run_folder_of(config.weights[0])
     kept = sorted(folder.glob("checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt")) if folder else []
     if not folder or not kept:
-        raise ValueError(
+        raise UserError(
             f"--figures training: --weights {config.weights[0]} is not a run folder that kept checkpoints; "
             "pretrain --saveckp_freq N keeps one every N epochs"
         )

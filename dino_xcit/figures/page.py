@@ -14,16 +14,19 @@ import html
 import io
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
+from dino_xcit.errors import UserError
 from dino_xcit.files import printable, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LOSSLESS_PIXELS = 256 * 256  # larger images are JPEG
@@ -53,7 +56,7 @@ class Exhibit:
                 f"{values.shape} for patches of {self.patch} of an image of {self.image.shape}"
             )
             if not np.isfinite(values).all():
-                raise ValueError(
+                raise UserError(
                     f"{printable(self.name)}: attention or features are not finite numbers"
                 )
 

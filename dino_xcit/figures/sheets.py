@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.figures.drawing import (
     Bar,
     Cell,
@@ -28,7 +27,12 @@ from dino_xcit.figures.drawing import (
     spread,
 )
 from dino_xcit.figures.maps import entropy, mass_mask, pca_colours, similarity
-from dino_xcit.figures.model import AttentionResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dino_xcit.config.attention import AttentionConfig
+    from dino_xcit.figures.model import AttentionResult
 
 CELLS_IN_A_ROW = 6
 HEADS_IN_A_ROW = 8

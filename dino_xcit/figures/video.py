@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from PIL import Image
 
+from dino_xcit.errors import UserError
 from dino_xcit.files import replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 EXTENSIONS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")
 FASTEST_GIF = 50  # frames per second; browsers slow down faster ones
@@ -66,10 +70,10 @@ class Clip:
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise ValueError("holds no video")
+                    raise UserError("holds no video")
                 yield container
         except av.FFmpegError as error:
-            raise ValueError(f"cannot be read as a video: {error.strerror}") from None
+            raise UserError(f"cannot be read as a video: {error.strerror}") from None
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: Fraction) -> None:

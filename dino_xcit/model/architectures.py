@@ -6,6 +6,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from dino_xcit.errors import UserError
+
 CLASS_ATTENTION_LAYERS = 2
 BRANCHES = 3  # residual branches of an XCA layer: XCA, LPI, MLP
 
@@ -78,7 +80,7 @@ def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
                 return f"{short}_p{patch}", architecture, patch
     official = [f"{a.official}_p{patch}" for a in ARCHITECTURES.values() for patch in PATCH_SIZES]
     closest = difflib.get_close_matches(name, architecture_names() + official, n=1, cutoff=0.0)[0]
-    raise ValueError(
+    raise UserError(
         f"unknown architecture {name!r}; did you mean --arch {closest}? Valid: {', '.join(architecture_names())} "
         "(official and timm names are accepted too)"
     )

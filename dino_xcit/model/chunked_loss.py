@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NUMBERS_AT_ONCE, NUMBERS_IN_CACHE = 2**26, 2**20  # on a GPU, on a CPU: 256 MiB and 4 MiB in float32
 

@@ -7,11 +7,15 @@ transposed convolutions and max pooling around the patch grid. What is transpose
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.errors import UserError
+
+if TYPE_CHECKING:
+    from dino_xcit.model.xcit import XCiT
 
 STRIDES = (4, 8, 16, 32)
 
@@ -35,7 +39,7 @@ class Pyramid(nn.Module):
         self.layers = layers or default_layers(len(backbone.blocks))
         for layer in self.layers:
             if not 0 <= layer < len(backbone.blocks):
-                raise ValueError(
+                raise UserError(
                     f"layer {layer} of {len(backbone.blocks)}; expected 0 to {len(backbone.blocks) - 1}"
                 )
         self.out_channels = backbone.embed_dim
@@ -45,7 +49,7 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         down, right = (-side % STRIDES[-1] for side in images.shape[-2:])
-        taken = self.backbone.patch_tokens_of(
+        taken = self.backbone.xca_features(
             F.pad(images, (0, right, 0, down)), self.layers
         )  # (B, C, H, W) each
         return OrderedDict(

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +24,17 @@ from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import (
     BRANCHES,
     CLASS_ATTENTION_LAYERS,
     Architecture,
     resolve_architecture,
 )
+from dino_xcit.model.backbone import Backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 LAYER_NORM_EPS = 1e-6
 
@@ -253,10 +257,10 @@ class ClassAttentionBlock(nn.Module):
         return torch.cat([token, patches], dim=1), attention
 
 
-class XCiT(nn.Module):
+class XCiT(Backbone):
     """Backbone: images (B, in_chans, H, W) -> class token (B, C) of the last layer.
 
-    Stochastic depth, in the XCA layers alone as published, comes with the images: `paths` of `patch_tokens`.
+    Stochastic depth, in the XCA layers alone as published, comes with the images: `paths` of `xca_tokens`.
 
     arch: any name that `resolve_architecture` knows.
     in_chans: channels of the images.
@@ -283,6 +287,7 @@ class XCiT(nn.Module):
         ] = {}  # what a weights file says beside the tensors; `weights.py` fills it
         self.embed_dim = architecture.dim
         self.heads = architecture.heads
+        self.path_shape = (architecture.depth, BRANCHES)
         self.grad_checkpointing = grad_checkpointing
         self.patch_embed = ConvPatchEmbed(self.patch_size, in_chans, self.embed_dim)
         self.pos_embed = FourierPositions(self.embed_dim)
@@ -298,7 +303,7 @@ class XCiT(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(_initialise)
 
-    def patch_tokens(self, images: Tensor, paths: Tensor | None = None) -> tuple[Tensor, int, int]:
+    def xca_tokens(self, images: Tensor, paths: Tensor | None = None) -> tuple[Tensor, int, int]:
         """Images -> tokens after the XCA layers (B, N, C) and the grid H, W.
 
         paths: stochastic depth (B, layers, 3), the factors of each layer's three residual branches; none: 1.
@@ -308,7 +313,7 @@ class XCiT(nn.Module):
             pass
         return layer
 
-    def patch_tokens_of(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    def xca_features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Images -> tokens after these XCA layers, from 0, as images (B, C, H, W)."""
         after = {
             layer: tokens.mT.unflatten(-1, (H, W))
@@ -330,7 +335,7 @@ class XCiT(nn.Module):
                 recompute = lambda block=block: (
                     contextlib.nullcontext(),
                     _frozen_statistics(block),
-                )  # noqa: E731
+                )
                 tokens = checkpoint(
                     block, tokens, H, W, of_layer, use_reentrant=False, context_fn=recompute
                 )
@@ -338,13 +343,21 @@ class XCiT(nn.Module):
                 tokens = block(tokens, H, W, of_layer)
             yield tokens, H, W
 
+    def patch_tokens(self, images: Tensor) -> Tensor:
+        """See `Backbone.patch_tokens`."""
+        return self.forward_features(images)[:, 1:]
+
+    def compiled_regions(self) -> Sequence[nn.Module]:
+        """The stem and each XCA layer: layers are one function, compiled once a kind of crop."""
+        return (self.patch_embed, *self.blocks)
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Images -> every token of the last layer, normed, class token first (B, 1 + N, C), as in timm."""
-        return self.norm(self.attend(self.patch_tokens(images)[0], class_token_only=False)[0])
+        return self.norm(self.attend(self.xca_tokens(images)[0], class_token_only=False)[0])
 
     def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         return self.norm(
-            self.attend(self.patch_tokens(images, paths)[0], class_token_only=True)[0][:, 0]
+            self.attend(self.xca_tokens(images, paths)[0], class_token_only=True)[0][:, 0]
         )
 
     def layer_features(self, images: Tensor) -> Tensor:
@@ -353,7 +366,7 @@ class XCiT(nn.Module):
         The class token of each class-attention layer, the last layer's first (so [:, 0] is what `forward` gives), and the
         mean of the last layer's patch tokens.
         """
-        tokens = self.patch_tokens(images)[0]
+        tokens = self.xca_tokens(images)[0]
         x = torch.cat(
             [self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1
         )  # (B, 1 + N, C)
@@ -368,9 +381,7 @@ class XCiT(nn.Module):
 
         Each row sums to one. Patches are in row-major order of the (H / patch, W / patch) grid.
         """
-        return torch.stack(
-            self.attend(self.patch_tokens(images)[0], class_token_only=True)[1], dim=1
-        )
+        return torch.stack(self.attend(self.xca_tokens(images)[0], class_token_only=True)[1], dim=1)
 
     def attend(self, tokens: Tensor, class_token_only: bool) -> tuple[Tensor, list[Tensor]]:
         """Patch tokens after the XCA layers (B, N, C) -> the class-attention layers' output, not normed, class token first
@@ -386,12 +397,12 @@ class XCiT(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or 0 in images.shape:
-            raise ValueError(
+            raise UserError(
                 f"images have the shape {tuple(images.shape)}; expected (B, {self.in_chans}, H, W)"
             )
         _, channels, height, width = images.shape
         if channels != self.in_chans:
-            raise ValueError(
+            raise UserError(
                 f"images have {channels} channels, this network takes {self.in_chans}; set --in_chans {channels}"
             )
         p = self.patch_size
@@ -401,7 +412,7 @@ class XCiT(nn.Module):
                 for down, across in ((0, 0), (1 if height % p else 0, 1 if width % p else 0))
                 if height // p + down and width // p + across
             )
-            raise ValueError(
+            raise UserError(
                 f"image of {height} x {width} pixels: patch size {p} must divide both; nearest: {near}"
             )
 
@@ -427,3 +438,15 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def with_class_attention(backbone: nn.Module) -> XCiT:
+    """The backbone, which is one whose class token attends.
+
+    Raises:
+        UserError: it is another network.
+    """
+    if not isinstance(backbone, XCiT):
+        name = getattr(backbone, "arch", type(backbone).__name__)
+        raise UserError(f"{name} has no class-attention layers; expected the weights of an XCiT")
+    return backbone

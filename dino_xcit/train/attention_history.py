@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from dino_xcit.config.attention import AttentionConfig
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import EvalDataset, Transform, default_resize
-from dino_xcit.data.images import ImageSet
 from dino_xcit.evaluate.features import FeatureExtractor
 from dino_xcit.figures.drawing import Sheet, inches, write
 from dino_xcit.figures.maps import class_attention
 from dino_xcit.figures.model import AttentionResult
 from dino_xcit.figures.sheets import columns_sheet
 from dino_xcit.files import replacing
+from dino_xcit.run_folder import TEACHER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
+    from dino_xcit.run_folder import TEACHER
 from dino_xcit.model.xcit import XCiT
 
 PICTURE, NUMBERS = "attention", "attention.npz"
@@ -62,7 +68,7 @@ class AttentionHistory:
 
     def add(self, step: int, backbone: XCiT, device: torch.device) -> None:
         """Look at the images again. The backbone's mode is put back afterwards."""
-        if self.pixels is None:
+        if self.pixels is None or backbone.class_attention is None:
             return
         training = backbone.training
         frozen = FeatureExtractor(backbone, self.transform, device)
@@ -78,7 +84,7 @@ class AttentionHistory:
                 attention=np.stack(list(self.seen.values())),
                 images=images,
             )
-        config = AttentionConfig()
+        config = AttentionConfig(weights=(TEACHER,))
         steps = [
             list(self.seen)[i]
             for i in np.unique(np.linspace(0, len(self.seen) - 1, COLUMNS).round().astype(int))

@@ -7,17 +7,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.images import ImageSet, open_images
-from dino_xcit.data.loader import Batch
 from dino_xcit.files import on_one_line, replacing, sync
 from dino_xcit.run_folder import (
     BAD_IMAGES,
@@ -39,6 +35,13 @@ from dino_xcit.train.online_eval import OnlineEvaluator, StoppedError
 from dino_xcit.train.plots import draw_curves
 from dino_xcit.train.signals import StopConsensus, StopSignals, requeue
 from dino_xcit.weights.load import save_backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.loader import Batch
 
 SECONDS_BETWEEN_TRIES, LAST_TRIES = 60, 60  # to save the last step of a run
 BAD_SHARE_TO_LOOK_AT = 0.01
@@ -86,6 +89,8 @@ class RunFolderWriter(L.Callback):
         if trainer.is_global_zero:
             self.metrics = Metrics(self.folder, COLUMNS, step)
             self.attention_history = AttentionHistory(self.config, self.pictured, self.folder, step)
+            if module.teacher.backbone.class_attention is None:
+                say(f"{module.teacher.backbone.arch} has no class attention: no attention.png")
             if not step:
                 with torch.compiler.set_stance("force_eager"):
                     self.attention_history.add(0, module.teacher.backbone, module.device)

@@ -14,16 +14,19 @@ import shutil
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from dino_xcit.errors import UserError
 from dino_xcit.files import sync
 from dino_xcit.run_folder import DAMAGED, LAST, LOCK, PREVIOUS, SOUND
 from dino_xcit.runtime import is_first_process, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ def newest_whole(folder: Path) -> Path | None:
         kept = sorted(
             str(path) for path in (folder / LAST).parent.glob("*.ckpt") if path not in there
         )
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(map(str, there))} {'are' if there[1:] else 'is'} damaged; "
             + (
                 f"if one of {', '.join(kept)} is whole, copy it there"
@@ -141,7 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {folder} is in use by {holder}; wait for it, or name another"
             ) from None
         except OSError:  # a file system without locks

@@ -10,9 +10,10 @@ import itertools
 import math
 import statistics
 from collections import deque
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dino_xcit.config.pretrain import PretrainConfig
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
 
 PATIENCE = 10  # rows
 NEAR_UNIFORM = 0.99  # of ln(prototypes)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.crops import GLOBAL_CROPS
 from dino_xcit.data.framing import centre_crop, default_resize
-from dino_xcit.data.images import ImageSet
 from dino_xcit.data.loader import CropDataset, collate
+from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CROPS
 from dino_xcit.runtime import HALF, memory_there
 from dino_xcit.train.module import DINOModule, Network
 from dino_xcit.train.plots import draw_crops
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
 
 SHEET_IMAGES = 6
 SHEET_LOCAL_CROPS = 8
@@ -28,7 +32,7 @@ SHEET_LOCAL_CROPS = 8
 def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
     """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
     config, size = module.config, module.config.global_crops_size
-    dataset = CropDataset(images, config)
+    dataset = CropDataset(images, config, module.student.backbone.path_shape)
     permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
     batch = collate([dataset[0, int(index)] for index in permutation])
     groups = [views[:, :SHEET_LOCAL_CROPS] for views in module.views(batch)]
@@ -85,7 +89,7 @@ def refuse_oversized_step(config: PretrainConfig, precision: str) -> None:
         return  # the estimate is without
     needed, there = memory_estimate(config, precision), memory_there(torch.device("cpu"))
     if needed > there:
-        raise ValueError(
+        raise UserError(
             f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} needs more than "
             f"{needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}; lower --batch_size_per_gpu and raise "
             "--accumulate_grad_batches, or start with --config configs/demo.yaml"
@@ -96,8 +100,10 @@ def memory_estimate(config: PretrainConfig, precision: Any) -> int:
     """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass on a CPU keeps for the
     backward pass. Counted on tensors without content: nothing is computed."""
     half = HALF.get(precision)
-    with FakeTensorMode():
+    with torch.device("meta"):
         student = Network(dataclasses.replace(config, grad_checkpointing=False))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student.to_empty(device="cpu")
         B, C = config.batch_size_per_gpu, config.in_chans
         groups = [
             torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -19,16 +18,21 @@ import torch._functorch.config as partitioner
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dino_xcit.config.pretrain import PretrainConfig
-from dino_xcit.data.loader import Batch
 from dino_xcit.data.photometric import photometric
+from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.files import plain
 from dino_xcit.model.architectures import ABLATIONS
 from dino_xcit.model.batch_norm import synchronise_batch_norms
+from dino_xcit.model.build import build_backbone
 from dino_xcit.model.chunked_loss import Embeddings
 from dino_xcit.model.dino import DINOHead, DINOLoss, LossStatistics
-from dino_xcit.model.xcit import XCiT
-from dino_xcit.train.schedules import Schedules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.loader import Batch
+    from dino_xcit.train.schedules import Schedules
 
 COLUMNS = (
     "step",
@@ -57,11 +61,13 @@ class Network(nn.Module):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        self.backbone = XCiT(
+        self.backbone = build_backbone(
             config.arch,
             in_chans=config.in_chans,
+            image_size=config.global_crops_size,
             grad_checkpointing=config.grad_checkpointing,
-            **{switch: getattr(config, switch) for switch in ABLATIONS},
+            sampled_paths=config.drop_path_rate > 0,
+            ablations={switch: getattr(config, switch) for switch in ABLATIONS},
         )
         self.head = DINOHead(
             self.backbone.embed_dim,
@@ -132,7 +138,7 @@ class DINOModule(L.LightningModule):
         torch._dynamo.config.suppress_errors = True
         partitioner.activation_memory_budget = KEPT_FOR_BACKWARD
         for network in (self.student, self.teacher):
-            for region in (network.backbone.patch_embed, *network.backbone.blocks):
+            for region in network.backbone.compiled_regions():
                 region.compile(dynamic=False)
 
     def setup(self, stage: str) -> None:
@@ -152,7 +158,7 @@ class DINOModule(L.LightningModule):
 
     def paths(self, batch: Batch) -> list[Tensor | None]:
         """Stochastic depth of the student on each group of views."""
-        drops = self.config.drop_path_rate > 0
+        drops = self.config.drop_path_rate > 0 and self.student.backbone.path_shape[0] > 0
         return [batch.views[f"{group}_paths"] if drops else None for group in ("global", "local")]
 
     def _augment(self, crops: Tensor, draws: Tensor) -> Tensor:
@@ -280,7 +286,7 @@ class DINOModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         before, now = checkpoint["total_batch"], self.schedules.total_batch
         if before != now:
-            raise ValueError(
+            raise UserError(
                 f"the run was made with {before} images per step, now it would be {now}; set --devices, --num_nodes, "
                 "--batch_size_per_gpu and --accumulate_grad_batches as before"
             )
@@ -294,7 +300,7 @@ class DINOModule(L.LightningModule):
         sound = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
         if not sound.all():
             names = [name for name, one in zip(tensors, sound.tolist(), strict=True) if not one]
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"by step {self.global_step}: {names[0]} and {len(names) - 1} more hold numbers that are not finite. "
                 "They are not saved; checkpoints/last.ckpt is from before: the same command goes on there"
             )
@@ -308,7 +314,7 @@ class DINOModule(L.LightningModule):
             )  # all stop, or none
         if broken.item():
             assert self._gradient_norm is not None
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"by step {self.global_step + 1}: the loss or a gradient is not finite (gradient norm "
                 f"{self._gradient_norm.item():.4g}). The weights were not touched by it and checkpoints/last.ckpt is from "
                 "before it. Try --precision 32-true, a lower --lr, a longer --warmup_epochs, --clip_grad 0.3 or "

@@ -7,18 +7,21 @@ numbers of their crops, which are drawn as this run draws them. Schedules are th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from dino_xcit.config.pretrain import FREE_ON_RESUME, PretrainConfig
+from dino_xcit.errors import UserError
 from dino_xcit.train.module import DINOModule, adamw
 from dino_xcit.weights.formats import read_file, to_our_names
 from dino_xcit.weights.load import load_networks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 EXPECTED = "a full checkpoint of official DINO, with student, teacher, optimizer and epoch"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -40,23 +43,23 @@ def resume_official(
     try:
         content, _ = read_file(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{flag} {error}; expected {EXPECTED}") from None
+        raise UserError(f"{flag} {error}; expected {EXPECTED}") from None
     lacking = [name for name in ("student", "teacher", "epoch") if name not in content]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{flag} has no {' and no '.join(lacking)}; expected {EXPECTED}; --init_weights takes weights alone"
         )
     epoch = content["epoch"]
     if not isinstance(epoch, int):
-        raise ValueError(f"{flag} has {epoch!r} for its epoch; expected {EXPECTED}")
+        raise UserError(f"{flag} has {epoch!r} for its epoch; expected {EXPECTED}")
     if not 0 < epoch < config.epochs:
-        raise ValueError(
+        raise UserError(
             f"{flag} has {epoch} epochs behind it and --epochs is {config.epochs}; nothing is left to do"
         )
     taken = load_networks(str(path), module.student, module.teacher, module.loss, "continue_from")
     for network in ("student", "teacher"):
         if f"the {network}'s head" not in taken:
-            raise ValueError(
+            raise UserError(
                 f"{flag}: its {network}'s head is of another shape; set --out_dim, --head_hidden_dim, "
                 "--head_bottleneck_dim, --use_bn_in_head and --norm_last_layer as they were"
             )
@@ -103,7 +106,7 @@ def optimizer_state(
         for index, parameter in enumerate(parameters):
             found = moments.get(names[id(parameter)], {})
             if found and {found[moment].shape for moment in MOMENTS} != {parameter.shape}:
-                raise ValueError(f"those of {names[id(parameter)]} are of another shape")
+                raise UserError(f"those of {names[id(parameter)]} are of another shape")
             if found:
                 state["state"][index] = found
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -127,13 +130,13 @@ def official_moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
         if of_groups == [len(regularised), len(spared)]:
             break
     else:
-        raise ValueError(f"{sum(of_groups)} parameters for {len(tensors)} tensors of the student")
+        raise UserError(f"{sum(of_groups)} parameters for {len(tensors)} tensors of the student")
     in_order = [*regularised, *spared]
     states = {in_order[index]: state for index, state in saved["state"].items() if state}
     if not states:
-        raise ValueError("there are none")
+        raise UserError("there are none")
     if any(moment not in state for state in states.values() for moment in MOMENTS):
-        raise ValueError("not AdamW's")
+        raise UserError("not AdamW's")
     # Three copies of the number of steps, since class attention's qkv is cut in three.
     steps = under_our_names(
         {name: torch.full((3,), float(state["step"])) for name, state in states.items()}

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import EvalDataset, Transform, default_resize
-from dino_xcit.data.images import ImageSet
 from dino_xcit.data.loader import default_workers
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_store import DONE, WORTH_WORKERS, FeatureStore, extract
 from dino_xcit.evaluate.features import FeatureExtractor
 from dino_xcit.evaluate.knn import knn_classify, top1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
 
 NEIGHBOURS = 20
 BATCH = 256
@@ -107,7 +111,7 @@ class OnlineEvaluator:
         extract(read, dataset, indices, store, batch_size=BATCH, num_workers=workers)
         readable = store.state == DONE
         if not readable.any():
-            raise ValueError(
+            raise UserError(
                 f"none of {len(indices)} images to evaluate on can be read, {images.name(0)} for one"
             )
         labels = np.zeros(len(images)) if images.labels is None else images.labels

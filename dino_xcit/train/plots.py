@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dino_xcit.files import printable, replacing
 from dino_xcit.run_folder import CROPS, CURVES, read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 def draw_curves(folder: Path) -> None:

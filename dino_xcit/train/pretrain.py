@@ -6,24 +6,23 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dino_xcit.config.pretrain import PretrainConfig, differing_options, validate
+from dino_xcit.config.pretrain import PretrainConfig, differing_options
 from dino_xcit.data.images import ImageSet, open_images
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler, default_workers
-from dino_xcit.model.architectures import resolve_architecture
-from dino_xcit.run_folder import LAST, read_config, write_config
+from dino_xcit.errors import UserError
+from dino_xcit.run_folder import CONFIG, LAST, TEACHER, read_config, write_config
 from dino_xcit.runtime import (
     is_first_process,
     keep_freed_memory,
@@ -43,6 +42,11 @@ from dino_xcit.train.official_resume import resume_official
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.train.signals import StopSignals
 from dino_xcit.weights.load import start_from
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch.loggers import Logger
 
 NOT_FOR_THE_TRAINER = {
     "fast_dev_run",
@@ -70,7 +74,24 @@ class Outcome:
 
     @property
     def interrupted(self) -> bool:
+        """Whether it was asked to stop before its end."""
         return self.stopped_by is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 128 + the signal's number, or 0 if SLURM will start the job again."""
+        return 0 if self.stopped_by is None or self.requeued else 128 + self.stopped_by
+
+
+@rank_zero_only
+def print_outcome(outcome: Outcome) -> None:
+    """The last line of a run: its product, or how to continue it."""
+    folder, done = outcome.folder, f"step {outcome.step} of {outcome.steps}"
+    if outcome.interrupted:
+        continues = f"continue with: dino-xcit pretrain --config {folder}/{CONFIG}"
+        print(f"stopped at {done}, saved; {continues}", file=sys.stderr)
+    else:
+        print(f"{done}: {folder}/{TEACHER}")
 
 
 def pretrain(config: PretrainConfig) -> Outcome:
@@ -79,8 +100,6 @@ def pretrain(config: PretrainConfig) -> Outcome:
     Raises ValueError, naming the flag, for what the user can put right, FloatingPointError if the loss or a weight is not
     finite, CollapseError with --on_collapse stop, and OSError if the last step cannot be saved.
     """
-    validate(config)
-    resolve_architecture(config.arch)
     config = _with_precision(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advertisements
     with StopSignals().listening() as signals:
@@ -96,7 +115,10 @@ def pretrain(config: PretrainConfig) -> Outcome:
         require_folder(folder, "output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), flushed_denormals():
-            return _run(config, images, trainer, schedules, io, signals)
+            outcome = _run(config, images, trainer, schedules, io, signals)
+    if not config.dry_run:
+        print_outcome(outcome)
+    return outcome
 
 
 def _with_precision(config: PretrainConfig) -> PretrainConfig:
@@ -164,12 +186,15 @@ def _run(
         )  # Lightning's own
         try:
             trainer.fit(
-                module, datamodule=CropData(config, images), ckpt_path=checkpoint, weights_only=True
+                module,
+                datamodule=CropData(config, images, module.student.backbone.path_shape),
+                ckpt_path=checkpoint,
+                weights_only=True,
             )
         except SIGTERMException:  # a signal that Lightning's handler saw before; the step is saved
             saver.stopped = True
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"out of memory at --batch_size_per_gpu {config.batch_size_per_gpu}; lower it and raise "
                 f"--accumulate_grad_batches, or set --grad_checkpointing true ({str(error).split('. ')[0]})"
             ) from error
@@ -223,7 +248,7 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
     checkpoint = newest_whole(folder)
     if checkpoint is not None:
         if not config.resume:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {folder} holds a run and --resume is false; name another --output_dir"
             )
         differing = differing_options(read_config(folder), config)
@@ -231,7 +256,7 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
             listed = ", ".join(
                 f"--{name} was {old}, now {new}" for name, (old, new) in differing.items()
             )
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {folder} holds a run of other options: {listed}; name another --output_dir"
             )
     if not config.dry_run or checkpoint is None:
@@ -272,7 +297,7 @@ def make_trainer(config: PretrainConfig, io: DurableIO) -> L.Trainer:
             options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     taken = sorted(set(config.trainer) & {*options, *NOT_FOR_THE_TRAINER})
     if taken:
-        raise ValueError(
+        raise UserError(
             f"--trainer.{taken[0]} is not free: this command has an option for it or depends on it as it is"
         )
     try:
@@ -282,7 +307,7 @@ def make_trainer(config: PretrainConfig, io: DurableIO) -> L.Trainer:
         ValueError,
         L.pytorch.utilities.exceptions.MisconfigurationException,
     ) as error:
-        raise ValueError(refusal(config, error)) from error
+        raise UserError(refusal(config, error)) from error
 
 
 def make_loggers(config: PretrainConfig) -> list[Logger]:
@@ -304,7 +329,7 @@ def make_loggers(config: PretrainConfig) -> list[Logger]:
                 )
             )
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"--logger {' '.join(config.logger)} needs a package that is not installed: {error}"
         ) from error
     return loggers
@@ -313,9 +338,11 @@ def make_loggers(config: PretrainConfig) -> list[Logger]:
 class CropData(L.LightningDataModule):
     """The loader of this process."""
 
-    def __init__(self, config: PretrainConfig, images: ImageSet) -> None:
+    def __init__(
+        self, config: PretrainConfig, images: ImageSet, path_shape: tuple[int, int]
+    ) -> None:
         super().__init__()
-        self.config, self.images = config, images
+        self.config, self.images, self.path_shape = config, images, path_shape
 
     def train_dataloader(self) -> CropLoader:
         trainer = self.trainer
@@ -326,5 +353,8 @@ class CropData(L.LightningDataModule):
         workers = default_workers() if self.config.num_workers is None else self.config.num_workers
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return CropLoader(
-            CropDataset(self.images, self.config), order, num_workers=workers, pin_memory=on_gpu
+            CropDataset(self.images, self.config, self.path_shape),
+            order,
+            num_workers=workers,
+            pin_memory=on_gpu,
         )

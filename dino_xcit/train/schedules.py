@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dino_xcit.config.pretrain import PretrainConfig
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
 
 
 def cosine(step: int, start: float, end: float, steps: int) -> float:

@@ -6,15 +6,14 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.config.export import ExportConfig, validate_export
 from dino_xcit.data.framing import default_resize
+from dino_xcit.errors import UserError
 from dino_xcit.files import replacing
 from dino_xcit.model.architectures import ABLATIONS, resolve_architecture, timm_name
 from dino_xcit.model.xcit import XCiT
@@ -22,6 +21,11 @@ from dino_xcit.run_folder import CONFIG
 from dino_xcit.runtime import require_folder, say
 from dino_xcit.weights.formats import to_official_names
 from dino_xcit.weights.load import load_backbone, run_folder_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from dino_xcit.config.export import ExportConfig
 
 SMALLEST, LARGEST = (
     2,
@@ -39,7 +43,7 @@ class FeaturesAndMaps(nn.Module):
         self.backbone, self.maps = backbone, maps
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        tokens, H, W = self.backbone.patch_tokens(images)
+        tokens, H, W = self.backbone.xca_tokens(images)
         x, attentions = self.backbone.attend(tokens, class_token_only=True)
         features = self.backbone.norm(x[:, 0])
         return (features, attentions[-1][:, :, 1:].unflatten(-1, (H, W))) if self.maps else features
@@ -50,16 +54,19 @@ def export(config: ExportConfig) -> list[Path]:
 
     Raises ValueError, naming the flag, if the format cannot hold this network or needs a package that is not there.
     """
-    validate_export(config)
     folder = Path(config.output_dir)
     require_folder(folder, "output_dir")
     backbone = load_backbone(config.weights or "", config.arch, config.checkpoint_key)
     if not isinstance(backbone, XCiT):
-        raise ValueError(
+        raise UserError(
             f"--weights {config.weights}: {type(backbone).__name__} is no XCiT; it is exported by its own tools"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    return [WRITERS[kind](backbone, folder, config) for kind in config.format]
+    paths = []
+    for kind in config.format:
+        paths.append(WRITERS[kind](backbone, folder, config))
+        print(paths[-1])
+    return paths
 
 
 # -- timm and Hugging Face -------------------------------------------------------------------------------------------
@@ -109,7 +116,7 @@ def as_timm(backbone: XCiT) -> nn.Module:
     ablated = [option for option in ABLATIONS if not backbone.metadata.get(option, True)]
     if name is None or ablated:
         found = f"XCiT without {ablated[0]}" if ablated else backbone.arch
-        raise ValueError(f"timm has no {found}; --format onnx and torch_export take any network")
+        raise UserError(f"timm has no {found}; --format onnx and torch_export take any network")
     size = backbone.metadata.get("global_crops_size", 224)
     network: Any = timm.create_model(name, num_classes=0, in_chans=backbone.in_chans, img_size=size)
     network.load_state_dict(backbone.state_dict(), strict=True)
@@ -234,7 +241,7 @@ def write_onnx(backbone: XCiT, folder: Path, config: ExportConfig) -> Path:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--format onnx needs {error.name}: pip install onnx onnxscript onnxruntime"
         ) from None
     path = folder / f"{backbone.arch}.onnx"

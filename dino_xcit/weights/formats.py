@@ -15,17 +15,22 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import ABLATIONS, ARCHITECTURES, resolve_architecture
+from dino_xcit.model.timm_backbone import is_timm
 from dino_xcit.run_folder import from_plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dino_xcit.config.pretrain import PretrainConfig
 
 Tensors = dict[str, Tensor]
 KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
@@ -62,7 +67,7 @@ class Checkpoint:
 def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
     """What a reader of the weights needs to know: plain values."""
     return {
-        "arch": resolve_architecture(config.arch)[0],
+        "arch": config.arch if is_timm(config.arch) else resolve_architecture(config.arch)[0],
         **{name: getattr(config, name) for name in KEPT_OPTIONS},
     }
 
@@ -79,7 +84,12 @@ def read_checkpoint(path: Path, networks: Sequence[str] = ("teacher",)) -> Check
     tensors = _choose(content, networks)
     if "config" in content and "pytorch-lightning_version" in content:
         metadata = backbone_metadata(from_plain(content["config"]))
-    backbone, head = to_our_names(tensors)
+    if is_timm(metadata.get("arch", "")):
+        backbone, head = split_head(tensors)
+        about = {}
+    else:
+        backbone, head = to_our_names(tensors)
+        about = describe(backbone)
     center = content.get("dino_loss", {}).get(
         "center", content.get("state_dict", {}).get("loss.center")
     )
@@ -87,7 +97,7 @@ def read_checkpoint(path: Path, networks: Sequence[str] = ("teacher",)) -> Check
         backbone=backbone,
         head=head if "last_layer.weight_v" in head else {},
         center=center,
-        metadata={**describe(backbone), **metadata},
+        metadata={**about, **metadata},
     )
 
 
@@ -96,11 +106,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
-        raise ValueError("is empty (0 bytes)")
+        raise UserError("is empty (0 bytes)")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError("is a pointer of git-lfs, not the file itself: `git lfs pull` fetches it")
+        raise UserError("is a pointer of git-lfs, not the file itself: `git lfs pull` fetches it")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError("is a web page, not weights: download it again")
+        raise UserError("is a web page, not weights: download it again")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
     try:
@@ -110,14 +120,14 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+)", str(error))
         if code:
-            raise ValueError(
+            raise UserError(
                 f"holds code ({code[1]}), which is never run; save its tensors alone"
             ) from None
-        raise ValueError("is cut off, or no file of torch.save or safetensors") from None
+        raise UserError("is cut off, or no file of torch.save or safetensors") from None
     except Exception:  # each way of being broken has its own
-        raise ValueError("is cut off, or no file of torch.save or safetensors") from None
+        raise UserError("is cut off, or no file of torch.save or safetensors") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"holds a {type(content).__name__}; expected tensors by their names")
+        raise UserError(f"holds a {type(content).__name__}; expected tensors by their names")
     return dict(content), {}
 
 
@@ -128,7 +138,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             names: list[str] = file.keys()
             return {name: file.get_tensor(name) for name in names}, json.loads(described)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"is not a readable safetensors file: {error}") from None
+        raise UserError(f"is not a readable safetensors file: {error}") from None
 
 
 def write_safetensors(tensors: Tensors, path: Path, about: dict[str, Any]) -> None:
@@ -152,7 +162,7 @@ def _choose(content: dict[str, Any], networks: Sequence[str]) -> Tensors:
         there.update({name: of_module} if of_module else {})
     chosen = next((there[name] for name in networks if name in there), None)
     if there and chosen is None:
-        raise ValueError(
+        raise UserError(
             f"has no {networks[0]}, only the {' and '.join(there)}; name it with --checkpoint_key"
         )
     return _tensors(found if chosen is None else chosen)
@@ -161,7 +171,7 @@ def _choose(content: dict[str, Any], networks: Sequence[str]) -> Tensors:
 def _tensors(content: Mapping[str, Any]) -> Tensors:
     others = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if others or not content:
-        raise ValueError(
+        raise UserError(
             f"holds no network: {listed(others) or 'nothing'} beside {len(content) - len(others)} tensors"
         )
     return dict(content)
@@ -192,6 +202,16 @@ def to_our_names(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return backbone, head
 
 
+def split_head(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Tensors of a network on another backbone, or of that backbone alone -> backbone and DINO's head."""
+    parts: dict[str, Tensors] = {"backbone.": {}, "head.": {}}
+    if not any(name.startswith("backbone.") for name in tensors):
+        return tensors, {}
+    for prefix, part in parts.items():
+        part |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return parts["backbone."], parts["head."]
+
+
 def to_official_names(backbone: Tensors) -> Tensors:
     """The inverse, for official DINO's and XCiT's code."""
     official: Tensors = {}
@@ -219,7 +239,7 @@ def describe(backbone: Tensors) -> dict[str, Any]:
         or not layers
         or "cls_attn_blocks.0.attn.q.weight" not in backbone
     ):
-        raise ValueError(
+        raise UserError(
             f"is not of an XCiT: its {len(backbone)} tensors are {listed(list(backbone))}"
         )
     dim, depth, patch = backbone["cls_token"].shape[-1], max(layers) + 1, 2 ** len(stem)

@@ -7,17 +7,18 @@ images were normalised) is in their metadata as JSON, under `dino_xcit`. Files o
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import UserError
 from dino_xcit.files import replacing
 from dino_xcit.model.architectures import ABLATIONS
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.backbone import HUB, TIMM, Backbone
+from dino_xcit.model.build import build_backbone
+from dino_xcit.model.timm_backbone import TimmBackbone
 from dino_xcit.run_folder import CONFIG, LAST, METRICS, TEACHER, read_config
 from dino_xcit.weights.formats import (
     Checkpoint,
@@ -28,6 +29,11 @@ from dino_xcit.weights.formats import (
     read_checkpoint,
     write_safetensors,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dino_xcit.config.pretrain import PretrainConfig
 
 
 def load_strict(network: nn.Module, tensors: Tensors) -> None:
@@ -52,13 +58,12 @@ def load_strict(network: nn.Module, tensors: Tensors) -> None:
         ],
     }
     if any(found.values()):
-        raise ValueError(
+        raise UserError(
             "; ".join(f"{what}: {listed(names)}" for what, names in found.items() if names)
         )
     network.load_state_dict(tensors, strict=True)
 
 
-TIMM, HUB = "timm:", "hf-hub:"
 # The checkpoints that the DINO authors published; the archive says no hashes.
 PUBLISHED = {
     name: f"https://dl.fbaipublicfiles.com/dino/{name}_pretrain/{name}_pretrain.pth"
@@ -75,7 +80,7 @@ EXPECTED = (
 )
 
 
-def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
+def save_backbone(backbone: Backbone, config: PretrainConfig, path: Path) -> None:
     """Write the weights as safetensors."""
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
@@ -85,7 +90,7 @@ def save_backbone(backbone: XCiT, config: PretrainConfig, path: Path) -> None:
 
 def load_backbone(
     weights: str | Path, arch: str | None = None, checkpoint_key: str = "teacher"
-) -> Any:
+) -> Backbone:
     """Weights by whatever names them -> the backbone in eval mode, on CPU: images (B, C, H, W) -> features (B, D).
 
     weights: a run folder, a file of ours, of official DINO or XCiT or of anyone with timm's names, timm:NAME,
@@ -100,14 +105,14 @@ def load_backbone(
     checkpoint = open_checkpoint(weights, (checkpoint_key,))
     metadata = {**checkpoint.metadata, **({"arch": arch} if arch else {})}
     if "arch" not in metadata:
-        raise ValueError(
+        raise UserError(
             f"--weights {weights}: its shapes are of no architecture known here; name one with --arch"
         )
     backbone = build(metadata)
     try:
         load_strict(backbone, checkpoint.backbone)
     except ValueError as error:
-        raise ValueError(f"--weights {weights} does not fit {metadata['arch']}: {error}") from None
+        raise UserError(f"--weights {weights} does not fit {metadata['arch']}: {error}") from None
     return backbone.eval()
 
 
@@ -120,7 +125,7 @@ def open_checkpoint(weights: str, networks: Sequence[str], flag: str = "weights"
         path = _download(weights) if weights in PUBLISHED else _file(weights)
         return read_checkpoint(path, networks)
     except (ValueError, OSError) as error:
-        raise ValueError(f"--{flag} {weights} {error}") from None
+        raise UserError(f"--{flag} {weights} {error}") from None
 
 
 def start_from(weights: str, student: Any, teacher: Any, loss: Any) -> str:
@@ -147,7 +152,7 @@ def load_networks(weights: str, student: Any, teacher: Any, loss: Any, flag: str
         try:
             load_strict(network.backbone, checkpoint.backbone)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} {weights} does not fit --arch {network.backbone.arch}: {error}"
             ) from None
         if _shapes(network.head.state_dict()) == _shapes(checkpoint.head):
@@ -163,11 +168,13 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def build(metadata: dict[str, Any]) -> XCiT:
+def build(metadata: dict[str, Any]) -> Backbone:
     """The network that the metadata describe, with new weights."""
-    backbone = XCiT(
+    backbone = build_backbone(
         metadata["arch"],
-        **{name: metadata[name] for name in ("in_chans", *ABLATIONS) if name in metadata},
+        in_chans=metadata.get("in_chans", 3),
+        image_size=metadata.get("global_crops_size", 224),
+        ablations={name: metadata[name] for name in ABLATIONS if name in metadata},
     )
     backbone.metadata = metadata
     return backbone
@@ -198,10 +205,10 @@ def _file(weights: str) -> Path:
     if path.is_dir():
         found = next((path / name for name in (TEACHER, LAST) if (path / name).exists()), None)
         if found is None:
-            raise ValueError(f"is a folder without {TEACHER} or {LAST}; expected a run folder")
+            raise UserError(f"is a folder without {TEACHER} or {LAST}; expected a run folder")
         path = found
     if not path.exists():
-        raise ValueError(f"does not exist; expected {EXPECTED}")
+        raise UserError(f"does not exist; expected {EXPECTED}")
     return path
 
 
@@ -220,18 +227,18 @@ def _download(name: str) -> Path:
             if beside.stat().st_size != length:
                 raise OSError(f"{beside.stat().st_size} bytes came of {length}")
     except (OSError, ValueError, urllib.error.URLError) as error:
-        raise ValueError(f"could not be fetched ({error}); put {url} at {path}") from None
+        raise UserError(f"could not be fetched ({error}); put {url} at {path}") from None
     return path
 
 
-def _from_timm(weights: str, flag: str = "weights") -> Any:
+def _from_timm(weights: str, flag: str = "weights") -> Backbone:
     import timm
 
     network: Any
     try:
         network = timm.create_model(weights.removeprefix(TIMM), pretrained=True, num_classes=0)
     except Exception as error:  # timm, Hugging Face and the network each have their own
-        raise ValueError(
+        raise UserError(
             f"--{flag} {weights} could not be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
     data = timm.data.resolve_data_config({}, model=network)
@@ -243,8 +250,9 @@ def _from_timm(weights: str, flag: str = "weights") -> Any:
         "std": list(data["std"]),
     }
     if not isinstance(network, timm.models.xcit.Xcit):
-        network.metadata = metadata
-        return network.eval()
+        wrapped = TimmBackbone(network, weights)
+        wrapped.metadata = {**metadata, "arch": weights}
+        return wrapped.eval()
     tensors = network.state_dict()
     backbone = build({**metadata, "arch": describe(tensors)["arch"]})
     load_strict(backbone, tensors)

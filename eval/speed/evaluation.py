@@ -21,8 +21,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import timm
@@ -37,11 +37,14 @@ from dino_xcit.data.framing import EvalDataset, Transform
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate.feature_store import FeatureStore, extract
 from dino_xcit.evaluate.features import FeatureExtractor
-from dino_xcit.figures.command import show_attention
+from dino_xcit.figures.command import attention
 from dino_xcit.figures.maps import look
 from dino_xcit.model.architectures import timm_name
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.weights.load import save_backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZE, SHORT_SIDE, FIGURE, BATCH = 224, 256, 480, 32
 
@@ -111,7 +114,7 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
 
     def figure() -> object:
         with contextlib.redirect_stdout(io.StringIO()):
-            return show_attention(config)
+            return attention(config)
 
     return {"figure, ours": figure, "figure, the pass alone": only_look}
 

@@ -12,14 +12,17 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dino_xcit.evaluate.knn import knn_classify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NB_KNN = (10, 20, 100, 200)
 TEMPERATURE = 0.07

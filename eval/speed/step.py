@@ -27,9 +27,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common import circumstances, peak
@@ -46,6 +45,9 @@ from dino_xcit.train.checkpoints import DurableIO
 from dino_xcit.train.module import DINOModule, Network
 from dino_xcit.train.pretrain import make_trainer
 from dino_xcit.train.schedules import Schedules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 DROP_PATH = 0.1
 STEPS_PER_EPOCH, EPOCHS = 1000, 100

@@ -20,7 +20,7 @@ from dino_xcit.evaluate.linear import linear_eval
 from dino_xcit.train.pretrain import pretrain
 
 ROOT = os.environ.get("FASHION_MNIST")
-CONFIG = Path(__file__).parent.parent / "configs" / "fashion_mnist.yaml"
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "fashion_mnist.yaml"
 pytestmark = pytest.mark.skipif(not ROOT, reason="FASHION_MNIST is not set")
 
 

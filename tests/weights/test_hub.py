@@ -12,7 +12,7 @@ from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.weights.load import PUBLISHED, save_backbone
 
-CLONE = str(Path(__file__).parent.parent)
+CLONE = str(Path(__file__).parent.parent.parent)
 
 
 def load(name, **options):

@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import TINY, as_flags
+from helpers import TINY, as_flags
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
+
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
 
 LONG = dataclasses.replace(
     TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3

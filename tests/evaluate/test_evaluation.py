@@ -9,18 +9,21 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from PIL import Image
 
 from dino_xcit.cli import main
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.train.pretrain import pretrain
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # of every CPU the same numbers
 

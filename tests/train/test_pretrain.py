@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TINY, as_flags
+from helpers import PICO_PATHS, TINY, as_flags
 from PIL import Image
 from torch import nn
 
@@ -128,7 +128,7 @@ def test_a_limit_given_to_the_trainer_ends_with_everything_saved(tiny):
 
 def test_the_augmentation_is_float32_under_mixed_precision(tiny):
     module = DINOModule(tiny, Schedules(config=tiny, steps_per_epoch=6, total_batch=8))
-    dataset = CropDataset(open_images(tiny, "train"), tiny)
+    dataset = CropDataset(open_images(tiny, "train"), tiny, PICO_PATHS)
     batch = collate([dataset[0, i] for i in range(4)])
     plain = module.views(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -364,7 +364,7 @@ def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.0
     )
     center = torch.zeros(config.out_dim)
-    dataset = CropDataset(images, config)
+    dataset = CropDataset(images, config, PICO_PATHS)
     for step, positions in zip(range(steps), order, strict=False):
         groups = module.views(collate([dataset[position] for position in positions]))
         with torch.no_grad():

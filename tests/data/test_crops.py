@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import PICO_PATHS
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
@@ -26,7 +27,7 @@ def image(height=50, width=70, channels=3):
 
 def many_boxes(height, width, config=CONFIG, images=IMAGES):
     """(images, V, 4): top, left, height, width."""
-    crop, rng = MultiCrop(config), np.random.default_rng(0)
+    crop, rng = MultiCrop(config, PICO_PATHS), np.random.default_rng(0)
     return np.stack(
         [sample_boxes(rng, height, width, crop.scale_low, crop.scale_high) for _ in range(images)]
     )
@@ -34,7 +35,7 @@ def many_boxes(height, width, config=CONFIG, images=IMAGES):
 
 def many_draws(config=CONFIG, images=IMAGES):
     """(images, V, len(Draw))."""
-    crop, rng = MultiCrop(config), np.random.default_rng(0)
+    crop, rng = MultiCrop(config, PICO_PATHS), np.random.default_rng(0)
     return np.stack([crop.sample_photometric(rng) for _ in range(images)])
 
 
@@ -136,7 +137,7 @@ def test_images_too_narrow_fall_back_to_torchvisions_centre_box(height, width):
 
 
 def test_image_of_one_pixel_gives_views():
-    views = MultiCrop(CONFIG)(image(1, 1), (0, 0, 0))
+    views = MultiCrop(CONFIG, PICO_PATHS)(image(1, 1), (0, 0, 0))
     torch.testing.assert_close(views.local_crops, image(1, 1).expand(3, 3, 12, 12), rtol=0, atol=0)
 
 
@@ -167,7 +168,7 @@ def test_resize_is_pils(size, channels):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_views_are_the_boxes_cut_out_and_resized(channels):
     picture, key = image(channels=channels), (3, 1, 4)
-    crop = MultiCrop(CONFIG)
+    crop = MultiCrop(CONFIG, PICO_PATHS)
     views = crop(picture, key)
     boxes = sample_boxes(np.random.default_rng(key), 50, 70, crop.scale_low, crop.scale_high)
     assert views.global_crops.shape == (2, channels, 24, 24)
@@ -182,7 +183,7 @@ def test_views_are_the_boxes_cut_out_and_resized(channels):
 
 def test_sizes_and_number_of_crops_follow_the_options():
     config = replace(CONFIG, global_crops_size=40, local_crops_size=8, local_crops_number=5)
-    views = MultiCrop(config)(image(), (0, 0, 0))
+    views = MultiCrop(config, PICO_PATHS)(image(), (0, 0, 0))
     assert views.global_crops.shape == (2, 3, 40, 40)
     assert views.local_crops.shape == (5, 3, 8, 8)
     assert views.global_params.shape == (2, len(PhotometricParam))
@@ -191,7 +192,7 @@ def test_sizes_and_number_of_crops_follow_the_options():
 
 
 def test_no_local_crops():
-    views = MultiCrop(replace(CONFIG, local_crops_number=0))(image(), (0, 0, 0))
+    views = MultiCrop(replace(CONFIG, local_crops_number=0), PICO_PATHS)(image(), (0, 0, 0))
     assert views.global_crops.shape == (2, 3, 24, 24)
     assert views.local_crops.shape == (0, 3, 12, 12)
     assert views.local_params.shape == (0, len(PhotometricParam))
@@ -201,21 +202,21 @@ def test_no_local_crops():
 
 
 def test_views_are_a_function_of_the_key():
-    crop = MultiCrop(CONFIG)
+    crop = MultiCrop(CONFIG, PICO_PATHS)
     first = crop(image(), (0, 1, 2))
     crop(image(), (5, 5, 5))
     assert_same_views(crop(image(), (0, 1, 2)), first)
-    assert_same_views(MultiCrop(CONFIG)(image(), (0, 1, 2)), first)
+    assert_same_views(MultiCrop(CONFIG, PICO_PATHS)(image(), (0, 1, 2)), first)
 
 
 @pytest.mark.parametrize("key", [(9, 1, 2), (0, 9, 2), (0, 1, 9)])
 def test_another_seed_epoch_or_image_gives_other_views(key):
-    crop = MultiCrop(CONFIG)
+    crop = MultiCrop(CONFIG, PICO_PATHS)
     assert_same_views(crop(image(), key), crop(image(), (0, 1, 2)), same=False)
 
 
 def test_views_of_one_image_differ():
-    views = MultiCrop(CONFIG)(image(), (0, 0, 0))
+    views = MultiCrop(CONFIG, PICO_PATHS)(image(), (0, 0, 0))
     for crops in (views.global_crops, views.local_crops):
         assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
 
@@ -283,14 +284,14 @@ def test_views_are_drawn_independently():
 
 
 def test_stochastic_depth_is_drawn_with_its_rate_and_keeps_the_mean():
-    crop = MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=0.25))
+    crop = MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=0.25), PICO_PATHS)
     paths = np.stack([crop.sample_paths(np.random.default_rng(i)) for i in range(400)])
-    assert paths.shape[1:] == (crop.views, crop.layers, 3)
+    assert paths.shape[1:] == (crop.views, crop.path_shape[0], 3)
     assert set(np.unique(paths)) == {0, np.float32(1 / 0.75)}
     assert paths.mean() == pytest.approx(1, abs=0.02)
     assert (crop.sample_paths(np.random.default_rng(0)) == paths[0]).all()
     assert (
-        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=1.0)).sample_paths(
+        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=1.0), PICO_PATHS).sample_paths(
             np.random.default_rng(0)
         )
         == 0
@@ -300,7 +301,7 @@ def test_stochastic_depth_is_drawn_with_its_rate_and_keeps_the_mean():
 def test_stochastic_depth_does_not_change_the_crops():
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
     one, other = (
-        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=rate))(image, (0, 1, 2))
+        MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=rate), PICO_PATHS)(image, (0, 1, 2))
         for rate in (0.0, 0.5)
     )
     assert torch.equal(one.global_crops, other.global_crops)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, as_flags
+from helpers import TINY, as_flags
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
 

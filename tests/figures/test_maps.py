@@ -18,8 +18,8 @@ from dino_xcit.figures.maps import (
     look,
     mass_mask,
     pca_colours,
-    require_class_attention,
     similarity,
+    with_class_attention,
 )
 from dino_xcit.model.xcit import XCiT
 
@@ -296,10 +296,10 @@ def test_a_network_without_class_attention_is_refused_by_its_name():
     with pytest.raises(
         ValueError, match="Linear has no class-attention layers; expected the weights of an XCiT"
     ):
-        require_class_attention(torch.nn.Linear(2, 2))
+        with_class_attention(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="Linear has no class-attention"):
         class_attention(torch.nn.Linear(2, 2), torch.zeros(1, 3, 16, 16))
-    require_class_attention(pico())
+    with_class_attention(pico())
 
 
 def test_ablation_without_xca_has_class_attention_but_no_queries():

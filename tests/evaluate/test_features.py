@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from helpers import TINY
 from PIL import Image
 from timm.models import VisionTransformer
 from torch import nn
@@ -52,6 +52,7 @@ FOLDER = [
 ]
 TRAIN_IMAGES, IMAGES = 6, 10  # in FOLDER
 CPU_ONLY = ClassificationConfig(
+    weights="none",
     accelerator="cpu",
     devices="1",
     precision="32-true",

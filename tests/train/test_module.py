@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.loader import Batch

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import timm
 import torch
-from conftest import TINY
+from helpers import TINY
 
 from dino_xcit.data.framing import Transform
 from dino_xcit.evaluate.features import FeatureExtractor

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from helpers import TINY
 from lightning.fabric import Fabric
 from PIL import Image
 from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import PICO_PATHS, TINY
 
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset, collate
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_photometric_gives_on_the_device_what_it_gives_on_cpu():
-    dataset = CropDataset(open_images(TINY, "train"), TINY)
+    dataset = CropDataset(open_images(TINY, "train"), TINY, PICO_PATHS)
     views = collate([dataset[0, i] for i in range(16)]).views
     crops, draws = views["global_crops"].flatten(0, 1), views["global_params"].flatten(0, 1)
     on_cpu = photometric(crops, draws, TINY.mean, TINY.std, TINY.blur_sigma[1])

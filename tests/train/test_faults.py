@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
-from test_data import folder_config, make_folder
+from helpers import PICO_PATHS, TINY
+from test_loader import folder_config, make_folder
 
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.evaluation import KnnConfig
@@ -31,7 +31,7 @@ from dino_xcit.data.loader import (
     surviving,
 )
 from dino_xcit.evaluate.knn import knn_eval
-from dino_xcit.figures.command import show_attention
+from dino_xcit.figures.command import attention
 from dino_xcit.run_folder import read_bad_images, read_metrics
 from dino_xcit.train.pretrain import pretrain
 
@@ -59,7 +59,7 @@ def batches(images, workers: int):
     config = dataclasses.replace(TINY, epochs=2)
     return list(
         CropLoader(
-            CropDataset(images, config),
+            CropDataset(images, config, PICO_PATHS),
             StepBatchSampler(config, len(images)),
             workers,
             pin_memory=False,
@@ -137,7 +137,7 @@ def test_files_that_vanish_or_become_unreadable_in_mid_run_are_replaced_and_list
     (folder / "04.png").unlink()
     (folder / "04.png").mkdir()
     (folder / "05.png").write_bytes(b"")
-    dataset = CropDataset(images, config)
+    dataset = CropDataset(images, config, PICO_PATHS)
     bad = {Path(one.name).name: one.reason for i in range(16) for one in dataset[0, i][1]}
     assert set(bad) == {"03.png", "04.png", "05.png"}
     assert "No such file" in bad["03.png"]
@@ -331,7 +331,7 @@ def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_p
     knn_eval(
         KnnConfig(weights=str(tmp_path / "run"), nb_knn=(3,), cache_dir=str(tmp_path / "run/cache"))
     )
-    problems = show_attention(
+    problems = attention(
         AttentionConfig(
             weights=(str(tmp_path / "run"),),
             images=(str(folder / "val"),),

@@ -6,17 +6,20 @@ import dataclasses
 import io
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import PICO_PATHS, TINY
 from PIL import Image
 
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.decode import decode
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
+
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
 
@@ -198,7 +201,7 @@ def folder_with_a_bad_file(root: Path) -> Path:
 
 def test_a_bad_image_is_replaced_by_the_same_other_every_time_and_named(tmp_path):
     config = folder_config(folder_with_a_bad_file(tmp_path))
-    dataset = CropDataset(open_images(config, "train"), config)
+    dataset = CropDataset(open_images(config, "train"), config, PICO_PATHS)
     views, bad = dataset[0, 2]
     again, _ = dataset[0, 2]
     assert [Path(b.name).name for b in bad] == ["2.jpg"]
@@ -209,7 +212,7 @@ def test_a_bad_image_is_replaced_by_the_same_other_every_time_and_named(tmp_path
 
 def test_a_bad_image_ends_the_run_if_asked(tmp_path):
     config = folder_config(folder_with_a_bad_file(tmp_path), on_bad_image="raise")
-    dataset = CropDataset(open_images(config, "train"), config)
+    dataset = CropDataset(open_images(config, "train"), config, PICO_PATHS)
     with pytest.raises(ValueError, match=r"cannot read .*2\.jpg.*--on_bad_image replace"):
         dataset[0, 2]
 
@@ -219,7 +222,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
     config = folder_config(tmp_path)
     with pytest.raises(ValueError, match="is --data_path right"):
-        CropDataset(open_images(config, "train"), config)[0, 0]
+        CropDataset(open_images(config, "train"), config, PICO_PATHS)[0, 0]
 
 
 # -- order -----------------------------------------------------------------------------------------------------------
@@ -275,12 +278,12 @@ def test_fewer_images_than_a_step_takes_is_an_error_that_names_the_flag():
 def test_workers_change_nothing(workers):
     images = open_images(TINY, "train")
     reference = [
-        CropDataset(images, TINY)[position][0]
+        CropDataset(images, TINY, PICO_PATHS)[position][0]
         for chunk in StepBatchSampler(TINY, len(images))
         for position in chunk
     ]
     loader = CropLoader(
-        CropDataset(images, TINY),
+        CropDataset(images, TINY, PICO_PATHS),
         StepBatchSampler(TINY, len(images)),
         num_workers=workers,
         pin_memory=False,
@@ -303,7 +306,7 @@ def test_workers_change_nothing(workers):
 def test_the_loader_remembers_how_many_batches_it_handed_out():
     images = open_images(TINY, "train")
     loader = CropLoader(
-        CropDataset(images, TINY),
+        CropDataset(images, TINY, PICO_PATHS),
         StepBatchSampler(TINY, len(images)),
         num_workers=2,
         pin_memory=False,
@@ -313,7 +316,7 @@ def test_the_loader_remembers_how_many_batches_it_handed_out():
     rest = list(batches)
     assert len(first) + len(rest) == len(loader)
     other = CropLoader(
-        CropDataset(images, TINY),
+        CropDataset(images, TINY, PICO_PATHS),
         StepBatchSampler(TINY, len(images)),
         num_workers=0,
         pin_memory=False,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, as_flags
+from helpers import TINY, as_flags
 from test_interruptions import rows
 
 from dino_xcit.cli import main

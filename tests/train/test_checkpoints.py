@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY, as_flags
+from helpers import TINY, as_flags
 from safetensors import SafetensorError
 from test_interruptions import LONG, rows, start, state, wait_for_step
 

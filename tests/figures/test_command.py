@@ -416,4 +416,4 @@ def test_the_function_behind_the_command_returns_the_problems(here):
         figures=("overlay",),
         dpi=40,
     )
-    assert command.show_attention(config) == ["gone.png: does not exist"]
+    assert command.attention(config).problems == ["gone.png: does not exist"]
