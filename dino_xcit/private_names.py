@@ -1,0 +1,80 @@
+"""Every private name of torch and Lightning that the package uses, and why no public one serves.
+
+`tests/test_private_names.py` fails when a new version renames one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch._dynamo.config as dynamo
+import torch._functorch.config as partitioner
+from torch._subclasses import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import lightning as L
+    from torch import Tensor
+
+__all__ = ["FakeTensorMode"]  # tensors without content; public only by way of the memory estimators
+
+BatchNorm = _BatchNorm
+"""Base class of all batch norms; the public ones are its subclasses, each for one input rank."""
+
+
+def foreach_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor in one launch; `torch.nn.utils` has only the norm of all."""
+    return list(torch._foreach_norm(list(tensors)))
+
+
+def foreach_multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each tensor by its factor, in place, in one launch."""
+    torch._foreach_mul_(list(tensors), list(factors))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for tensors that share memory; fake tensors have no public address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has AVX512-BF16; torch 2.8 has no public way to ask."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+@contextlib.contextmanager
+def compiling(kept_for_backward: float) -> Iterator[None]:
+    """Set what torch.compile keeps for the backward pass, as a share; run uncompiled what fails.
+
+    Both have no public setting but a decorator's or an environment variable's.
+    """
+    with (
+        dynamo.patch(suppress_errors=True),
+        partitioner.patch(activation_memory_budget=kept_for_backward),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def failing_compilation_raises() -> Iterator[None]:
+    """Let a failing torch.compile raise its error, whatever the caller has set."""
+    with dynamo.patch(suppress_errors=False):
+        yield
+
+
+def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
+    """Disable Lightning's per-step SIGTERM broadcast, which waits for the device.
+
+    Its handler is replaced by ours before the first step, so there is nothing to broadcast.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def forget_sigterm(trainer: L.Trainer) -> None:
+    """Make Lightning forget a SIGTERM that our handler takes over: else it ends with exit code 0."""
+    trainer._signal_connector.received_sigterm = False

@@ -1,0 +1,57 @@
+"""Fails when a new version of torch or Lightning renames what `private_names.py` uses."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+import torch._dynamo.config as dynamo
+import torch._functorch.config as partitioner
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import nn
+
+from dino_xcit import private_names as private
+
+
+def test_foreach_functions_do_what_a_loop_does():
+    tensors = [torch.randn(3, 2), torch.randn(5)]
+    norms = private.foreach_norm(tensors)
+    torch.testing.assert_close(norms, [tensor.norm() for tensor in tensors])
+    expected = [tensor * factor for tensor, factor in zip(tensors, norms, strict=True)]
+    private.foreach_multiply(tensors, norms)
+    torch.testing.assert_close(tensors, expected)
+
+
+def test_tensors_that_share_memory_have_one_key_fake_ones_too():
+    with private.FakeTensorMode():
+        one, other = torch.empty(4), torch.empty(4)
+        assert private.storage_key(one) == private.storage_key(one.view(2, 2))
+        assert private.storage_key(one) != private.storage_key(other)
+
+
+def test_every_batch_norm_is_one():
+    for norm in (nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.SyncBatchNorm(1)):
+        assert isinstance(norm, private.BatchNorm)
+
+
+def test_bfloat16_is_asked_of_the_cpu():
+    assert hasattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert private.multiplies_bfloat16() in (True, False)
+
+
+def test_compiling_sets_both_settings_and_puts_them_back():
+    before = dynamo.suppress_errors, partitioner.activation_memory_budget
+    with private.compiling(0.25):
+        assert (dynamo.suppress_errors, partitioner.activation_memory_budget) == (True, 0.25)
+        with private.failing_compilation_raises():
+            assert dynamo.suppress_errors is False
+    assert (dynamo.suppress_errors, partitioner.activation_memory_budget) == before
+
+
+def test_lightning_has_what_is_switched_off():
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    private.skip_sigterm_broadcast(trainer)
+    assert trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None
+    trainer._signal_connector.received_sigterm = True
+    private.forget_sigterm(trainer)
+    assert trainer.received_sigterm is False
