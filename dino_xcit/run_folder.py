@@ -1,7 +1,7 @@
-"""What a run leaves behind: names of its files, and how each is written and read.
+"""Names of all files in a run folder, and how config.yaml, metrics.csv and bad_images.txt are read.
 
-Every file is written beside its place, brought to the disk and then renamed, except metrics.csv, which grows by a row at a
-time.
+Every file is written beside its place, synced and renamed, except two that grow by a line at a
+time: metrics.csv and bad_images.txt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dino_xcit.errors import UserError
 from dino_xcit.files import plain, read_yaml, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -25,10 +25,48 @@ METRICS = "metrics.csv"
 BAD_IMAGES = "bad_images.txt"
 CROPS = "crops.png"
 CURVES = "curves.png"
+ATTENTION = "attention.png"
+ATTENTION_MAPS = "attention.npz"
+TEACHER = "teacher.safetensors"
+LOCK = ".lock"
+
+LAST = "checkpoints/last.ckpt"
+PREVIOUS = "checkpoints/previous.ckpt"
+SOUND = "checkpoints/sound.ckpt"  # the last one before a sign of collapse
+DAMAGED = "checkpoints/damaged.ckpt"
+KEPT_CHECKPOINTS = "checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt"  # of --saveckp_freq, as a glob
+
+KNN = "knn"
+LINEAR = {"heads": "linear", "dino": "linear_dino", "logistic": "linear_logistic"}  # by protocol
+LINEAR_EVALUATED = "linear_evaluate"  # of `linear-eval --evaluate`
+SEGMENTATION = "seg"
+
+
+def kept_checkpoint(epoch: int) -> str:
+    """Return the name of the checkpoint that --saveckp_freq keeps after this epoch."""
+    return f"checkpoints/epoch{epoch:04}.ckpt"
+
+
+def result_file(evaluation: str) -> str:
+    """Return the name of an evaluation's results: of KNN, one of LINEAR, SEGMENTATION, ..."""
+    return f"{evaluation}.json"
+
+
+def classes_picture(evaluation: str) -> str:
+    """Return the name of the picture of an evaluation's scores by class."""
+    return f"{evaluation}_classes.png"
+
+
+def head_file(evaluation: str, suffix: str = "") -> str:
+    """Return the name of a trained linear head; the suffix distinguishes several."""
+    return f"{evaluation}_head{suffix}.safetensors"
 
 
 def write_config(config: PretrainConfig, folder: Path) -> None:
-    """Every resolved option but those of this one start: `dino-xcit pretrain --config FILE` repeats the run, or goes on."""
+    """Write every resolved option, except those that only concern one start of the run.
+
+    `dino-xcit pretrain --config FILE` repeats the run or continues it.
+    """
     options = {
         name: value
         for name, value in plain(dataclasses.asdict(config)).items()
@@ -39,91 +77,126 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> PretrainConfig:
-    """Raises ValueError if the folder's config.yaml is not one of this version."""
+    """Return the options of a run.
+
+    Raises:
+        UserError: the folder's config.yaml cannot be read, or is not one of this version.
+    """
     path = folder / CONFIG
+    options = read_yaml(path)
     try:
-        return from_plain(read_yaml(path))
-    except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a config of this version: {' '.join(str(error).split())}"
-        ) from None
+        return from_plain(options)
+    except UserError as error:
+        raise UserError(f"{path} is not a config of this version: {error}") from None
 
 
-def from_plain(options: dict[str, Any]) -> PretrainConfig:
-    """The inverse of `plain(asdict(config))`."""
+def from_plain(options: object) -> PretrainConfig:
+    """Return the config of which these are the options: the inverse of `plain(asdict(config))`.
+
+    Raises:
+        UserError: they are not the options of a config of this version.
+    """
+    if not isinstance(options, dict):
+        raise UserError(f"holds a {type(options).__name__}; expected options by their names")
     values: dict[str, Any] = {
         key: tuple(item) if isinstance(item, list) else item for key, item in options.items()
     }
-    return PretrainConfig(**values)
+    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise UserError(f"unknown option {', '.join(unknown)}")
+    try:
+        return PretrainConfig(**values)
+    except (TypeError, ValueError) as error:  # rules that meet a value of another type
+        raise UserError(" ".join(str(error).split())) from None
 
 
 class Metrics:
-    """metrics.csv: a row per logged step. Columns without a value stay empty.
+    """metrics.csv: a row for each logged step. Columns without a value are empty.
 
-    All rows are kept here too: what could not be written is written with the next row.
+    The columns are the keys of the rows in their order of appearance, after those that the file
+    already has. All rows are kept in memory too: a row that could not be written is written with
+    the next one.
+
+    Args:
+        folder: the run folder.
+        first_step: step from which the run continues; later rows of the file are dropped.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str], first_step: int) -> None:
-        """Keeps the rows up to `first_step`, from which the run goes on; later ones will be written anew."""
-        self.path, self.columns = folder / METRICS, columns
-        self.whole = False  # whether the file holds all rows
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.path = folder / METRICS
+        columns, rows = _read_table(self.path)
         self.rows: list[dict[str, Any]] = [
-            row for row in read_metrics(folder) if int(row["step"]) <= first_step
+            dict(row) for row in rows if int(row["step"]) <= first_step
         ]
+        self._columns = columns
+        self._complete = False  # whether the file holds all rows and columns
         self._rewrite()
 
-    def write(self, row: dict[str, float]) -> None:
-        """Raises OSError if the file cannot be written."""
-        self.rows.append(dict(row))
-        if self.whole and self.path.exists():
-            self.whole = False
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-            self.whole = True
-        else:
-            self._rewrite()
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row.
 
-    def amend(self, values: dict[str, float]) -> None:
-        """Add to the last row. Raises OSError if the file cannot be written."""
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.rows.append(dict(row))
+        new_column = any(name not in self._columns for name in row)
+        if new_column or not self._complete or not self.path.exists():
+            self._rewrite()
+            return
+        self._complete = False
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+        self._complete = True
+
+    def amend(self, values: Mapping[str, float]) -> None:
+        """Add values to the last row.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         self.rows[-1].update(values)
         self._rewrite()
 
     def _rewrite(self) -> None:
-        self.whole = False
+        self._complete = False
+        self._columns = list(
+            dict.fromkeys([*self._columns, *(key for r in self.rows for key in r)])
+        )
         with replacing(self.path) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(
-                {name: value for name, value in row.items() if name in self.columns}
-                for row in self.rows
-            )
-        self.whole = True
+            if self._columns:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+        self._complete = True
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv; none if there is no such file. A last row that was cut off in writing is left out."""
-    path = folder / METRICS
+    """Return the rows of metrics.csv; none if there is no such file.
+
+    A last row that was cut off in writing is left out.
+    """
+    return _read_table(folder / METRICS)[1]
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and the complete rows of metrics.csv."""
     if not path.exists():
-        return []
+        return [], []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        return [row for row in reader if None not in row.values() and row["step"]]
+        rows = [
+            row for row in reader if None not in row and None not in row.values() and row["step"]
+        ]
+        return list(reader.fieldnames or []), rows
 
 
 def read_bad_images(folder: Path) -> set[str]:
-    """What bad_images.txt lists, one image a line before a tab and the reason, named as `on_one_line` names it."""
+    """Return the images that bad_images.txt lists, named as `on_one_line` names them.
+
+    Each line is an image's name, a tab and the reason.
+    """
     path = folder / BAD_IMAGES
-    return (
-        {line.split("\t")[0] for line in path.read_text().split("\n") if line}
-        if path.exists()
-        else set()
-    )
-
-
-PREVIOUS = "checkpoints/previous.ckpt"
-SOUND = "checkpoints/sound.ckpt"  # the last one before a sign of collapse
-DAMAGED = "checkpoints/damaged.ckpt"
-LOCK = ".lock"
-
-TEACHER = "teacher.safetensors"
-LAST = "checkpoints/last.ckpt"
+    if not path.exists():
+        return set()
+    return {line.split("\t")[0] for line in path.read_text().split("\n") if line}

@@ -30,7 +30,6 @@ from dino_xcit.runtime import say
 from dino_xcit.train.attention_history import AttentionHistory
 from dino_xcit.train.checkpoints import DurableIO, keep_as_sound, take_its_place
 from dino_xcit.train.collapse import CollapseError, CollapseWarning, CollapseWatch
-from dino_xcit.train.module import COLUMNS
 from dino_xcit.train.online_eval import OnlineEvaluator, StoppedError
 from dino_xcit.train.plots import draw_curves
 from dino_xcit.train.signals import StopConsensus, StopSignals, requeue
@@ -87,7 +86,7 @@ class RunFolderWriter(L.Callback):
         self.agreement = StopConsensus()
         step = trainer.global_step
         if trainer.is_global_zero:
-            self.metrics = Metrics(self.folder, COLUMNS, step)
+            self.metrics = Metrics(self.folder, step)
             self.attention_history = AttentionHistory(self.config, self.pictured, self.folder, step)
             if module.teacher.backbone.class_attention is None:
                 say(f"{module.teacher.backbone.arch} has no class attention: no attention.png")

@@ -31,7 +31,7 @@ def draw_curves(folder: Path) -> None:
     ]
     figure = Figure(figsize=(17, 6), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(2, 5).flat, panels, strict=True):
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
             axes.plot(
                 *zip(*points, strict=True), marker="." if len(points) < 30 else "", color="#0072B2"

@@ -343,7 +343,7 @@ def test_a_lock_left_by_the_dead_is_no_lock(tmp_path):
 
 
 def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path):
-    metrics = Metrics(tmp_path, ("step", "loss", "knn"), first_step=0)
+    metrics = Metrics(tmp_path, first_step=0)
     metrics.write({"step": 1, "loss": 0.5})
     shutil.rmtree(tmp_path)
     with pytest.raises(FileNotFoundError):

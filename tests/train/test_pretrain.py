@@ -599,7 +599,7 @@ def test_a_run_is_not_continued_with_another_total_batch(tiny):
 
 def test_metrics_rows_after_the_checkpoint_are_written_anew(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss\n1,5.0\n2,4.0\n3,3.0\n4,")
-    metrics = run_folder.Metrics(tmp_path, ("step", "loss"), first_step=2)
+    metrics = run_folder.Metrics(tmp_path, first_step=2)
     metrics.write({"step": 3, "loss": 2.5})
     assert rows(tmp_path) == [
         {"step": s, "loss": v} for s, v in (("1", "5.0"), ("2", "4.0"), ("3", "2.5"))
