@@ -78,3 +78,14 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
 def forget_sigterm(trainer: L.Trainer) -> None:
     """Make Lightning forget a SIGTERM that our handler takes over: else it ends with exit code 0."""
     trainer._signal_connector.received_sigterm = False
+
+
+def set_global_step(trainer: L.Trainer, step: int) -> None:
+    """Let Lightning count optimizer steps from `step`, without the saved state of its loops.
+
+    A run's position is its number of steps alone; Lightning takes it only as part of the state of
+    a dozen counters.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    epoch_loop._batches_that_stepped = step

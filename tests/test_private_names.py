@@ -55,3 +55,10 @@ def test_lightning_has_what_is_switched_off():
     trainer._signal_connector.received_sigterm = True
     private.forget_sigterm(trainer)
     assert trainer.received_sigterm is False
+
+
+def test_lightning_counts_from_the_step_that_is_set():
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    private.set_global_step(trainer, 7)
+    assert trainer.global_step == 7
+    assert trainer.fit_loop.epoch_loop.state_dict()["state_dict"]["_batches_that_stepped"] == 7
