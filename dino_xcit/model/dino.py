@@ -1,11 +1,10 @@
 """DINO's projection head and loss (Caron et al., 2021, arXiv:2104.14294, section 3.1, algorithm 1).
 
-Axes: B images, V views per image (the G global ones first), K prototypes.
+Axes: B images, V views per image (the G global ones first), D channels of an embedding,
+K prototypes, which are the outputs of the head.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,13 +12,13 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from dino_xcit.model.chunked_loss import Embeddings, _LossInParts
+from dino_xcit.model.chunked_loss import Embeddings, chunked_loss, weight_normed
 
 
 class WeightNormLinear(nn.Module):
-    """Prototypes: each row of the weight has the length that its gain says. No bias.
+    """Weight-normalised linear layer without a bias; each row is a prototype of norm `weight_g`.
 
-    `weight_g` (K, 1) and `weight_v` (K, in_dim) are named as in official checkpoints.
+    `weight_g` (K, 1) and `weight_v` (K, D) are named as in official checkpoints.
     """
 
     def __init__(self, in_dim: int, out_dim: int, fixed_gain: bool) -> None:
@@ -28,11 +27,21 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return Embeddings(x, self.weight_v, self.weight_g).logits()
+        """(..., D) -> (..., K)."""
+        return F.linear(x, weight_normed(self.weight_v, self.weight_g))
 
 
 class DINOHead(nn.Module):
-    """Three-layer MLP, L2 normalisation, weight-normalised last layer (appendix C). (N, in_dim) -> (N, out_dim)."""
+    """MLP, L2 normalisation, weight-normalised last layer: (N, in_dim) -> (N, out_dim) (appendix C).
+
+    Args:
+        in_dim: channels of the backbone's feature.
+        out_dim: number K of prototypes.
+        hidden_dim: width of the two hidden layers of the MLP.
+        bottleneck_dim: width D of its output.
+        use_bn: put a batch norm behind each hidden layer.
+        norm_last_layer: fix the norm of each prototype at 1.
+    """
 
     def __init__(
         self,
@@ -60,28 +69,33 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, fixed_gain=norm_last_layer)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(N, in_dim) -> (N, bottleneck_dim) of length 1, which the prototypes are compared with."""
+        """Input of the last layer: (N, in_dim) -> unit vectors (N, D)."""
         return F.normalize(self.mlp(x), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(self.embed(x))
-
-
-class LossStatistics(NamedTuple):
-    """What tells a healthy run from a collapsed one; in nats."""
-
-    teacher_entropy: Tensor
-    """mean entropy of the teacher's output: ln K is uniform, 0 is one prototype"""
-    kl: Tensor
-    """mean divergence of the student's output from the teacher's: the loss less the entropy"""
+        """(N, in_dim) -> logits (N, K)."""
+        return self.last_layer(self.embed(x))  # type: ignore[no-any-return]
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's centered, sharpened output on the global views and the student's output on
-    every other view, averaged over the pairs; and the center, a moving average of the teacher's output.
+    """Cross-entropy between the teacher's output on each global view and the student's on the others.
 
-    The center moves in `update_center`, once per optimizer step and after its backward pass, by the mean over all outputs
-    that `forward` and `of_embeddings` saw since. With several processes all have to call these together.
+    The teacher's output is centered and sharpened; the mean is taken over all pairs of two
+    different views. The center is a moving average of the teacher's logits. `update_center` moves
+    it, once per optimizer step and after the backward pass, by the mean over all logits of the
+    calls since the last update. With several processes, all must make these calls together.
+
+    Both ways to compute the loss return `(loss, scalars)`, where the scalars are detached, in nats,
+    and show whether training collapses:
+
+    - `teacher_entropy`: mean entropy of the teacher's output; ln K is uniform, 0 is one prototype.
+    - `kl`: mean Kullback-Leibler divergence of the student's output from the teacher's, which is
+      the loss minus the entropy.
+
+    Args:
+        out_dim: number K of prototypes.
+        student_temp: temperature of the student's softmax.
+        center_momentum: share of the old center that an update keeps.
     """
 
     center: Tensor
@@ -93,79 +107,87 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
-        self._output_sums: list[
-            tuple[Tensor, dist.ProbeTask | None]
-        ] = []  # with what is under way between processes
-        self._output_count = 0
+        self._logit_sums: list[tuple[Tensor, dist.Work | None]] = []
+        """sums over the teacher's logits since the last update (K,), with their all-reduces"""
+        self._logit_count = 0
+        """number of logit vectors in these sums, over all processes"""
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Student logits (B, V, K), teacher logits (B, G, K) of the first G views -> loss, a scalar.
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temp: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of logits that are all in memory; training uses `of_embeddings`.
 
-        With q_g the teacher's and log p_v the student's output, the mean over pairs g != v of -q_g . log p_v. Since
-        log p_v = s_v / temperature - logsumexp and every q_g sums to one, the sum over pairs needs one logsumexp per
-        student view and two dot products per image; no softmax is stored per pair.
+        With q_g the teacher's and log p_v the student's output, it is the mean over pairs g != v
+        of -q_g . log p_v. Since log p_v = s_v / temperature - logsumexp and every q_g sums to one,
+        the sum over pairs needs one logsumexp per student view and two dot products per image; no
+        softmax is stored per pair.
+
+        Args:
+            student: logits of all views, (B, V, K).
+            teacher: logits of the global views, (B, G, K); they get no gradient.
+            teacher_temp: temperature of the teacher's softmax.
+
+        Returns:
+            The loss and the scalars.
         """
         views, global_views = student.shape[1], teacher.shape[1]
-        q = self.sharpen(teacher, teacher_temp)  # (B, G, K)
+        teacher = teacher.detach()
+        log_q = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1)  # (B, G, K)
+        q = log_q.exp()
         s = student.float() / self.student_temp
         normaliser = torch.logsumexp(s, dim=-1).sum(0)  # (V,)
         teachers_of_view = torch.full_like(normaliser, global_views)
         teachers_of_view[:global_views] -= 1
         all_pairs = (q.sum(1) * s.sum(1)).sum()
         same_view = (q * s[:, :global_views]).sum()
-        pairs = global_views * (views - 1)
-        loss = ((teachers_of_view * normaliser).sum() - all_pairs + same_view) / (
-            pairs * len(student)
-        )
-        self._remember(teacher.detach().sum((0, 1), dtype=torch.float32), teacher[..., 0].numel())
-        return loss
+        pairs = len(student) * global_views * (views - 1)
+        loss = ((teachers_of_view * normaliser).sum() - all_pairs + same_view) / pairs
+        self._add_logits(teacher.sum((0, 1), dtype=torch.float32), teacher[..., 0].numel())
+        return loss, _scalars(loss, -(q * log_q).sum(-1).mean())
 
     def of_embeddings(
         self, student: Embeddings, teacher: Embeddings, teacher_temp: float
-    ) -> tuple[Tensor, LossStatistics]:
-        """`forward` and `statistics` of the logits, a few prototypes at a time, so that never many are there.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and scalars of `forward`, from logits that exist for a few prototypes at a time.
 
-        The teacher gets no gradient.
+        Args:
+            student: embeddings of all views.
+            teacher: embeddings of the global views; they get no gradient.
+            teacher_temp: temperature of the teacher's softmax.
+
+        Returns:
+            The loss and the scalars.
         """
-        loss, entropy, output_sum = _LossInParts.apply(
-            *student, *teacher, self.center, self.student_temp, teacher_temp
+        loss, entropy, logit_sum = chunked_loss(
+            student, teacher, self.center, self.student_temp, teacher_temp
         )
-        self._remember(output_sum, teacher.of_views[..., 0].numel())
-        return loss, LossStatistics(entropy, loss.detach() - entropy)
+        self._add_logits(logit_sum, teacher.of_views[..., 0].numel())
+        return loss, _scalars(loss, entropy)
 
     @torch.no_grad()
-    def sharpen(self, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Teacher logits -> probabilities (B, G, K), centered and sharpened."""
-        return ((teacher.float() - self.center) / teacher_temp).softmax(-1)
-
-    @torch.no_grad()
-    def statistics(self, loss: Tensor, teacher: Tensor, teacher_temp: float) -> LossStatistics:
-        """Entropy and divergence for a loss that was computed with the present center."""
-        log_q = ((teacher.float() - self.center) / teacher_temp).log_softmax(-1)
-        entropy = -(log_q.exp() * log_q).sum(-1).mean()
-        return LossStatistics(entropy, loss.detach() - entropy)
-
-    @torch.no_grad()
-    def _remember(self, output_sum: Tensor, outputs: int) -> None:
-        several = dist.is_available() and dist.is_initialized()
-        if self._output_sums and not several:
-            output_sum = output_sum + self._output_sums.pop()[0]
-        work = (
-            dist.all_reduce(output_sum, async_op=True) if several else None
-        )  # while the backward pass runs
-        self._output_sums.append((output_sum, work))
-        self._output_count += outputs * (dist.get_world_size() if several else 1)
+    def _add_logits(self, logit_sum: Tensor, count: int) -> None:
+        """Add the sum (K,) over `count` logit vectors of the teacher to the next update."""
+        if dist.is_available() and dist.is_initialized():
+            # Asynchronous, so that the processes exchange it while the backward pass runs.
+            self._logit_sums.append((logit_sum, dist.all_reduce(logit_sum, async_op=True)))
+            count *= dist.get_world_size()
+        elif self._logit_sums:
+            self._logit_sums = [(logit_sum + self._logit_sums[0][0], None)]
+        else:
+            self._logit_sums = [(logit_sum, None)]
+        self._logit_count += count
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the center by the mean teacher output since the last call, over all processes (equation 4)."""
-        for _, work in self._output_sums:
-            if work is not None:
-                work.wait()
-        mean = (
-            torch.stack([output_sum for output_sum, _ in self._output_sums]).sum(0)
-            / self._output_count
-        )
-        self.center.lerp_(mean, 1 - self.center_momentum)
-        self._output_sums.clear()
-        self._output_count = 0
+        """Move the center by the teacher's mean logits since the last call (equation 4)."""
+        for _, all_reduce in self._logit_sums:
+            if all_reduce is not None:
+                all_reduce.wait()
+        total = torch.stack([logit_sum for logit_sum, _ in self._logit_sums]).sum(0)
+        self.center.lerp_(total / self._logit_count, 1 - self.center_momentum)
+        self._logit_sums.clear()
+        self._logit_count = 0
+
+
+def _scalars(loss: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+    return {"teacher_entropy": entropy, "kl": loss.detach() - entropy}

@@ -47,7 +47,8 @@ def naive_loss(student, teacher, center):
 def test_loss_and_gradient_are_those_of_every_pair(local_crops):
     student, teacher = logits(2 + local_crops).requires_grad_(), logits(2, seed=1).requires_grad_()
     loss = loss_with_center()
-    value = loss(student, teacher, TEACHER_TEMP)
+    value, scalars = loss(student, teacher, TEACHER_TEMP)
+    assert not any(scalar.requires_grad for scalar in scalars.values())
     (gradient,) = torch.autograd.grad(value, student, retain_graph=True)
     expected = naive_loss(student, teacher, loss.center)
     (expected_gradient,) = torch.autograd.grad(expected, student)
@@ -60,43 +61,42 @@ def test_loss_of_two_views_by_hand():
     teacher = torch.tensor([[[log(3), 0.0], [0.0, 0.0]]])  # q is 3/4, 1/4 and 1/2, 1/2
     student = torch.tensor([[[0.0, 0.0], [0.0, log(3)]]])  # p is 1/2, 1/2 and 1/4, 3/4
     loss = DINOLoss(2, student_temp=1.0)
-    value = loss(student, teacher, 1.0)
+    value, scalars = loss(student, teacher, 1.0)
     # first teacher with second student: 3/4 ln 4 + 1/4 ln 4/3; second teacher with first student: ln 2
     assert value.item() == pytest.approx((0.75 * log(4) + 0.25 * log(4 / 3) + log(2)) / 2)
-    entropy, kl = loss.statistics(value, teacher, 1.0)
-    assert entropy.item() == pytest.approx((0.75 * log(4 / 3) + 0.25 * log(4) + log(2)) / 2)
-    assert kl.item() == pytest.approx(0.5 * log(3) / 2)  # 3/4 ln 3 + 1/4 ln 1/3, and 0
+    entropy = (0.75 * log(4 / 3) + 0.25 * log(4) + log(2)) / 2
+    assert scalars["teacher_entropy"].item() == pytest.approx(entropy)
+    assert scalars["kl"].item() == pytest.approx(0.5 * log(3) / 2)  # 3/4 ln 3 + 1/4 ln 1/3, and 0
 
 
 def test_temperatures_and_center_by_hand():
     loss = DINOLoss(2, student_temp=0.5)
     loss.center.copy_(torch.tensor([1.0, 1.0 - 0.1 * log(3)]))
-    q = loss.sharpen(torch.tensor([[[1.0, 1.0]]]), 0.1)  # 0 and 0.1 ln 3, over 0.1
-    torch.testing.assert_close(q, torch.tensor([[[0.25, 0.75]]]))
-    views = torch.ones(1, 2, 2)
+    teacher = torch.ones(1, 2, 2)  # minus the center, over 0.1: 0 and ln 3, so q is 1/4, 3/4
     student = torch.tensor([0.5 * log(4), 0.0]).expand(1, 2, 2)  # p is 4/5, 1/5
-    assert loss(student, views, 0.1).item() == pytest.approx(0.25 * log(5 / 4) + 0.75 * log(5))
+    value, _ = loss(student, teacher, 0.1)
+    assert value.item() == pytest.approx(0.25 * log(5 / 4) + 0.75 * log(5))
 
 
 @pytest.mark.parametrize("local_crops", [0, 4])
 def test_kl_is_the_mean_divergence_over_pairs(local_crops):
     student, teacher = logits(2 + local_crops), logits(2, seed=1)
     loss = loss_with_center()
-    value = loss(student, teacher, TEACHER_TEMP)
-    entropy, kl = loss.statistics(value, teacher, TEACHER_TEMP)
+    value, scalars = loss(student, teacher, TEACHER_TEMP)
     pairs = list(naive_pairs(student, teacher, loss.center))
     expected = torch.stack([F.kl_div(log_p, q, reduction="batchmean") for q, log_p in pairs]).mean()
-    assert kl.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert entropy.item() == pytest.approx(value.item() - expected.item(), rel=1e-4)
+    assert scalars["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
+    entropy = value.item() - expected.item()
+    assert scalars["teacher_entropy"].item() == pytest.approx(entropy, rel=1e-4)
 
 
 def test_uniform_teacher_has_entropy_ln_k_and_certain_teacher_zero():
     loss = DINOLoss(K)
-    assert loss.statistics(torch.tensor(0.0), torch.zeros(B, 2, K), 0.04)[
-        0
-    ].item() == pytest.approx(log(K))
+    uniform = torch.zeros(B, 2, K)
     certain = F.one_hot(torch.arange(2 * B).reshape(B, 2), K).float()
-    assert loss.statistics(torch.tensor(0.0), certain, 0.01)[0].item() == pytest.approx(0, abs=1e-6)
+    for teacher, entropy in ((uniform, log(K)), (certain, 0.0)):
+        _, scalars = loss(logits(2), teacher, 0.01)
+        assert scalars["teacher_entropy"].item() == pytest.approx(entropy, abs=1e-6)
 
 
 def test_center_moves_by_the_mean_output_once_per_update():
@@ -149,18 +149,19 @@ def embeddings(views, seed, learn=True):
 def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(
     prototypes, global_views, monkeypatch
 ):
-    monkeypatch.setattr(chunked_loss, "NUMBERS_IN_CACHE", IMAGES * VIEWS * prototypes)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ON_CPU", IMAGES * VIEWS * prototypes)
     student, teacher = embeddings(VIEWS, 0), embeddings(global_views, 1, learn=False)
     parts, whole = loss_with_center(), loss_with_center()
     of_teacher = teacher.logits()
-    value, statistics = parts.of_embeddings(student, teacher, TEACHER_TEMP)
-    values = (value, whole(student.logits(), of_teacher, TEACHER_TEMP))
+    values, scalars = zip(
+        parts.of_embeddings(student, teacher, TEACHER_TEMP),
+        whole(student.logits(), of_teacher, TEACHER_TEMP),
+        strict=True,
+    )
     torch.testing.assert_close(*values)
-    for one, other in zip(
-        *[torch.autograd.grad(3 * value, student) for value in values], strict=True
-    ):
-        torch.testing.assert_close(one, other)
-    torch.testing.assert_close(statistics, whole.statistics(values[1], of_teacher, TEACHER_TEMP))
+    torch.testing.assert_close(*scalars)
+    gradients = [torch.autograd.grad(3 * value, student) for value in values]
+    torch.testing.assert_close(*gradients)
     for loss in (parts, whole):
         loss.update_center()
     torch.testing.assert_close(parts.center, whole.center)
@@ -194,7 +195,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("views", [3, 9])
 def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
     limit = 2 * IMAGES * 9
-    monkeypatch.setattr(chunked_loss, "NUMBERS_IN_CACHE", limit)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ON_CPU", limit)
     with LargestTensor() as largest:
         loss_with_center().of_embeddings(
             embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP
