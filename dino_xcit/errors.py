@@ -1,4 +1,4 @@
-"""What can go wrong: by the user's input, by an image, by the run. Everything else is our own fault.
+"""Errors of the user's input, of an image file and of a run. Every other exception is a bug.
 
 The command line prints these as one line; any other exception keeps its traceback.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 class UserError(ValueError):
     """Input that the user can put right.
 
-    The message says what was found, what was expected and which flag to change. Exit code 2.
+    The message gives what was found, what was expected and which flag to change. Exit code 2.
     """
 
 
 class ImageError(UserError):
-    """An image file that cannot be read, and why."""
+    """An image file that cannot be read; the message gives the reason."""
 
 
 class RunFailedError(RuntimeError):
-    """A run that cannot go on, although its input was right; the message says what to try.
+    """A run that cannot continue although its input was valid; the message gives what to try.
 
     Exit code 1.
     """

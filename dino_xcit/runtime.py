@@ -1,4 +1,4 @@
-"""What a command runs on: its processes, its precision, its line to the terminal."""
+"""Processes, devices, precision, memory and terminal output of a command."""
 
 from __future__ import annotations
 
@@ -9,122 +9,162 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm import tqdm
 
 from dino_xcit.errors import UserError
+from dino_xcit.private_names import failing_compilation_raises, multiplies_bfloat16
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeAlias
+
+    from dino_xcit.config.attention import AttentionConfig
     from dino_xcit.config.evaluation import EvalConfig
+    from dino_xcit.config.pretrain import PretrainConfig
+
+    MachineConfig: TypeAlias = EvalConfig | AttentionConfig | PretrainConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""The matmul dtype of each half precision."""
 
 
-class MachineOptions(Protocol):
-    """The options that say what a command runs on."""
-
-    @property
-    def accelerator(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
+# -- processes and devices ---------------------------------------------------------------------
 
 
 def is_first_process() -> bool:
-    """Of all machines. Known before they have met: from what torchrun, SLURM or Lightning left in the environment."""
+    """Whether this is the first process on all machines.
+
+    Known before the processes are connected: torchrun, SLURM and Lightning leave it in the
+    environment.
+    """
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-@rank_zero_only
-def say(message: str) -> None:
-    """A line on the terminal that leaves the progress bar whole."""
-    tqdm.write(message, file=sys.stderr)
-
-
-def progress(total: int, description: str, unit: str, shown: bool, initial: int = 0) -> Any:
-    """A bar with rate and time left, which clears itself away. In a file every refresh is a line, so there it is rare."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    options: dict[str, Any] = {
-        "mininterval": seconds,
-        "delay": 0 if sys.stderr.isatty() else seconds,
-        "leave": False,
-    }
-    return tqdm(
-        total=total, desc=description, unit=unit, initial=initial, disable=not shown, **options
-    )
-
-
-def resolve_precision(config: MachineOptions) -> Any:
-    """`auto` becomes bf16-mixed on GPUs that have it and on CPUs with AVX512-BF16: there it is up to twice as fast."""
-    if config.precision != "auto":
-        return config.precision
-    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return (
-            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
-    # AVX-512 without its bfloat16 instructions emulates them, slower than float32.
-    on_cpu = config.accelerator in ("auto", "cpu")
-    multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16-mixed" if on_cpu and multiplies() else "32-true"
-
-
-def why_nothing_compiles(device: torch.device) -> str | None:
-    """What torch.compile says of something small, if it fails: no C++ compiler, no Triton."""
-    try:
-        with torch._dynamo.config.patch(suppress_errors=False):
-            torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # any, since every backend has its own
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return None
-
-
-def parse_devices(devices: str) -> Any:
-    """`--devices` as Lightning takes it: a number, or what was typed."""
+def parse_devices(devices: str) -> int | str:
+    """Return `--devices` as Lightning takes it: a count as int, else what was typed."""
     return int(devices) if devices.lstrip("-").isdigit() else devices
 
 
 def launch(config: EvalConfig) -> Fabric:
-    """Start the processes of an evaluation. Raises ValueError if Lightning refuses the options."""
+    """Start the processes of an evaluation.
+
+    Raises:
+        UserError: Lightning refuses the options.
+    """
     fabric = _fabric(config, parse_devices(config.devices))
-    fabric.launch()
+    with _lightning_silent():
+        fabric.launch()
     return fabric
 
 
-def device_of(config: MachineOptions) -> torch.device:
-    """The one device of a command that starts no processes. Raises ValueError if Lightning refuses the options."""
+def device_of(config: MachineConfig) -> torch.device:
+    """Return the one device of a command that starts no processes.
+
+    Raises:
+        UserError: Lightning refuses the options.
+    """
     return _fabric(config, 1).device
 
 
-def _fabric(config: MachineOptions, devices: Any) -> Fabric:
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # no announcements
+def refusal(config: MachineConfig, error: Exception) -> str:
+    """Return the message for options that Lightning refuses."""
+    names = [name for name in ("accelerator", "devices", "precision") if hasattr(config, name)]
+    flags = " ".join(f"--{name} {getattr(config, name)}" for name in names)
+    return f"Lightning refuses {flags}: {' '.join(str(error).split())}"
+
+
+def _fabric(config: MachineConfig, devices: int | str) -> Fabric:
     try:
-        return Fabric(accelerator=config.accelerator, devices=devices)
+        with _lightning_silent():
+            return Fabric(accelerator=config.accelerator, devices=devices)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(refusal(config, error)) from error
 
 
+@contextlib.contextmanager
+def _lightning_silent() -> Iterator[None]:
+    """Keep Lightning from announcing devices and processes."""
+    logger = logging.getLogger("lightning.fabric")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, on the tensor's device."""
+    total = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total.to(tensor.device)
+
+
+def float64_device(fabric: Fabric) -> torch.device:
+    """Return the device, or the CPU where the device has no float64."""
+    return torch.device("cpu") if fabric.device.type == "mps" else fabric.device
+
+
+# -- precision and compilation -----------------------------------------------------------------
+
+
+def resolve_precision(config: MachineConfig) -> str:
+    """Return `--precision` with `auto` resolved.
+
+    `auto` is bf16-mixed on GPUs with bfloat16 and on CPUs with AVX512-BF16, where it is up to twice
+    as fast, else 32-true.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # AVX-512 without its bfloat16 instructions emulates them, slower than float32.
+        has_bfloat16 = config.accelerator in ("auto", "cpu") and multiplies_bfloat16()
+    return "bf16-mixed" if has_bfloat16 else "32-true"
+
+
+def why_nothing_compiles(device: torch.device) -> str | None:
+    """Try torch.compile on one operation; return its error, or None.
+
+    It fails without a C++ compiler (CPU) or Triton (GPU).
+    """
+    try:
+        with failing_compilation_raises():
+            torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # every backend has its own types
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+
 def memory_there(device: torch.device) -> int:
-    """Bytes that this process may take: of the machine (or what its container is given), or what is free on the GPU."""
+    """Return the memory limit in bytes: free GPU memory, or RAM within the cgroup's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    given = limit.read_text().strip() if limit.exists() else "max"
-    return min(there, int(given)) if given.isdigit() else there
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file = Path("/sys/fs/cgroup/memory.max")
+    limit = file.read_text().strip() if file.exists() else "max"
+    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free, for the next ones.
+    """Make glibc keep the memory of freed tensors for the next ones, until the process ends.
 
-    It gives every large block back to the system, and taking it again costs a page fault for each 4 KiB: of large images
-    almost half the time (`eval/speed/attention.py`), of small networks' steps a tenth. Memory stays at its peak until the
-    process ends, also in the loader's processes that it starts. Elsewhere: nothing.
+    By default it returns every large block to the system, and each 4 KiB of a new block costs a
+    page fault: almost half the time with large images (`eval/speed/attention.py`), a tenth of the
+    steps of small networks. Memory stays at its peak, also in the loader's processes, which inherit
+    it. Does nothing without glibc. For a command's own process only, not for a caller's.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -132,15 +172,41 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def float64_device(fabric: Fabric) -> torch.device:
-    """The device, or the CPU where the device has no float64."""
-    return torch.device("cpu") if fabric.device.type == "mps" else fabric.device
+# -- terminal and output folder ----------------------------------------------------------------
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Print a line to stderr, from the first process only, above any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def progress(total: int, description: str, unit: str, shown: bool, initial: int = 0) -> tqdm:
+    """Return a progress bar with rate and remaining time; it is erased when it ends.
+
+    Where stderr is a file, every refresh is a line, so there it refreshes every 30 s only.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=not shown,
+        mininterval=0.1 if terminal else 30,
+        delay=0 if terminal else 30,
+        leave=False,
+    )
 
 
 def require_folder(path: Path, flag: str) -> None:
-    """Raise ValueError, naming the flag, if nothing can be written to this folder: before the work. Leaves no trace.
+    """Check, before long work begins, that files can be written to this folder.
 
-    The first process looks for all: others would find the folder that it takes away again.
+    The folder need not exist; what is made for the check is removed again. Only the first process
+    of a machine checks: the others could find folders that it is about to remove.
+
+    Raises:
+        UserError: nothing can be written there; the message names the flag.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -150,23 +216,9 @@ def require_folder(path: Path, flag: str) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        found = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
-        raise UserError(f"--{flag} {path} {found}; expected a folder to write to") from None
+        problem = "is a file" if path.is_file() else f"cannot be written to ({error.strerror})"
+        raise UserError(f"--{flag} {path} {problem}; expected a folder to write to") from None
     finally:
-        with contextlib.suppress(OSError):  # in use by now
+        with contextlib.suppress(OSError):  # another process has begun to use it
             for folder in missing:
                 folder.rmdir()
-
-
-def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
-    """Sum over all processes, where the tensor is."""
-    total: Any = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
-    return total.to(tensor.device)
-
-
-def refusal(config: MachineOptions, error: Exception) -> str:
-    """What to say when Lightning cannot run on what was asked for."""
-    return (
-        f"Lightning refuses --accelerator {config.accelerator} --devices {getattr(config, 'devices', 1)} --precision "
-        f"{config.precision}: {' '.join(str(error).split())}"
-    )

@@ -1,0 +1,74 @@
+"""Devices, precision and folders of a command, and what they leave in the caller's process."""
+
+import logging
+import os
+
+import pytest
+import torch
+
+from dino_xcit import runtime
+from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.config.evaluation import KnnConfig
+from dino_xcit.errors import UserError
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO])
+def test_lightnings_logging_level_is_as_before(level, caplog):
+    logger = logging.getLogger("lightning.fabric")
+    before = logger.level
+    try:
+        logger.setLevel(level)
+        runtime.device_of(AttentionConfig(weights=("W",), accelerator="cpu"))
+        runtime.launch(KnnConfig(weights="W", accelerator="cpu", devices="1"))
+        assert logger.level == level
+        with pytest.raises(UserError):
+            runtime.device_of(AttentionConfig(weights=("W",), accelerator="abacus"))
+        assert logger.level == level
+    finally:
+        logger.setLevel(before)
+    assert not caplog.records
+
+
+def test_a_refusal_names_the_flags_that_the_command_has():
+    with pytest.raises(UserError, match=r"Lightning refuses --accelerator abacus --precision 32"):
+        runtime.device_of(AttentionConfig(weights=("W",), accelerator="abacus"))
+    with pytest.raises(UserError, match=r"--accelerator cpu --devices -3 --precision auto: "):
+        runtime.launch(KnnConfig(weights="W", accelerator="cpu", devices="-3"))
+
+
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_automatic_precision_follows_the_cpu(has_bfloat16, expected, monkeypatch):
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: has_bfloat16)
+    auto = KnnConfig(weights="W", accelerator="cpu", precision="auto")
+    assert runtime.resolve_precision(auto) == expected
+    assert runtime.resolve_precision(KnnConfig(weights="W", precision="16-mixed")) == "16-mixed"
+
+
+def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):
+    def fail(_):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert runtime.why_nothing_compiles(torch.device("cpu")) == "no C++ compiler"
+
+
+def test_a_folder_is_checked_without_a_trace(tmp_path):
+    (tmp_path / "there").mkdir()
+    runtime.require_folder(tmp_path / "there", "output_dir")
+    runtime.require_folder(tmp_path / "a/b/c", "output_dir")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_what_cannot_be_a_folder_is_refused_by_its_flag(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    told = f"--cache_dir {tmp_path / 'file'} is a file; expected a folder to write to"
+    with pytest.raises(UserError, match=told):
+        runtime.require_folder(tmp_path / "file", "cache_dir")
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(runtime.tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to \(No space left"):
+        runtime.require_folder(tmp_path / "other", "cache_dir")
+    assert not (tmp_path / "other").exists()
