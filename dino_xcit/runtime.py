@@ -60,7 +60,7 @@ def launch(config: EvalConfig) -> Fabric:
         UserError: Lightning refuses the options.
     """
     fabric = _fabric(config, parse_devices(config.devices))
-    with _lightning_silent():
+    with quiet_logger("lightning.fabric"):
         fabric.launch()
     return fabric
 
@@ -83,16 +83,16 @@ def refusal(config: MachineConfig, error: Exception) -> str:
 
 def _fabric(config: MachineConfig, devices: int | str) -> Fabric:
     try:
-        with _lightning_silent():
+        with quiet_logger("lightning.fabric"):
             return Fabric(accelerator=config.accelerator, devices=devices)
     except (TypeError, ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(refusal(config, error)) from error
 
 
 @contextlib.contextmanager
-def _lightning_silent() -> Iterator[None]:
-    """Keep Lightning from announcing devices and processes."""
-    logger = logging.getLogger("lightning.fabric")
+def quiet_logger(name: str) -> Iterator[None]:
+    """Let this logger print warnings only: Lightning announces devices, processes and tips."""
+    logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.WARNING)
     try:
