@@ -1,10 +1,12 @@
-"""Real runs that collapse or diverge: when is it told, and what do their curves look like?
+"""Seven short runs, six of which collapse or diverge: when is it reported, and what are their
+curves?
 
     python eval/collapse.py --output_dir runs/collapse
 
-Seven short runs on shapes, which differ in one or two options from the first, a healthy one. Writes what was told at which
-step, `eval/results/collapse.json`, and the curves, `eval/results/collapse.png`. Runs that are there are not made again.
-`eval/collapse.md` explains them.
+The runs train on shapes and differ in one or two options from the first, healthy one. The script
+writes the warnings with their steps to `eval/results/collapse.json` and the curves to
+`eval/results/collapse.png`. Runs that already exist are not repeated. `eval/collapse.md`
+explains them.
 """
 
 from __future__ import annotations
@@ -25,16 +27,17 @@ from dino_xcit.run_folder import read_metrics
 
 HERE = Path(__file__).parent
 OPTIONS = (
-    f"--config {HERE.parent / 'configs/demo.yaml'} --num_images 6400 --epochs 4 --log_every_n_steps 10 --num_workers 0 "
-    "--eval_num_images 1000 --eval_every_n_epochs 2"
+    f"--config {HERE.parent / 'configs/demo.yaml'} --num_images 6400 --epochs 4 "
+    "--log_every_n_steps 10 --num_workers 0 --eval_num_images 1000 --eval_every_n_epochs 2"
 )
 PROTOTYPES = 512  # of configs/demo.yaml
+NO_CENTERING = "--center_momentum 1"
 RUNS = {
     "healthy": "",
     "teacher as warm as the student": "--teacher_temp 0.1 --warmup_teacher_temp 0.1",
     "teacher ten times warmer": "--teacher_temp 1 --warmup_teacher_temp 1",
-    "no centering": "--center_momentum 1",
-    "no centering, very sharp": "--center_momentum 1 --teacher_temp 0.01 --warmup_teacher_temp 0.01",
+    "no centering": NO_CENTERING,
+    "no centering, very sharp": f"{NO_CENTERING} --teacher_temp 0.01 --warmup_teacher_temp 0.01",
     "learning rate x 10": "--lr 0.04",
     "learning rate x 100": "--lr 0.4",
 }
@@ -44,7 +47,7 @@ PANELS = {
     "kl": "KL teacher to student, nats",
     "grad_norm": "gradient norm",
 }
-TOLD = re.compile(r"step (\d+): ([^:]+): ")
+WARNING = re.compile(r"step (\d+): ([^:]+): ")
 
 
 def main() -> None:
@@ -52,26 +55,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/collapse"), help="where the runs are"
+        "--output_dir", type=Path, default=Path("runs/collapse"), help="folder of the runs"
     )
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="where the table and the picture go"
+        "--results", type=Path, default=HERE / "results", help="folder for the table and the figure"
     )
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    found = {
+    results_by_run = {
         name: run(name, flags, arguments.output_dir / name.replace(" ", "_"))
         for name, flags in RUNS.items()
     }
-    (arguments.results / "collapse.json").write_text(json.dumps(found, indent=2) + "\n")
+    (arguments.results / "collapse.json").write_text(json.dumps(results_by_run, indent=2) + "\n")
     draw(
         {name: read_metrics(arguments.output_dir / name.replace(" ", "_")) for name in RUNS},
-        found,
+        results_by_run,
         arguments.results,
     )
 
 
 def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
+    """Make the run unless it exists; return its warnings and its last metrics."""
     log = folder.with_suffix(".log")
     if not log.exists():
         command = [
@@ -88,12 +92,12 @@ def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
         log.write_text(
             "\n".join(line for line in done.stderr.splitlines() if not line.startswith("pretrain:"))
         )
-    signs = TOLD.findall(log.read_text())
+    warnings = WARNING.findall(log.read_text())
     rows = read_metrics(folder)
     result = {
         "options": flags,
         "steps": int(rows[-1]["step"]),
-        "told": [{"step": int(step), "sign": sign} for step, sign in signs],
+        "told": [{"step": int(step), "sign": sign} for step, sign in warnings],
         "told_before_the_run": "does not sharpen" in log.read_text(),
         "last_row": {column: float(rows[-1][column]) for column in (*PANELS, "knn_top1", "rankme")},
     }
@@ -102,14 +106,14 @@ def run(name: str, flags: str, folder: Path) -> dict[str, Any]:
 
 
 def draw(
-    runs: dict[str, list[dict[str, str]]], found: dict[str, dict[str, Any]], results: Path
+    runs: dict[str, list[dict[str, str]]], results_by_run: dict[str, dict[str, Any]], results: Path
 ) -> None:
-    """A row for each run, the healthy one in grey behind."""
+    """Draw one row of panels for each run, with the healthy run in grey behind."""
     figure = Figure(figsize=(13, 1.75 * len(runs)), layout="constrained")
     for (name, rows), line in zip(
         runs.items(), figure.subplots(len(runs), len(PANELS), sharex=True), strict=True
     ):
-        first = next(iter(found[name]["told"]), None)
+        first_warning = next(iter(results_by_run[name]["told"]), None)
         for axes, (column, title) in zip(line, PANELS.items(), strict=True):
             for shown, colour in ((runs["healthy"], "0.75"), (rows, "#0072B2")):
                 axes.plot(
@@ -121,18 +125,18 @@ def draw(
                 axes.axhline(math.log(PROTOTYPES), color="black", linestyle=":", linewidth=1)
             if column == "grad_norm":
                 axes.set_yscale("log")
-            if first is not None:
-                axes.axvline(first["step"], color="#D55E00", linewidth=1)
+            if first_warning is not None:
+                axes.axvline(first_warning["step"], color="#D55E00", linewidth=1)
             if name == "healthy":
                 axes.set_title(title, fontsize=9)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("\n".join(name.rsplit(" ", 1)) if len(name) > 20 else name, fontsize=8)
-        if first is not None:
-            told = f"{first['sign'].split(',')[0]},\nstep {first['step']}"
+        if first_warning is not None:
+            label = f"{first_warning['sign'].split(',')[0]},\nstep {first_warning['step']}"
             line[1].text(
                 0.97,
                 0.3,
-                told,
+                label,
                 transform=line[1].transAxes,
                 ha="right",
                 fontsize=8,

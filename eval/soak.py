@@ -1,11 +1,12 @@
-"""Hours of pretraining with random kills: does anything get lost?
+"""Hours of pretraining with random kills: is anything lost?
 
     python eval/soak.py --hours 1 --output eval/results/soak.json
 
-Each round makes one run three times: once undisturbed, twice stopped again and again by a random signal at a random moment,
-with another number of loader workers at each start, some of which are killed too. At the end all must have the same weights,
-center, optimizer state and rows of metrics.csv, bit for bit. The undisturbed run is watched for memory and file descriptors
-that grow. Linux only (it reads /proc).
+Each round makes one run three times: once undisturbed, and twice stopped again and again by a
+random signal at a random moment, with a random number of loader workers at each start; some of
+the workers are killed too. At the end all three must have the same weights, center, optimizer
+state and rows of metrics.csv, bit for bit. Memory and file descriptors of the undisturbed run
+are recorded, to see whether they grow. Linux only (it reads /proc).
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ import dino_xcit
 from dino_xcit.train.checkpoints import is_whole
 
 OPTIONS = (
-    "--arch xcit_pico2_p4 --dataset shapes --num_images 640 --in_chans 1 --mean 0.5 --std 0.25 --global_crops_size 16 "
-    "--local_crops_size 8 --local_crops_number 2 --drop_path_rate 0.1 --out_dim 64 --head_hidden_dim 64 "
-    "--head_bottleneck_dim 16 --batch_size_per_gpu 8 --warmup_epochs 1 --accelerator cpu --devices 1 --precision 32-true "
-    "--log_every_n_steps 5 --eval_num_images 200 --checkpoint_every_n_steps 20 --saveckp_freq 0 --eval_every_n_epochs 5"
+    "--arch xcit_pico2_p4 --dataset shapes --num_images 640 --in_chans 1 --mean 0.5 --std 0.25 "
+    "--global_crops_size 16 --local_crops_size 8 --local_crops_number 2 --drop_path_rate 0.1 "
+    "--out_dim 64 --head_hidden_dim 64 --head_bottleneck_dim 16 --batch_size_per_gpu 8 "
+    "--warmup_epochs 1 --accelerator cpu --devices 1 --precision 32-true --log_every_n_steps 5 "
+    "--eval_num_images 200 --checkpoint_every_n_steps 20 --saveckp_freq 0 --eval_every_n_epochs 5"
 )
 STEPS_PER_EPOCH = 80
-VICTIMS = 2  # runs that are killed at the same time
+VICTIMS = 2  # killed runs that train side by side
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
-LAST_STEPS = 20  # a signal so near the end may come after the loop, where it changes nothing
-SECONDS_TRAINED = 2  # at most, between two kills
-ANY_TIME = 0.1  # share of the kills that come at any time, starting up included
+LAST_STEPS = 20  # a signal this close to the end may arrive after the loop and have no effect
+SECONDS_TRAINED = 2  # upper limit, from the first logged step to the signal
+ANY_TIME = 0.1  # share of the kills at any moment, start-up included
 WORKER_KILLED = 0.2  # share of the starts in which a loader worker is killed first
 
 
@@ -55,22 +57,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--hours", type=float, default=1, help="rounds begin until so much time is over"
+        "--hours", type=float, default=1, help="start new rounds until this time has passed"
     )
     parser.add_argument(
         "--epochs", type=int, default=36, help=f"epochs of {STEPS_PER_EPOCH} steps in a round"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the kills, and of the first round's run"
+        "--seed", type=int, default=0, help="seed of the kills and of the first run"
     )
-    parser.add_argument(
-        "--output", type=Path, help="JSON file to write; rounds that it has are kept"
-    )
+    parser.add_argument("--output", type=Path, help="JSON file to write; rounds in it are kept")
     arguments = parser.parse_args()
     start = time.monotonic()
-    there = arguments.output is not None and arguments.output.exists()
+    exists = arguments.output is not None and arguments.output.exists()
     rounds: list[dict[str, Any]] = (
-        json.loads(arguments.output.read_text())["rounds"] if there else []
+        json.loads(arguments.output.read_text())["rounds"] if exists else []
     )
     before = len(rounds)
     while len(rounds) == before or time.monotonic() - start < 3600 * arguments.hours:
@@ -136,24 +136,24 @@ def one_round(folder: Path, epochs: int, seed: int) -> dict[str, Any]:
 
 
 class Killed(NamedTuple):
-    """What a run went through."""
+    """What happened to one killed run."""
 
     kills: collections.Counter[str]
     workers_killed: int
     starts: int
     repeated: int
-    ignored: str  # what became of a signal after which the run went on to its end
+    ignored: str  # a signal after which the run continued to its end, and its output
 
 
 class End(NamedTuple):
-    """How a run ended beside another."""
+    """Differences between the ends of two runs."""
 
     differing: list[str]
     rows: int
     left_over: list[str]
 
 
-def begin(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
+def start_run(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dino_xcit.cli", "pretrain", *flags, "--output_dir", str(folder)],
         stdout=subprocess.DEVNULL,
@@ -164,8 +164,8 @@ def begin(folder: Path, flags: list[str]) -> subprocess.Popen[str]:
 
 
 def run_undisturbed(folder: Path, flags: list[str], watched: list[tuple[int, int, int]]) -> None:
-    """watched: (step, resident KiB, open file descriptors), every few seconds."""
-    process = begin(folder, [*flags, "--num_workers", "1"])
+    """Append (step, resident KiB, open file descriptors) to `watched` every two seconds."""
+    process = start_run(folder, [*flags, "--num_workers", "1"])
     drain = threading.Thread(target=lambda: process.stderr.read())  # type: ignore[union-attr]
     drain.start()
     while process.poll() is None:
@@ -173,7 +173,7 @@ def run_undisturbed(folder: Path, flags: list[str], watched: list[tuple[int, int
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             resident = int(status.split("VmRSS:")[1].split()[0])
-            descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
+            descriptors = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
         except (OSError, IndexError):
             break
         watched.append((step_of(folder), resident, descriptors))
@@ -186,7 +186,7 @@ def run_killed(folder: Path, flags: list[str], steps: int, rng: random.Random) -
     while True:
         starts += 1
         began = time.monotonic()
-        process = begin(folder, [*flags, "--num_workers", str(rng.choice([0, 1, 2]))])
+        process = start_run(folder, [*flags, "--num_workers", str(rng.choice([0, 1, 2]))])
         before = step_of(folder)
         if rng.random() < ANY_TIME:
             time.sleep(rng.uniform(0, 10))
@@ -202,37 +202,37 @@ def run_killed(folder: Path, flags: list[str], steps: int, rng: random.Random) -
         after = time.monotonic() - began
         if process.poll() is None:
             process.send_signal(number)
-        _, said = process.communicate(timeout=300)
+        _, stderr = process.communicate(timeout=300)
         if process.returncode == 0:
-            said = said.replace(str(folder), folder.name)
+            stderr = stderr.replace(str(folder), folder.name)
             ignored = (
-                f"{number.name} after {after:.2f} s, at step {reached}: {said}"
+                f"{number.name} after {after:.2f} s, at step {reached}: {stderr}"
                 if reached < steps - LAST_STEPS
                 else ""
             )
             return Killed(kills, workers_killed, starts, repeated, ignored)
-        # A signal that comes before our handlers are there ends the process as it ends any.
+        # A signal that arrives before our handlers are installed ends the process directly.
         assert process.returncode in (CODES[number], -number), (
             number,
             process.returncode,
-            said[-3000:],
+            stderr[-3000:],
         )
-        # Workers of a process that is killed on the spot may complain.
-        assert "Traceback" not in said or number == signal.SIGKILL or process.returncode < 0, said[
-            -3000:
-        ]
+        # Workers of a process killed by signal 9 may print a traceback.
+        assert "Traceback" not in stderr or number == signal.SIGKILL or process.returncode < 0, (
+            stderr[-3000:]
+        )
         kills[number.name] += 1
         checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
-        there = [path for path in checkpoints if path.exists()]
-        assert not there or any(map(is_whole, there)), "no checkpoint is whole"
-        if there:
-            newest = next(path for path in there if is_whole(path))
+        present = [path for path in checkpoints if path.exists()]
+        assert not present or any(map(is_whole, present)), "no checkpoint is whole"
+        if present:
+            newest = next(path for path in present if is_whole(path))
             saved = torch.load(newest, weights_only=True, mmap=True)["global_step"]
             repeated += max(0, reached - saved)
 
 
 def is_training(folder: Path, pid: int, before: int) -> bool:
-    """Whether this process has the run, and has logged a step."""
+    """Whether this process holds the run's lock and has logged a step."""
     try:
         held = (folder / ".lock").read_text()
     except OSError:
@@ -241,7 +241,7 @@ def is_training(folder: Path, pid: int, before: int) -> bool:
 
 
 def kill_a_worker(pid: int, rng: random.Random) -> int:
-    """Loader workers are the children of a training process."""
+    """Kill one loader worker, a child of the training process; return how many were killed."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(int(rng.choice(children)), signal.SIGKILL)
@@ -251,7 +251,7 @@ def kill_a_worker(pid: int, rng: random.Random) -> int:
 
 
 def step_of(folder: Path) -> int:
-    """The last step that metrics.csv has."""
+    """The last step in metrics.csv."""
     try:
         lines = (folder / "metrics.csv").read_text().splitlines()
         return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
@@ -260,7 +260,7 @@ def step_of(folder: Path) -> int:
 
 
 def same(one: Path, other: Path) -> End:
-    """In what two runs that should have ended alike differ."""
+    """Compare two runs that should have ended alike."""
     states = [
         torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (one, other)
     ]
@@ -300,7 +300,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def growth(watched: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Of the second half of the undisturbed run, by a straight line through what was seen."""
+    """Fit straight lines to memory over the second half of the undisturbed run."""
     steps, resident, descriptors = np.array(
         [row for row in watched if row[0] > watched[-1][0] / 2], float
     ).T

@@ -1,4 +1,4 @@
-"""The README's table of promises names tests that are there, and `eval/promises.py` can break each promise."""
+"""The README's table of promises names existing tests, and `eval/promises.py` can break each promise."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 from promises import PROMISES
 
-HERE = Path(__file__).parent
+README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.test)
-def test_promises_name_a_test_and_code_that_can_be_broken(promise):
-    file, name = promise.test.split("::")
-    assert f"def {name}(" in (HERE / file).read_text()
-    assert (HERE.parent / f"dino_xcit/{promise.room}.py").read_text().count(promise.old) == 1
+def test_a_promise_names_an_existing_test_and_one_place_in_the_code(promise):
+    assert promise.problem() is None
 
 
-def test_the_readme_lists_them():
-    listed = re.findall(
-        r"^\| (.*) \| `tests/(.*)` \|$", (HERE.parent / "README.md").read_text(), re.MULTILINE
-    )
+def test_the_readme_lists_the_promises():
+    listed = re.findall(r"^\| (.*) \| `tests/(.*)` \|$", README.read_text(), re.MULTILINE)
     assert listed == [(promise.promise.replace("<", "&lt;"), promise.test) for promise in PROMISES]

@@ -1,10 +1,12 @@
-"""Attention maps of large images: time and memory by the number of pixels, each size in a process of its own.
+"""Time and memory of attention maps by image size, each size in a process of its own.
 
-    python eval/speed/attention.py [--arch xcit_s12_p16 --sides 512 1024 2048 4096 --repeats 3 --output FILE]
+    python eval/speed/attention.py [--arch xcit_s12_p16 --sides 512 1024 --repeats 3 --output FILE]
 
-One pass, one square image, float32: every head of the last class-attention layer, as `dino-xcit attention` makes them. The
-exponents are the slopes of straight lines through the logarithms: 1 is linear in the number of pixels. Memory is the largest
-resident size on a CPU, over that of a process that has seen an image of one patch; on a GPU what torch allocated.
+Each measurement is one float32 pass over one square image, which gives every head of the last
+class-attention layer, as in `dino-xcit attention`. The exponents are the slopes of straight
+lines through the logarithms: 1 means linear in the number of pixels. On a CPU memory is the
+largest resident size minus that of a process that has run an image of one patch; on a GPU it is
+the peak that torch allocated.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ from dino_xcit.runtime import keep_freed_memory
 
 
 def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
-    """Seconds and bytes of one pass."""
+    """Return seconds and bytes of one pass."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory()
     torch.manual_seed(0)
     backbone = XCiT(arch).to(device).eval()
     look(backbone, torch.randn(1, 3, backbone.patch_size, backbone.patch_size, device=device))
@@ -38,7 +39,7 @@ def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         start = time.perf_counter()
         attention = look(backbone, image).attention
-        assert bool(attention.isfinite().all())  # and waits for the GPU
+        assert bool(attention.isfinite().all())  # also waits for the GPU
         times.append(time.perf_counter() - start)
     return {
         "side": side,
@@ -59,10 +60,11 @@ def main() -> None:
     parser.add_argument(
         "--one",
         action="store_true",
-        help="measure here; without it, each size in a process of its own",
+        help="measure the first arch and side in this process and print JSON",
     )
     options = parser.parse_args()
     if options.one:
+        keep_freed_memory()
         print(json.dumps(measure(options.arch[0], options.sides[0], options.repeats)))
         return
     report = {}
@@ -86,7 +88,8 @@ def main() -> None:
             rows.append(json.loads(done.stdout))
             row, mib = rows[-1], 2**20
             print(
-                f"{arch}, {side:5} px: {row['seconds']:7.2f} s, {1e6 * row['seconds'] / side**2:.2f} us a pixel, "
+                f"{arch}, {side:5} px: {row['seconds']:7.2f} s, "
+                f"{1e6 * row['seconds'] / side**2:.2f} us per pixel, "
                 f"{row['bytes'] / mib:6.0f} MiB (estimate {row['estimate'] / mib:.0f})"
             )
         pixels = np.log([row["side"] ** 2 for row in rows])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how they name the machine and the command, and how they see memory."""
+"""What the benchmarks share: the description of command and machine, and the memory peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def circumstances() -> dict[str, Any]:
-    """Command (folders outside the working directory by their names alone), machine and versions."""
+    """Return command, machine and versions; absolute paths are shortened to their last name."""
     words = [Path(word).name.upper() if word.startswith("/") else word for word in sys.argv]
     cuda = torch.cuda.is_available()
     return {
@@ -28,7 +28,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: on a CPU the largest resident size so far, on a GPU what torch allocated at most."""
+    """Return peak bytes so far: the resident size on a CPU, what torch allocated on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

@@ -1,11 +1,12 @@
-"""`dino-xcit pretrain` from JPEG files: images a second, and how busy the GPU was.
+"""Images per second of `dino-xcit pretrain` from JPEG files, and the utilisation of the GPU.
 
-    python eval/speed/end_to_end.py [--arch xcit_s12_p16 --batch 256 --steps 150 --output FILE] [-- any option of pretrain]
+    python eval/speed/end_to_end.py [--arch xcit_s12_p16 --batch 256 --steps 150] [-- --OPTION ...]
 
-The files are the photographs of scikit-image, 500 x 375 pixels, each under as many names as the steps take images, so that
-what is measured is decoding and training, not a disk. The rate is the median of what metrics.csv says after the first half
-of the steps (before, workers start and regions are compiled). Busy: the share of time in which the first GPU ran anything,
-as nvidia-smi tells it every second of that half.
+The files are the photographs of scikit-image at 500 x 375 pixels. Each is hard-linked under as
+many names as the steps need images, so the script measures decoding and training, not a disk.
+The rate is the median of images_per_second in metrics.csv over the second half of the steps;
+during the first half workers start and layers are compiled. Utilisation is the share of time in
+which the first GPU ran anything, sampled by nvidia-smi every second of that half.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LOG_EVERY = 10
 
 
 def write_files(folder: Path, count: int) -> None:
-    """`count` names for a few photographs."""
+    """Write a few photographs and hard-link them until there are `count` files."""
     write_photographs(folder)
     photographs = sorted(folder.rglob("*.jpg"))
     for number in range(len(photographs), count):
@@ -38,54 +39,39 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[list[float], list[float]]:
-    """Pretrain -> images a second by row of metrics.csv, and how busy the GPU was in the second half, in percent."""
+    """Pretrain; return images/s by logged row, and GPU utilisation in percent (second half)."""
     output = folder / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "dino_xcit.cli",
-        "pretrain",
-        "--arch",
-        options.arch,
-        "--data_path",
-        str(folder),
-    ]
-    command += [
-        "--batch_size_per_gpu",
-        str(options.batch),
-        "--epochs",
-        "1",
-        "--warmup_epochs",
-        "0",
-        "--devices",
-        "1",
-    ]
-    command += [
-        "--eval_every_n_epochs",
-        "0",
-        "--log_every_n_steps",
-        str(LOG_EVERY),
-        "--output_dir",
-        str(output),
-    ]
-    busy: list[tuple[int, float]] = []  # rows of metrics.csv by then, percent
-    with tempfile.TemporaryFile("w+") as said:
+    flags = {
+        "--arch": options.arch,
+        "--data_path": folder,
+        "--batch_size_per_gpu": options.batch,
+        "--epochs": 1,
+        "--warmup_epochs": 0,
+        "--devices": 1,
+        "--eval_every_n_epochs": 0,
+        "--log_every_n_steps": LOG_EVERY,
+        "--output_dir": output,
+    }
+    command = [sys.executable, "-m", "dino_xcit.cli", "pretrain"]
+    command += [str(word) for flag in flags.items() for word in flag]
+    busy: list[tuple[int, float]] = []  # (rows of metrics.csv so far, percent)
+    with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            [*command, *options.options], stdout=subprocess.DEVNULL, stderr=said
+            [*command, *options.options], stdout=subprocess.DEVNULL, stderr=stderr
         )
         while process.poll() is None:
             time.sleep(1)
             if shutil.which("nvidia-smi"):
                 busy.append((len(rates_in(output / "metrics.csv")), utilisation()))
         if process.returncode:
-            said.seek(0)
-            sys.exit(said.read())
+            stderr.seek(0)
+            sys.exit(stderr.read())
     rates = rates_in(output / "metrics.csv")
     return rates, [percent for rows, percent in busy if len(rates) / 2 <= rows < len(rates)]
 
 
 def utilisation() -> float:
-    """Of the first GPU, in percent, over the last second or less."""
+    """Return the utilisation of the first GPU in percent, over the last second or less."""
     query = [
         "nvidia-smi",
         "-i",
@@ -111,26 +97,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("options", nargs="*", help="after --, of dino-xcit pretrain")
+    parser.add_argument("options", nargs="*", help="after --: options of dino-xcit pretrain")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         write_files(Path(made), options.steps * options.batch)
         rates, busy = run(options, Path(made))
     later = rates[len(rates) // 2 :]
-    found = {
+    result = {
         "images_per_second": statistics.median(later),
         "slowest": min(later),
         "fastest": max(later),
         "busy_percent": statistics.median(busy) if busy else None,
         "cores": os.cpu_count(),
     }
-    told = f", GPU busy {found['busy_percent']:.0f} % of the time" if busy else ""
+    utilised = f", GPU busy {result['busy_percent']:.0f} % of the time" if busy else ""
     print(
-        f"{options.arch}, batch {options.batch}: {found['images_per_second']:.1f} images/s "
-        f"({found['slowest']:.1f} to {found['fastest']:.1f}){told}"
+        f"{options.arch}, batch {options.batch}: {result['images_per_second']:.1f} images/s "
+        f"({result['slowest']:.1f} to {result['fastest']:.1f}){utilised}"
     )
     if options.output:
-        options.output.write_text(json.dumps({**circumstances(), **found}, indent=2) + "\n")
+        options.output.write_text(json.dumps({**circumstances(), **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

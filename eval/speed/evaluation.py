@@ -1,14 +1,16 @@
-"""Features and attention figures: ours beside what a user would put together from official DINO's scripts and timm.
+"""Time of features and attention figures, beside official DINO's loop with timm's networks.
 
     python eval/speed/evaluation.py [--arch xcit_s12_p16 --images 64 --rounds 5 --output FILE]
 
-Features: JPEG files of 500 x 375 pixels -> class tokens at 224 pixels, batches of 32, read in the same process.
-Ours is what `knn-eval` runs, also in bfloat16, which it takes unasked where the CPU multiplies it; the other is the loop of
-official eval_knn.py (PIL, torchvision's transforms, one image after another) on timm's XCiT in float32. Ours also gives the
-features of the other layers, which the linear probes take.
+Features: JPEG files of 500 x 375 pixels -> class tokens at 224 pixels, in batches of 32, read in
+the same process. Ours is the extraction of `knn-eval`, in float32 and in bfloat16, which is the
+default on CPUs with bfloat16 products. The other is the loop of official eval_knn.py (PIL,
+torchvision's transforms, one image after another) on timm's XCiT in float32. Ours also returns
+the features of the other layers, which the linear probes use.
 
-Figures: one photograph at 480 pixels -> all heads of the last layer. Ours is `dino-xcit attention --figures heads`, from the
-weights file to image and numbers on the disk; the pass alone is the floor. There is no other for XCiT.
+Figures: one photograph at 480 pixels -> all heads of the last layer. Ours is `dino-xcit
+attention --figures heads`, from the weights file to PNG and NPZ on disk. The floor is the
+forward pass alone; there is no other implementation for XCiT.
 """
 
 from __future__ import annotations
@@ -31,16 +33,15 @@ from common import circumstances
 from loader import write_photographs
 from torchvision import datasets, transforms
 
-from dino_xcit.config.attention import AttentionConfig
-from dino_xcit.config.pretrain import PretrainConfig
+import dino_xcit
+from dino_xcit import AttentionConfig, PretrainConfig, XCiT
 from dino_xcit.data.framing import EvalDataset, Transform
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate.feature_store import FeatureStore, extract
 from dino_xcit.evaluate.features import FeatureExtractor
-from dino_xcit.figures.command import attention
 from dino_xcit.figures.maps import look
 from dino_xcit.model.architectures import timm_name
-from dino_xcit.model.xcit import XCiT
+from dino_xcit.runtime import keep_freed_memory
 from dino_xcit.weights.load import save_backbone
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ SIZE, SHORT_SIDE, FIGURE, BATCH = 224, 256, 480, 32
 
 
 def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], object]]:
-    """Each makes the features of `count` images."""
+    """Return functions that compute the features of `count` images."""
     config = PretrainConfig(data_path=str(folder))
     images = open_images(config, "train")
     assert images is not None
@@ -79,12 +80,14 @@ def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], ob
     steps = transforms.Compose(
         [resize, transforms.CenterCrop(SIZE), transforms.ToTensor(), normalise]
     )
-    theirs = datasets.ImageFolder(str(folder / "train"), steps)
+    dataset_of_torchvision = datasets.ImageFolder(str(folder / "train"), steps)
 
     @torch.no_grad()
     def official() -> object:
         batches = (rows[start : start + BATCH] for start in range(0, count, BATCH))
-        return [network(torch.stack([theirs[i][0] for i in batch])) for batch in batches]
+        return [
+            network(torch.stack([dataset_of_torchvision[i][0] for i in batch])) for batch in batches
+        ]
 
     return {
         "features, ours": functools.partial(ours, frozen),
@@ -94,7 +97,7 @@ def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], ob
 
 
 def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
-    """Each looks at one image."""
+    """Return functions that compute the attention maps of one image."""
     backbone = XCiT(arch).eval()
     weights = folder / "weights.safetensors"
     save_backbone(backbone, PretrainConfig(arch=arch), weights)
@@ -114,7 +117,7 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
 
     def figure() -> object:
         with contextlib.redirect_stdout(io.StringIO()):
-            return attention(config)
+            return dino_xcit.attention(config)
 
     return {"figure, ours": figure, "figure, the pass alone": only_look}
 
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_photographs(folder)

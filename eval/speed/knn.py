@@ -1,8 +1,9 @@
-"""k-NN: ours against a pass for each k with a one-hot of B x k x classes, the form of official `eval_knn.py`.
+"""Time of k-NN: ours against one pass for each k, as in official `eval_knn.py`.
 
-    python eval/speed/knn.py [--train 50000 --test 5000 --dim 384 --classes 1000 --repeats 5 --output FILE]
+    python eval/speed/knn.py [--train 50000 --test 5000 --dim 384 --classes 1000 --output FILE]
 
-Both are timed in turn on the same features. The floor is the one matrix product of all similarities.
+The official form builds a one-hot tensor of B x k x classes. The contenders take turns on the
+same features. The floor is the single matrix product of all similarities.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 NB_KNN = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-BLOCKS = 100  # of test images; official eval_knn.py cuts them into as many
+BLOCKS = 100  # of test images, the number in official eval_knn.py
 
 
 def pass_for_each_k(train: Tensor, labels: Tensor, test: Tensor, classes: int) -> dict[int, Tensor]:
-    """Normalised features -> first classes for each k."""
+    """Return the predicted class of each test image for each k; features are normalised."""
     first: dict[int, list[Tensor]] = {k: [] for k in NB_KNN}
     for k in NB_KNN:
         for block in test.split(max(1, len(test) // BLOCKS)):
@@ -53,7 +54,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (
         ("train", 50_000),
         ("test", 5000),
@@ -67,12 +70,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     centres = torch.randn(options.classes, options.dim, device=device)
-    labels, right = (
+    labels, test_labels = (
         torch.randint(options.classes, (n,), device=device) for n in (options.train, options.test)
     )
     train, test = (
         F.normalize(centres[y] + 3 * torch.randn(len(y), options.dim, device=device))
-        for y in (labels, right)
+        for y in (labels, test_labels)
     )
 
     runs: dict[str, Callable[[], object]] = {
@@ -80,11 +83,11 @@ def main() -> None:
         "a pass for each k": lambda: pass_for_each_k(train, labels, test, options.classes),
         "the matrix product alone": lambda: [block @ train.T for block in test.split(512)],
     }
-    theirs, ours = (
+    reference, ours = (
         pass_for_each_k(train, labels, test, options.classes),
         knn_classify(train, labels, test, NB_KNN, TEMPERATURE),
     )
-    agree = {k: (ours[k][:, 0] == theirs[k].cpu()).float().mean().item() for k in NB_KNN}
+    agree = {k: (ours[k][:, 0] == reference[k].cpu()).float().mean().item() for k in NB_KNN}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, run in runs.items():
@@ -93,11 +96,11 @@ def main() -> None:
     for name, values in times.items():
         ratio = medians[name] / medians["ours"]
         print(
-            f"{name:26} {medians[name]:7.2f} s  ({min(values):.2f} to {max(values):.2f}), {ratio:.2f} x ours"
+            f"{name:26} {medians[name]:7.2f} s  ({min(values):.2f} to {max(values):.2f}), "
+            f"{ratio:.2f} x ours"
         )
-    print(
-        f"same first class: {', '.join(f'k = {k}: {100 * share:.2f} %' for k, share in agree.items())}"
-    )
+    shares = ", ".join(f"k = {k}: {100 * share:.2f} %" for k, share in agree.items())
+    print(f"same first class: {shares}")
     if options.output:
         about = {
             "device": device,

@@ -1,11 +1,13 @@
-"""From JPEG files to views on one core: images a second of our loader, of official DINO's augmentation and of lightly's.
+"""Images per second on one core, from JPEG to views: our loader, official DINO's and lightly's.
 
     python eval/speed/loader.py --official_dino CLONE [--images FOLDER --output FILE]
 
-2 x 224 + 8 x 96 pixels with the published augmentation. Ours is measured twice: what the loader's processes do (read the
-file, decode, cut and resize), and, end to end, that and the colours of a batch, which are the GPU's where there is one. The
-official code and lightly do all in the loader. Without a folder the photographs of scikit-image are used, each resized to
-500 x 375 pixels and saved as JPEG of quality 90. Contenders take turns, round by round.
+Each image gives 2 x 224 + 8 x 96 pixels with the published augmentation. Ours is measured twice:
+the work of the loader's processes (read the file, decode, crop, resize), and that together with
+the photometric augmentation of the batch, which runs on the GPU where there is one. Official
+DINO and lightly do all of it in the loader. Without `--images` the photographs of scikit-image
+are used, resized to 500 x 375 pixels and saved as JPEG of quality 90. Contenders take turns,
+round by round.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Contender = Callable[[int], object]
 
 
 def write_photographs(folder: Path) -> None:
-    from skimage import data  # type: ignore[import-not-found]
+    from skimage import data  # type: ignore[import-not-found]  # pip install scikit-image
 
     for name in PHOTOGRAPHS:
         image = (
@@ -51,7 +53,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def ours(folder: Path) -> dict[str, Contender]:
-    """Each takes a number of images."""
+    """Return functions that load a given number of images."""
     config = PretrainConfig(data_path=str(folder))
     images = open_images(config, "train")
     assert images is not None
@@ -132,7 +134,7 @@ def main() -> None:
             for name, load in contenders.items():
                 start = time.perf_counter()
                 load(BATCH)
-                if number:  # the first warms up
+                if number:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - start)
     rates = {name: BATCH / statistics.median(times) for name, times in seconds.items()}
     base = rates.get("official")

@@ -1,16 +1,23 @@
-"""One training step beside what a user would take instead: time, ratio, memory, and the floor that arithmetic sets.
+"""Time and memory of one training step beside the alternatives, and the floor that arithmetic sets.
 
-    python eval/speed/step.py --official_dino CLONE --official_xcit CLONE [--arch ... --precision ... --output FILE]
+    python eval/speed/step.py --official_dino CLONE --official_xcit CLONE [--arch ... --output FILE]
 
-Every contender is a process of its own that holds the same views (crops already cut and normalised), and they take
-turns, one step at a time. Ours is the command's own trainer. `official` is facebookresearch/dino's head, loss, clipping and
-averaging on facebookresearch/xcit's network (timm's, where torch refuses that), step by step as main_dino.py makes them;
-`lightly` is its DINO modules on timm's XCiT, each view by itself, as its example does; `stable-pretraining` is its DINO on
-timm's XCiT. Neither clips gradients. A contender whose package is not there is left out.
+Every contender is a process of its own that holds the same views (crops already cut and
+normalised). The contenders take turns, one step at a time.
 
-Memory: the largest resident size (on a GPU: what torch allocated) less that before the networks were built. Floor: the
-matrix products and convolutions of the step, counted, at the rate of a large matrix product on this machine, which others
-may exceed by some percent.
+- `ours` uses the trainer of `dino-xcit pretrain`; `compiled` adds `--compile`.
+- `official` uses the head, loss, gradient clipping and teacher update of facebookresearch/dino on
+  the network of facebookresearch/xcit, in the order of main_dino.py. Where torch refuses that
+  network, timm's is used.
+- `lightly` uses lightly's DINO modules on timm's XCiT, one view at a time, as its example does.
+- `stable-pretraining` uses its DINO on timm's XCiT. Neither of the last two clips gradients.
+
+A contender whose package is missing is left out.
+
+Memory is the largest resident size (on a GPU: the peak that torch allocated) minus that before
+the networks were built. The floor is the number of operations in the step's matrix products and
+convolutions, divided by the rate of a large matrix product on this machine. Other products may
+be some percent faster.
 """
 
 from __future__ import annotations
@@ -51,17 +58,14 @@ if TYPE_CHECKING:
 
 DROP_PATH = 0.1
 STEPS_PER_EPOCH, EPOCHS = 1000, 100
-ANSWER = "answer: "  # what begins otherwise was printed by some package
-GO, END = (
-    "go",
-    "end",
-)  # what a contender is told; any other word is the file that a profile of the step goes to
-PROFILED = 30  # operations of a profile
+ANSWER = "answer: "  # prefix of a contender's answers; packages print other lines
+GO, END = "go", "end"  # requests to a contender; any other word is the file to write a profile to
+PROFILED = 30  # operations listed in a profile
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeTask:
-    """What every contender does."""
+class StepTask:
+    """The training step that every contender runs."""
 
     arch: str
     precision: str
@@ -70,6 +74,10 @@ class ProbeTask:
     local_size: int
     local_crops: int
     out_dim: int
+    official_dino: str
+    """a clone of facebookresearch/dino, or empty"""
+    official_xcit: str
+    """a clone of facebookresearch/xcit, or empty"""
 
     @property
     def device(self) -> torch.device:
@@ -111,22 +119,22 @@ class ProbeTask:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "32-true")
 
 
-# -- contenders ------------------------------------------------------------------------------------------------------
+# -- contenders ---
 
 
-def ours(work: ProbeTask, clones: list[str], turns: Iterator[None], compiled: bool = False) -> None:
-    config = dataclasses.replace(work.config, compile=compiled)
+def ours(task: StepTask, turns: Iterator[None], compiled: bool = False) -> None:
+    config = dataclasses.replace(task.config, compile=compiled)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = make_trainer(config, DurableIO())
-    if work.device.type == "cpu":
+    if task.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    module = DINOModule(config, work.schedules)
+    module = DINOModule(config, task.schedules)
     if compiled:
         module.compile_regions()
-    groups = work.views()
-    module.views = lambda batch: groups  # type: ignore[method-assign]
-    layers = resolve_architecture(work.arch)[1].depth
+    groups = task.views()
+    module.views = lambda _: groups  # type: ignore[method-assign]
+    layers = resolve_architecture(task.arch)[1].depth
     paths = [
         torch.rand(*views.shape[:2], layers, BRANCHES).ge(DROP_PATH).float() / (1 - DROP_PATH)
         for views in groups
@@ -135,17 +143,17 @@ def ours(work: ProbeTask, clones: list[str], turns: Iterator[None], compiled: bo
     trainer.fit(module, TakingTurns(batch, turns))
 
 
-def compiled(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
-    ours(work, clones, turns, compiled=True)
+def compiled(task: StepTask, turns: Iterator[None]) -> None:
+    ours(task, turns, compiled=True)
 
 
 class TakingTurns:
-    """A loader that hands out the batch when it is our turn."""
+    """A loader that yields the same batch at each of our turns."""
 
     def __init__(self, batch: Batch, turns: Iterator[None]) -> None:
         self.batch, self.turns = batch, turns
 
-    def __len__(self) -> int:  # with it Lightning fetches nothing in advance
+    def __len__(self) -> int:  # without a length Lightning would prefetch
         return STEPS_PER_EPOCH * EPOCHS
 
     def __iter__(self) -> Iterator[Batch]:
@@ -153,15 +161,12 @@ class TakingTurns:
             yield self.batch
 
 
-def official(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
+def official(task: StepTask, turns: Iterator[None]) -> None:
     """The loop of main_dino.py's train_one_epoch, without its printing."""
-    dino, xcit = clones
-    if (
-        work.device.type == "cpu"
-    ):  # which its batch norms refuse as soon as there is a process group
+    if task.device.type == "cpu":  # SyncBatchNorm refuses CPU tensors once a process group exists
         torch.nn.SyncBatchNorm = torch.nn.BatchNorm2d  # type: ignore[misc,assignment]
-    build = _official_backbone(work, xcit)
-    sys.path[0] = dino
+    build = _official_backbone(task)
+    sys.path[0] = task.official_dino
     import main_dino  # type: ignore[import-not-found]
     import utils  # type: ignore[import-not-found]
     import vision_transformer  # type: ignore[import-not-found]
@@ -173,25 +178,25 @@ def official(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     def network(**options: Any) -> Any:
         backbone = build(**options)
         return utils.MultiCropWrapper(
-            backbone, vision_transformer.DINOHead(backbone.embed_dim, work.out_dim)
+            backbone, vision_transformer.DINOHead(backbone.embed_dim, task.out_dim)
         )
 
-    student = network(drop_path_rate=DROP_PATH).to(work.device)
-    teacher = network().to(work.device).requires_grad_(False)
+    student = network(drop_path_rate=DROP_PATH).to(task.device)
+    teacher = network().to(task.device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    loss_of = main_dino.DINOLoss(work.out_dim, 2 + work.local_crops, 0.04, 0.04, 0, EPOCHS).to(
-        work.device
+    loss_of = main_dino.DINOLoss(task.out_dim, 2 + task.local_crops, 0.04, 0.04, 0, EPOCHS).to(
+        task.device
     )
     optimizer = torch.optim.AdamW(utils.get_params_groups(student))
-    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
-    crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
-    schedules = work.schedules
+    scaler = torch.amp.GradScaler(enabled=task.precision == "16-mixed")
+    crops = [crop.contiguous() for views in task.views() for crop in views.unbind(1)]
+    schedules = task.schedules
     for step, _ in enumerate(turns):
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = schedules.lr(step)
             if i == 0:
                 group["weight_decay"] = schedules.weight_decay(step)
-        with work.autocast():
+        with task.autocast():
             loss = loss_of(student(crops), teacher(crops[:2]), 0)
         assert torch.isfinite(loss).item()
         optimizer.zero_grad()
@@ -207,21 +212,22 @@ def official(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
                 averaged.data.mul_(momentum).add_((1 - momentum) * learned.detach().data)
 
 
-def _official_backbone(work: ProbeTask, clone: str) -> Callable[..., Any]:
-    sys.path.insert(0, clone)
-    if not resolve_architecture(work.arch)[1].tokens_norm:
-        # The official class attention of these writes in place to what the backward pass needs, which torch now refuses.
+def _official_backbone(task: StepTask) -> Callable[..., Any]:
+    sys.path.insert(0, task.official_xcit)
+    if not resolve_architecture(task.arch)[1].tokens_norm:
+        # The class attention of these networks overwrites tensors that the backward pass needs;
+        # torch now refuses that.
         import timm
 
-        return functools.partial(timm.create_model, timm_name(work.arch), num_classes=0)
+        return functools.partial(timm.create_model, timm_name(task.arch), num_classes=0)
     import xcit  # type: ignore[import-not-found]
 
     del sys.modules["xcit"]
-    name = f"{resolve_architecture(work.arch)[1].official}_p{work.arch.split('_p')[1]}"
+    name = f"{resolve_architecture(task.arch)[1].official}_p{task.arch.split('_p')[1]}"
     return functools.partial(getattr(xcit, name), pretrained=False)
 
 
-def lightly(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
+def lightly(task: StepTask, turns: Iterator[None]) -> None:
     """The loop of lightly's DINO example, with AdamW, on timm's XCiT."""
     import timm
     from lightly.loss import DINOLoss  # type: ignore[import-not-found]
@@ -229,23 +235,23 @@ def lightly(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
     from lightly.models.utils import deactivate_requires_grad, update_momentum  # type: ignore[import-not-found]
 
     def network(**options: Any) -> Any:
-        backbone = timm.create_model(timm_name(work.arch), num_classes=0, **options)
+        backbone = timm.create_model(timm_name(task.arch), num_classes=0, **options)
         head = DINOProjectionHead(
-            backbone.num_features, 2048, 256, work.out_dim, freeze_last_layer=1
+            backbone.num_features, 2048, 256, task.out_dim, freeze_last_layer=1
         )
         return torch.nn.Sequential(backbone, head)
 
-    student = network(drop_path_rate=DROP_PATH).to(work.device)
-    teacher = network().to(work.device)
+    student = network(drop_path_rate=DROP_PATH).to(task.device)
+    teacher = network().to(task.device)
     deactivate_requires_grad(teacher)
-    loss_of = DINOLoss(work.out_dim).to(work.device)
+    loss_of = DINOLoss(task.out_dim).to(task.device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
-    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
-    crops = [crop.contiguous() for views in work.views() for crop in views.unbind(1)]
-    schedules = work.schedules
+    scaler = torch.amp.GradScaler(enabled=task.precision == "16-mixed")
+    crops = [crop.contiguous() for views in task.views() for crop in views.unbind(1)]
+    schedules = task.schedules
     for step, _ in enumerate(turns):
         update_momentum(student, teacher, schedules.momentum(step))
-        with work.autocast():
+        with task.autocast():
             loss = loss_of(
                 [teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops], epoch=0
             )
@@ -256,18 +262,18 @@ def lightly(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
         optimizer.zero_grad()
 
 
-def stable_pretraining(work: ProbeTask, clones: list[str], turns: Iterator[None]) -> None:
-    """Its DINO module, with AdamW, on timm's XCiT; the teacher moves as its callback moves it."""
+def stable_pretraining(task: StepTask, turns: Iterator[None]) -> None:
+    """stable-pretraining's DINO module, with AdamW, on timm's XCiT; updates as in its callback."""
     import timm
     from stable_pretraining.methods.dino import DINO  # type: ignore[import-not-found]
 
-    backbone = timm.create_model(timm_name(work.arch), num_classes=0, drop_path_rate=DROP_PATH)
-    module = DINO(backbone, n_prototypes=work.out_dim).to(work.device).train()
+    backbone = timm.create_model(timm_name(task.arch), num_classes=0, drop_path_rate=DROP_PATH)
+    module = DINO(backbone, n_prototypes=task.out_dim).to(task.device).train()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
-    scaler = torch.amp.GradScaler(enabled=work.precision == "16-mixed")
-    global_views, local_views = (list(views.contiguous().unbind(1)) for views in work.views())
+    scaler = torch.amp.GradScaler(enabled=task.precision == "16-mixed")
+    global_views, local_views = (list(views.contiguous().unbind(1)) for views in task.views())
     for _ in turns:
-        with work.autocast():
+        with task.autocast():
             loss = module(global_views, local_views).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -286,39 +292,39 @@ CONTENDERS = {
 }
 
 
-# -- a contender's process ---------------------------------------------------------------------------------------------
+# -- a contender's process ---
 
 
-def turns_of(work: ProbeTask) -> Iterator[None]:
-    """Yields when the parent says so, and tells it how long the step took."""
+def turns_of(task: StepTask) -> Iterator[None]:
+    """Yield once for each request of the parent; answer with the seconds of the step."""
     answer("ready")
     while (word := sys.stdin.readline().strip()) not in (END, ""):
         start = time.perf_counter()
         if word == GO:
             yield
         else:
-            with profile(acc_events=True) as seen:
+            with profile(acc_events=True) as trace:
                 yield
-            write_profile(seen, work, Path(word))
-        if work.device.type == "cuda":
+            write_profile(trace, task, Path(word))
+        if task.device.type == "cuda":
             torch.cuda.synchronize()
         answer(time.perf_counter() - start)
 
 
-def write_profile(seen: profile, work: ProbeTask, path: Path) -> None:
-    """Where the time of one step went, by operation."""
+def write_profile(trace: profile, task: StepTask, path: Path) -> None:
+    """Write the time of one step by operation."""
 
     def milliseconds(event: Any) -> float:
         return (
             event.self_device_time_total
-            if work.device.type == "cuda"
+            if task.device.type == "cuda"
             else event.self_cpu_time_total
         ) / 1000
 
-    events = sorted(seen.key_averages(), key=milliseconds, reverse=True)
+    events = sorted(trace.key_averages(), key=milliseconds, reverse=True)
     total = sum(map(milliseconds, events))
     lines = [
-        f"{work}",
+        f"{task.arch}, {task.precision}, batch {task.batch}",
         f"one step, under the profiler: {total:.0f} ms in operations",
         "",
         "      ms  share  calls",
@@ -334,39 +340,40 @@ def answer(value: object) -> None:
     print(f"{ANSWER}{value}", flush=True)
 
 
-def contend(name: str, work: ProbeTask, clones: list[str]) -> None:
-    before = peak(work.device)
+def contend(name: str, task: StepTask) -> None:
+    """Run a contender in this process until the parent ends it."""
+    before = peak(task.device)
 
     def turns() -> Iterator[None]:
-        yield from turns_of(work)
-        answer(peak(work.device) - before)
+        yield from turns_of(task)
+        answer(peak(task.device) - before)
         os._exit(0)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        CONTENDERS[name](work, clones, turns())
+        CONTENDERS[name](task, turns())
 
 
 class Contender:
-    """The parent's end of a contender's process."""
+    """Handle of the parent on a contender's process."""
 
-    def __init__(self, name: str, work: ProbeTask, clones: list[str]) -> None:
+    def __init__(self, name: str, task: StepTask) -> None:
         self.name = name
         self.seconds: list[float] = []
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [
                 sys.executable,
                 __file__,
                 "--contend",
-                json.dumps([name, dataclasses.astuple(work), clones]),
+                json.dumps([name, dataclasses.astuple(task)]),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,
+            stderr=self.stderr,
             text=True,
         )
-        self.there = self._answer() == "ready"
+        self.ready = self._answer() == "ready"
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -375,47 +382,47 @@ class Contender:
                 return line[len(ANSWER) :].strip()
         return ""
 
-    def _say(self, word: str) -> str:
+    def _request(self, word: str) -> str:
         assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
-        return self._answer() or sys.exit(f"{self.name}: {self.why()}")
+        return self._answer() or sys.exit(f"{self.name}: {self.error()}")
 
     def step(self) -> None:
-        self.seconds.append(float(self._say(GO)))
+        self.seconds.append(float(self._request(GO)))
 
     def profile(self, path: Path) -> None:
-        self._say(str(path.absolute()))
+        self._request(str(path.absolute()))
 
     def end(self) -> int:
-        return int(self._say(END))
+        return int(self._request(END))
 
-    def why(self) -> str:
-        self.said.seek(0)
-        return (self.said.read().strip().splitlines() or ["ended"])[-1]
-
-
-# -- the floor ---------------------------------------------------------------------------------------------------------
+    def error(self) -> str:
+        self.stderr.seek(0)
+        return (self.stderr.read().strip().splitlines() or ["ended"])[-1]
 
 
-def step_flops(work: ProbeTask) -> int:
-    """Floating point operations of the matrix products and convolutions of a step that makes nothing twice."""
-    student, teacher = Network(work.config), Network(work.config)
-    groups = [views.cpu() for views in work.views()]
+# -- the floor ---
+
+
+def step_flops(task: StepTask) -> int:
+    """FLOPs of the step's matrix products and convolutions, when nothing is computed twice."""
+    student, teacher = Network(task.config), Network(task.config)
+    groups = [views.cpu() for views in task.views()]
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             of_teacher = teacher.embed(groups[:1])
         logits = (embeddings.logits() for embeddings in (student.embed(groups), of_teacher))
-        DINOLoss(work.out_dim)(*logits, 0.04).backward()
+        DINOLoss(task.out_dim)(*logits, 0.04)[0].backward()
     return counter.get_total_flops()
 
 
-def measured_peak(work: ProbeTask) -> float:
-    """Floating point operations a second of a large matrix product, the best of several."""
+def measured_peak(task: StepTask) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
     dtypes = {"32-true": torch.float32, "16-mixed": torch.float16}
-    side = 2048 if work.device.type == "cpu" else 8192
+    side = 2048 if task.device.type == "cpu" else 8192
     a, b = torch.randn(
-        2, side, side, device=work.device, dtype=dtypes.get(work.precision, torch.bfloat16)
+        2, side, side, device=task.device, dtype=dtypes.get(task.precision, torch.bfloat16)
     )
     best = float("inf")
     for _ in range(20):
@@ -425,17 +432,17 @@ def measured_peak(work: ProbeTask) -> float:
     return 2 * side**3 / best
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table ---
 
 
-def measure(work: ProbeTask, clones: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(task: StepTask, options: argparse.Namespace) -> dict[str, Any]:
     contenders = []
     for name in options.contenders:
-        contender = Contender(name, work, clones)
-        if contender.there:
+        contender = Contender(name, task)
+        if contender.ready:
             contenders.append(contender)
         else:
-            print(f"{name}: left out: {contender.why()}")
+            print(f"{name}: left out: {contender.error()}")
     for contender in contenders:
         for _ in range(options.warmup):
             contender.step()
@@ -457,23 +464,26 @@ def measure(work: ProbeTask, clones: list[str], options: argparse.Namespace) -> 
         }
         for contender in contenders
     }
-    flops, rate = step_flops(work), measured_peak(work)
+    flops, rate = step_flops(task), measured_peak(task)
     floor = flops / rate
     base = rows[contenders[0].name]
-    print(f"{work.arch}, {work.precision}, batch {work.batch}; floor {floor:.3f} s")
+    print(f"{task.arch}, {task.precision}, batch {task.batch}; floor {floor:.3f} s")
     for name, row in rows.items():
         print(
             f"  {name:18} {row['seconds']:7.3f} s ({row['fastest']:.3f} to {row['slowest']:.3f}), "
-            f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, {row['seconds'] / floor:.2f} floors, "
-            f"{row['bytes'] / 2**30:.2f} GiB, {row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
+            f"{row['seconds'] / base['seconds']:.2f} of {contenders[0].name}, "
+            f"{row['seconds'] / floor:.2f} floors, {row['bytes'] / 2**30:.2f} GiB, "
+            f"{row['bytes'] / base['bytes']:.2f}; first step {row['first_step']:.1f} s"
         )
-    work_done = {
+    measured = {
         "flops": flops,
         "flops_a_second": rate,
         "floor_seconds": floor,
         "steps": options.steps,
     }
-    return {**dataclasses.asdict(work), **work_done, "contenders": rows}
+    described = dataclasses.asdict(task)
+    del described["official_dino"], described["official_xcit"]  # paths of this machine
+    return {**described, **measured, "contenders": rows}
 
 
 def main() -> None:
@@ -504,21 +514,23 @@ def main() -> None:
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
-        name, work, clones = json.loads(options.contend)
-        contend(name, ProbeTask(*work), clones)
+        name, fields = json.loads(options.contend)
+        contend(name, StepTask(*fields))
         return
-    clones = [options.official_dino, options.official_xcit]
-    rows = [
-        measure(
-            ProbeTask(
-                arch, precision, options.batch, *options.sizes, options.local_crops, options.out_dim
-            ),
-            clones,
-            options,
-        )
-        for arch in options.arch
-        for precision in options.precision
-    ]
+    rows = []
+    for arch in options.arch:
+        for precision in options.precision:
+            task = StepTask(
+                arch,
+                precision,
+                options.batch,
+                *options.sizes,
+                options.local_crops,
+                options.out_dim,
+                options.official_dino,
+                options.official_xcit,
+            )
+            rows.append(measure(task, options))
     if options.output:
         options.output.write_text(json.dumps({**circumstances(), "rows": rows}, indent=2) + "\n")
 

@@ -1,11 +1,12 @@
-"""Time and memory by the number of pixels: XCiT, ViT and ResNet, forward, and forward with backward.
+"""Time and memory of XCiT, ViT and ResNet by image size: forward, and forward with backward.
 
     python eval/speed/tokens.py [--sides 224 448 896 1792 --output FILE --figure FILE]
 
-One square image, float32 (on a GPU a batch, under bfloat16 autocast), each measurement in a process of its own. ViT and
-ResNet are timm's. What would not fit in memory is left out. The exponents are the slopes of straight lines through the
-logarithms: 1 is linear in the number of pixels. Memory is the largest resident size, less that of a process that has seen
-one small image; on a GPU what torch allocated.
+Each measurement is one square image in float32 (on a GPU: a batch under bfloat16 autocast) in a
+process of its own. ViT and ResNet are timm's. Sizes that do not fit in memory are left out. The
+exponents are the slopes of straight lines through the logarithms: 1 means linear in the number
+of pixels. Memory is the largest resident size minus that of a process that has run one small
+image; on a GPU it is the peak that torch allocated.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SMALL = 64
 MODES = ("forward", "forward and backward")
 
 
-def build(arch: str, side: int) -> torch.nn.Module:
+def build(arch: str) -> torch.nn.Module:
     if arch.startswith("xcit"):
         return XCiT(arch)
     import timm
@@ -42,11 +43,10 @@ def build(arch: str, side: int) -> torch.nn.Module:
 
 
 def measure(arch: str, side: int, mode: str, repeats: int, batch: int) -> dict[str, Any]:
-    """Seconds and bytes of one pass."""
+    """Return seconds and bytes per image of one pass."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory()
     torch.manual_seed(0)
-    network = build(arch, side).to(device).train(mode != "forward")
+    network = build(arch).to(device).train(mode != "forward")
 
     def run(images: torch.Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -57,7 +57,7 @@ def measure(arch: str, side: int, mode: str, repeats: int, batch: int) -> dict[s
                 value = network(images)
                 network.zero_grad()
                 value.float().sum().backward()
-        assert bool(value.isfinite().all())  # and waits for the GPU
+        assert bool(value.isfinite().all())  # also waits for the GPU
 
     run(torch.randn(2, 3, SMALL, SMALL, device=device))
     images = torch.randn(batch, 3, side, side, device=device)
@@ -91,7 +91,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for column, mode in enumerate(MODES):
         for axis, (name, label, unit) in zip(
             axes[:, column],
-            (("seconds", "seconds an image", 1), ("bytes", "MiB an image", 2**20)),
+            (("seconds", "seconds per image", 1), ("bytes", "MiB per image", 2**20)),
             strict=True,
         ):
             for arch in dict.fromkeys(row["arch"] for row in rows):
@@ -118,7 +118,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--arch", nargs="+", default=ARCHS, help="xcit_...: ours; any other name: timm's"
+        "--arch", nargs="+", default=ARCHS, help="xcit_... is ours; any other name is timm's"
     )
     parser.add_argument("--sides", nargs="+", type=int, default=[224, 448, 896, 1344, 2048])
     parser.add_argument("--repeats", type=int, default=3)
@@ -128,32 +128,33 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        keep_freed_memory()
         print(json.dumps(measure(*json.loads(options.one))))
         return
     rows: list[dict[str, Any]] = []
     slopes: dict[str, dict[str, float]] = {}
     for mode in MODES:
         for arch in options.arch:
-            mine = []
+            arch_rows = []
             for side in options.sides:
                 one = json.dumps([arch, side, mode, options.repeats, options.batch])
                 done = subprocess.run(
                     [sys.executable, __file__, "--one", one], capture_output=True, text=True
                 )
                 if done.returncode:
-                    print(
-                        f"{arch}, {mode}, {side} px: left out: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
-                    )
+                    reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+                    print(f"{arch}, {mode}, {side} px: left out: {reason}")
                     break
-                mine.append(json.loads(done.stdout))
-                row = mine[-1]
+                arch_rows.append(json.loads(done.stdout))
+                row = arch_rows[-1]
                 print(
-                    f"{arch:22} {mode:21} {side:5} px {row['seconds']:8.3f} s {row['bytes'] / 2**20:7.0f} MiB",
+                    f"{arch:22} {mode:21} {side:5} px {row['seconds']:8.3f} s "
+                    f"{row['bytes'] / 2**20:7.0f} MiB",
                     flush=True,
                 )
-            slopes[f"{arch}, {mode}"] = exponents(mine)
+            slopes[f"{arch}, {mode}"] = exponents(arch_rows)
             print(f"{arch:22} {mode:21} exponents {slopes[f'{arch}, {mode}']}", flush=True)
-            rows += mine
+            rows += arch_rows
     if options.output:
         options.output.write_text(
             json.dumps({**circumstances(), "exponents": slopes, "rows": rows}, indent=2) + "\n"
