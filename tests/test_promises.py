@@ -1,4 +1,4 @@
-"""The README's table of promises names existing tests, and `eval/promises.py` can break each promise."""
+"""The README lists promises with existing tests, and `eval/promises.py` can break each promise."""
 
 from __future__ import annotations
 
