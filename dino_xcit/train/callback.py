@@ -1,34 +1,37 @@
-"""The callback that writes the run folder and stops the run."""
+"""The callback that writes the run folder, evaluates the teacher and stops the run when asked."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from typing_extensions import override
 
 from dino_xcit.data.images import ImageSet, open_images
-from dino_xcit.files import on_one_line, replacing, sync
+from dino_xcit.errors import RunFailedError
+from dino_xcit.files import replacing, sync
+from dino_xcit.private_names import forget_sigterm, set_global_step, skip_sigterm_broadcast
 from dino_xcit.run_folder import (
+    ATTENTION,
     BAD_IMAGES,
     CONFIG,
+    CURVES,
     LAST,
     METRICS,
     SOUND,
     TEACHER,
     Metrics,
-    read_bad_images,
     write_config,
 )
 from dino_xcit.runtime import say
 from dino_xcit.train.attention_history import AttentionHistory
-from dino_xcit.train.checkpoints import DurableIO, keep_as_sound, take_its_place
+from dino_xcit.train.bad_images import BadImageLog
+from dino_xcit.train.checkpoints import DurableIO, keep_as_sound, replace_last
 from dino_xcit.train.collapse import CollapseError, CollapseWarning, CollapseWatch
 from dino_xcit.train.online_eval import OnlineEvaluator, StoppedError
 from dino_xcit.train.plots import draw_curves
@@ -41,19 +44,16 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.loader import Batch
+    from dino_xcit.train.module import DINOModule
 
 SECONDS_BETWEEN_TRIES, LAST_TRIES = 60, 60  # to save the last step of a run
-BAD_SHARE_TO_LOOK_AT = 0.01
-ROWS_LOOKED_AT = 100  # for signs of collapse, when a run goes on
-
-
-# -- what happens besides the steps ----------------------------------------------------------------------------------
+ROWS_WATCHED = 100  # earlier rows that a continued run checks for signs of collapse
 
 
 class RunFolderWriter(L.Callback):
-    """Writes the run folder while the run goes on, and stops the run when it is asked to.
+    """Writes the run folder during the run, and stops the run when it is asked to.
 
-    What cannot be written is told, and tried again; the run goes on.
+    What cannot be written is reported and tried again; the run continues.
     """
 
     def __init__(
@@ -66,243 +66,233 @@ class RunFolderWriter(L.Callback):
     ) -> None:
         self.config, self.folder, self.signals, self.io = config, folder, signals, io
         validation = open_images(config, "validation", images.classes)
-        self.probe = OnlineEvaluator(config, images, validation)
+        self.evaluator = OnlineEvaluator(config, images, validation)
         self.pictured = validation or images
         self.watch = CollapseWatch(config)
+        self.bad_images = BadImageLog(folder)
         self.stopped = self.to_be_requeued = self.requeued = False
         self.save_at = time.monotonic() + 60 * config.checkpoint_every_n_minutes
-        self.bad_images = read_bad_images(folder)
-        self.images_seen = self.bad_images_seen = 0
         self.saved_step = -1
-        self.told_of_bad_images = False
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        self.signals.listen()  # Lightning has put its own handlers in their place, which end a run with exit code 0
-        # So nobody has to broadcast at each step, waiting for the device, whether Lightning's have seen a signal; one that
-        # they have seen until now is ours to tell.
-        if trainer.received_sigterm:
-            self.signals.asked, trainer._signal_connector.received_sigterm = signal.SIGTERM, False
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        self.agreement = StopConsensus()
-        step = trainer.global_step
+    # -- start -------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, module: DINOModule) -> None:  # type: ignore[override]
+        """Open the files; make up an evaluation in which the run was stopped.
+
+        A finished run has no more batches: Lightning calls this hook only.
+        """
+        step = module.first_step
+        set_global_step(trainer, step)
         if trainer.is_global_zero:
             self.metrics = Metrics(self.folder, step)
-            self.attention_history = AttentionHistory(self.config, self.pictured, self.folder, step)
-            if module.teacher.backbone.class_attention is None:
-                say(f"{module.teacher.backbone.arch} has no class attention: no attention.png")
-            if not step:
-                with torch.compiler.set_stance("force_eager"):
-                    self.attention_history.add(0, module.teacher.backbone, module.device)
+            self.attention_history = self._open_attention_history(module, step)
         if not step:
             return
         self.saved_step = step
         say(f"continuing {self.folder} from step {step}")
-        for row in trainer.strategy.broadcast(
-            self.metrics.rows[-ROWS_LOOKED_AT:] if trainer.is_global_zero else []
-        ):
+        rows = self.metrics.rows[-ROWS_WATCHED:] if trainer.is_global_zero else []
+        for row in trainer.strategy.broadcast(rows):
             self.watch({name: float(value) for name, value in row.items() if value})
-        if trainer.strategy.broadcast(
-            trainer.is_global_zero and self._was_stopped_in_evaluating(module, step)
-        ):
+        missed = trainer.is_global_zero and self._missed_evaluation(module, step)
+        if trainer.strategy.broadcast(missed):
             self.stopped, self.to_be_requeued = self._evaluate(trainer, module, step)
             trainer.should_stop = self.stopped
 
-    def _was_stopped_in_evaluating(self, module: Any, step: int) -> bool:
-        last = self.metrics.rows[-1] if self.metrics.rows else {}
-        return (
-            self._evaluates(module, step)
-            and last.get("step") == str(step)
-            and not last.get("rankme")
-        )
+    def _open_attention_history(self, module: DINOModule, step: int) -> AttentionHistory | None:
+        backbone = module.teacher.backbone
+        if backbone.class_attention is None:
+            say(f"{backbone.arch} has no class attention: {ATTENTION} is left out")
+            return None
+        history = AttentionHistory(self.config, self.pictured, self.folder, step)
+        if not step:
+            with torch.compiler.set_stance("force_eager"):
+                history.add(0, backbone, module.device)
+        return history
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    def _missed_evaluation(self, module: DINOModule, step: int) -> bool:
+        last = self.metrics.rows[-1] if self.metrics.rows else {}
+        is_due = self._evaluates(module, step) and last.get("step") == str(step)
+        return is_due and not last.get("rankme")
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, module: DINOModule) -> None:  # type: ignore[override]
+        """Replace Lightning's signal handlers, which end a run with exit code 0, by ours."""
+        self.signals.listen()
+        if trainer.received_sigterm:
+            self.signals.asked = signal.SIGTERM
+            forget_sigterm(trainer)
+        skip_sigterm_broadcast(trainer)
+        self.consensus = StopConsensus()
+
+    # -- after each step ---------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, module: DINOModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._note_bad_images(batch)
+        """Write the row, save, evaluate and stop, each when it is due."""
+        with self._reporting(BAD_IMAGES):
+            self.bad_images.add(batch)
         if (batch_idx + 1) % self.config.accumulate_grad_batches:
             return  # in the middle of a step
-        step, every = trainer.global_step, self.config.checkpoint_every_n_steps
-        ends_epoch = not step % module.schedules.steps_per_epoch
+        step = trainer.global_step
         warning = None
         if module.row:
             self._write_row(trainer, {"step": step, **module.row})
             warning = self.watch(module.row)
-        self.stopped, self.to_be_requeued, overdue = self.agreement(
+        self.stopped, self.to_be_requeued, overdue = self.consensus(
             self.signals.asked is not None,
             self.signals.asked == signal.SIGUSR1,
             time.monotonic() >= self.save_at,
         )
-        # What several processes want is heard a step late: the step after a save, it was wanted before it.
-        overdue = overdue and not (trainer.world_size > 1 and step == self.saved_step + 1)
-        if self.stopped or overdue or ends_epoch or (every is not None and step % every == 0):
+        if self.stopped or self._saves(trainer, module, overdue):
             self.save(trainer, module)
         if warning is not None:
-            self._tell(warning, step)
+            self._warn(warning, step)
         if self._evaluates(module, step) and not self.stopped:
             self.stopped, self.to_be_requeued = self._evaluate(trainer, module, step)
         if self.stopped:
             trainer.should_stop = True
 
-    def _evaluates(self, module: Any, step: int) -> bool:
+    def _saves(self, trainer: L.Trainer, module: DINOModule, overdue: bool) -> bool:
+        step, every = trainer.global_step, self.config.checkpoint_every_n_steps
+        # Across processes a request arrives one step late; ignore one made before the last save.
+        overdue = overdue and not (trainer.world_size > 1 and step == self.saved_step + 1)
+        ends_epoch = step % module.schedules.steps_per_epoch == 0
+        return overdue or ends_epoch or (every is not None and step % every == 0)
+
+    def _evaluates(self, module: DINOModule, step: int) -> bool:
         epoch, into_epoch = divmod(step, module.schedules.steps_per_epoch)
         every = self.config.eval_every_n_epochs
-        return not into_epoch and (
-            epoch == self.config.epochs or (every > 0 and epoch % every == 0)
-        )
+        is_due = epoch == self.config.epochs or (every > 0 and epoch % every == 0)
+        return is_due and not into_epoch
 
-    @torch.compiler.set_stance("force_eager")  # batches of other shapes would be compiled anew
-    def _evaluate(self, trainer: L.Trainer, module: Any, step: int) -> tuple[bool, bool]:
-        """By one process while the others wait -> whether it was asked to stop, and by SIGUSR1.
+    def _evaluate(self, trainer: L.Trainer, module: DINOModule, step: int) -> tuple[bool, bool]:
+        """Evaluate the teacher on the first process while the others wait.
 
-        The step is saved by then: an interrupted evaluation is made up for.
+        The step is saved by then, so an interrupted evaluation is made up when the run continues.
+
+        Returns:
+            Whether it was asked to stop, and whether by SIGUSR1.
         """
         interrupted = False
         try:
-            if trainer.is_global_zero:
-                found = self.probe(
-                    module.teacher.backbone, module.device, lambda: self.signals.asked is not None
-                )
-                values = {
-                    name: value for name, value in found._asdict().items() if value is not None
-                }
-                with self._telling("metrics.csv"):
-                    self.metrics.amend(values)
-                for logger in trainer.loggers:
-                    logger.log_metrics(values, step)
-                with self._telling("attention.png and curves.png"):
-                    self.attention_history.add(step, module.teacher.backbone, module.device)
-                    draw_curves(self.folder)
+            # Batches of other shapes would be compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                if trainer.is_global_zero:
+                    self._evaluate_here(trainer, module, step)
         except StoppedError:
             interrupted = True
         module.restart_clock()
-        return trainer.strategy.broadcast(
-            (interrupted, interrupted and self.signals.asked == signal.SIGUSR1)
-        )
+        asked = interrupted, interrupted and self.signals.asked == signal.SIGUSR1
+        stop, requeues = trainer.strategy.broadcast(asked)
+        return stop, requeues
 
-    @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            say(
-                f"{self.folder}: {what} cannot be written now ({error.strerror or error}); the run goes on"
-            )
+    def _evaluate_here(self, trainer: L.Trainer, module: DINOModule, step: int) -> None:
+        backbone = module.teacher.backbone
+        scores = self.evaluator(backbone, module.device, lambda: self.signals.asked is not None)
+        values = {name: value for name, value in scores._asdict().items() if value is not None}
+        with self._reporting(METRICS):
+            self.metrics.amend(values)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step)
+        with self._reporting(f"{ATTENTION} or {CURVES}"):
+            if self.attention_history is not None:
+                self.attention_history.add(step, backbone, module.device)
+            draw_curves(self.folder)
 
     def _write_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        with self._telling(METRICS):
+        with self._reporting(METRICS):
             self.metrics.write(row)
+        values = {name: value for name, value in row.items() if name != "step"}
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {key: value for key, value in row.items() if key != "step"}, int(row["step"])
-            )
+            logger.log_metrics(values, int(row["step"]))
 
-    def _tell(self, warning: CollapseWarning, step: int) -> None:
-        """Raises CollapseError if that is what the run is to do."""
-        sound = (
-            f"{self.folder / SOUND} is from before the first sign of it"
-            if (self.folder / SOUND).exists()
-            else ""
-        )
+    @contextlib.contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """Report what cannot be written, instead of ending the run."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            say(f"{self.folder}: {what} cannot be written now ({reason}); the run continues")
+
+    def _warn(self, warning: CollapseWarning, step: int) -> None:
+        """Print the warning, or end the run with --on_collapse stop."""
+        exists = (self.folder / SOUND).exists()
+        sound = f"{self.folder / SOUND} is from before the first sign of it" if exists else ""
         if self.config.on_collapse == "stop":
             raise CollapseError(
-                f"step {step}: {warning}. Stopped by --on_collapse stop; {sound or 'no checkpoint is from before'}"
+                f"step {step}: {warning}. Stopped by --on_collapse stop; "
+                f"{sound or 'no checkpoint is from before'}"
             )
         say(f"step {step}: {warning}" + (f"; {sound}" if sound else ""))
 
-    def save(self, trainer: L.Trainer, module: Any) -> bool:
-        """checkpoints/last.ckpt and teacher.safetensors; every `saveckp_freq` epochs a checkpoint that stays -> whether that
-        worked. If not, it is tried again after a minute."""
+    # -- saving ------------------------------------------------------------------------------
+
+    def save(self, trainer: L.Trainer, module: DINOModule) -> bool:
+        """Write last.ckpt and teacher.safetensors, and every `saveckp_freq` epochs one that stays.
+
+        Returns:
+            Whether that worked. If not, it is tried again after a minute.
+        """
         module.stop_if_broken()
         module.refuse_broken_weights()
         beside = (self.folder / LAST).with_name(".last.writing.ckpt")
         trainer.save_checkpoint(beside)
-        error: Exception | None = self.io.error
+        error = self.io.error
         if trainer.is_global_zero and error is None:
             try:
                 self._put_in_place(beside, trainer, module)
             except OSError as found:
                 error = found
-        saved = trainer.strategy.broadcast(error is None)
+        saved = bool(trainer.strategy.broadcast(error is None))
+        step = trainer.global_step
         if error is not None:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             say(
-                f"step {trainer.global_step} could not be saved in {self.folder} ({reason}); trying again in a minute"
+                f"step {step} could not be saved in {self.folder} ({reason}); trying again in a "
+                "minute"
             )
-        self.save_at = time.monotonic() + 60 * (
-            self.config.checkpoint_every_n_minutes if saved else 1
-        )
-        self.saved_step = trainer.global_step if saved else self.saved_step
+        minutes = self.config.checkpoint_every_n_minutes if saved else 1
+        self.save_at = time.monotonic() + 60 * minutes
+        self.saved_step = step if saved else self.saved_step
         return saved
 
-    def _put_in_place(self, beside: Path, trainer: L.Trainer, module: Any) -> None:
-        if not (self.folder / CONFIG).exists():  # somebody took the folder away
+    def _put_in_place(self, beside: Path, trainer: L.Trainer, module: DINOModule) -> None:
+        if not (self.folder / CONFIG).exists():  # somebody deleted the folder
             write_config(self.config, self.folder)
         if self.metrics.path.exists():
             sync(self.metrics.path)  # no checkpoint without the rows before it
-        take_its_place(beside, self.folder)
+        replace_last(beside, self.folder)
         if not self.watch.suspects:
             keep_as_sound(self.folder)
         with replacing(self.folder / TEACHER) as path:
             save_backbone(module.teacher.backbone, self.config, path)
         epoch, into_epoch = divmod(trainer.global_step, module.schedules.steps_per_epoch)
-        if not into_epoch and self.config.saveckp_freq and epoch % self.config.saveckp_freq == 0:
+        every = self.config.saveckp_freq
+        if every and not into_epoch and epoch % every == 0:
             with replacing((self.folder / LAST).with_name(f"epoch{epoch:04}.ckpt")) as path:
                 shutil.copyfile(self.folder / LAST, path)
 
-    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-        self.agreement.settle()
+    @override
+    def on_train_end(self, trainer: L.Trainer, module: DINOModule) -> None:  # type: ignore[override]
+        """Save the last step, and wait for room on the disk if need be."""
+        self.consensus.settle()
         tries = 0
         while self.saved_step != trainer.global_step and not self.save(trainer, module):
             tries += 1
-            # A scheduler that wants the machine back does not wait; a run that is done waits for room on the disk.
-            if trainer.strategy.broadcast(self.signals.asked is not None or tries > LAST_TRIES):
-                raise OSError(
-                    f"step {trainer.global_step} is not saved; {self.folder}/{LAST} is of an earlier step"
+            # A scheduler that wants the machine back does not wait; a finished run waits.
+            gives_up = self.signals.asked is not None or tries > LAST_TRIES
+            if trainer.strategy.broadcast(gives_up):
+                raise RunFailedError(
+                    f"step {trainer.global_step} is not saved; {self.folder}/{LAST} is of an "
+                    "earlier step"
                 )
             time.sleep(SECONDS_BETWEEN_TRIES)
         if self.stopped and self.to_be_requeued:
-            self.requeued = trainer.strategy.broadcast(trainer.is_global_zero and requeue())
-
-    def _note_bad_images(self, batch: Batch) -> None:
-        self.images_seen += len(batch.views["global_crops"])
-        self.bad_images_seen += len(batch.bad_images)
-        for bad in batch.bad_images:
-            name = on_one_line(bad.name)
-            if name not in self.bad_images:
-                self.bad_images.add(name)
-                with self._telling(BAD_IMAGES), (self.folder / BAD_IMAGES).open("a") as file:
-                    file.write(f"{name}\t{bad.reason}\n")
-        share = self.bad_images_seen / self.images_seen
-        if share > BAD_SHARE_TO_LOOK_AT and self.images_seen >= 100 and not self.told_of_bad_images:
-            self.told_of_bad_images = True
-            say(
-                f"{self.bad_images_seen} of the first {self.images_seen} images could not be read ({share:.1%}); "
-                f"look at {self.folder / BAD_IMAGES}"
-            )
-
-
-class Progress(TQDMProgressBar):
-    """Lightning's bar over all steps of the run, with epoch, loss and images per second."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-        self.shown: dict[str, str] = {}
-        # In a file every refresh is a line of its own.
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else config.log_every_n_steps)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("pretrain")
-        self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
-        row = module.row
-        if row:
-            self.shown = {
-                "epoch": f"{row['epoch'] + 1}/{self.config.epochs}",
-                "loss": f"{row['loss']:.3f}",
-                "images/s": f"{row['images_per_second']:.0f}",
-            }
-        return dict(self.shown)
+            requeued = trainer.is_global_zero and requeue()
+            self.requeued = bool(trainer.strategy.broadcast(requeued))

@@ -1,19 +1,19 @@
-"""What a run is going to do, before its first step: the sheet of crops and the plan in words."""
+"""What a run is going to do, shown before its first step: a sheet of crops, a plan, its memory."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode
 
 from dino_xcit.data.crops import GLOBAL_CROPS
 from dino_xcit.data.framing import centre_crop, default_resize
-from dino_xcit.data.loader import CropDataset, collate
-from dino_xcit.errors import UserError
+from dino_xcit.data.loader import CropDataset
+from dino_xcit.errors import ImageError, UserError
+from dino_xcit.private_names import FakeTensorMode, storage_key
 from dino_xcit.run_folder import CROPS
 from dino_xcit.runtime import HALF, memory_there
 from dino_xcit.train.module import DINOModule, Network
@@ -27,56 +27,68 @@ if TYPE_CHECKING:
 
 SHEET_IMAGES = 6
 SHEET_LOCAL_CROPS = 8
+UNREADABLE_SIDE = 8  # pixels of the black square in place of an unreadable image
+STATES = 5  # student, teacher, gradients and AdamW's two moments: each as large as the weights
 
 
 def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
-    """crops.png: the first images of the first epoch, whole and as the views that the network is shown."""
-    config, size = module.config, module.config.global_crops_size
+    """Draw crops.png: the first images of the first epoch and the crops made of them."""
+    config = module.config
     dataset = CropDataset(images, config, module.student.backbone.path_shape)
-    permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))[:SHEET_IMAGES]
-    batch = collate([dataset[0, int(index)] for index in permutation])
-    groups = [views[:, :SHEET_LOCAL_CROPS] for views in module.views(batch)]
+    permutation = np.random.default_rng((config.seed, 0)).permutation(len(images))
+    indices = permutation[:SHEET_IMAGES].tolist()
+    groups = module.views(dataset.batch([(0, index) for index in indices]))  # (B, V, C, H, W)
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     rows = []
-    for i, index in enumerate(permutation):
-        try:
-            whole = [centre_crop(images.read(int(index)), size, default_resize(size)) / 255]
-        except (OSError, ValueError):
-            whole = [torch.zeros(config.in_chans, 8, 8)]
-        pictures = whole + [view * std + mean for views in groups for view in views[i]]
-        rows.append(
-            (
-                Path(images.name(int(index))).name,
-                [p.permute(1, 2, 0).clamp(0, 1).numpy() for p in pictures],
-            )
-        )
-    locals_shown = min(config.local_crops_number, SHEET_LOCAL_CROPS)
-    titles = (
-        ["image"]
-        + [f"global {i + 1}" for i in range(GLOBAL_CROPS)]
-        + [f"local {i + 1}" for i in range(locals_shown)]
-    )
+    for row, index in enumerate(indices):
+        crops = [crop * std + mean for group in groups for crop in group[row, :SHEET_LOCAL_CROPS]]
+        pictures = [_whole(images, index, config), *crops]
+        name = Path(images.name(index)).name
+        rows.append((name, [p.permute(1, 2, 0).clamp(0, 1).numpy() for p in pictures]))
+    local_crops = min(config.local_crops_number, SHEET_LOCAL_CROPS)
+    titles = [
+        "image",
+        *(f"global {i + 1}" for i in range(GLOBAL_CROPS)),
+        *(f"local {i + 1}" for i in range(local_crops)),
+    ]
     draw_crops(folder, rows, titles)
+
+
+def _whole(images: ImageSet, index: int, config: PretrainConfig) -> torch.Tensor:
+    """The framed image, float (C, S, S) in [0, 1], or a black square if it cannot be read."""
+    try:
+        image = images.read(index)
+    except (OSError, ImageError):
+        return torch.zeros(config.in_chans, UNREADABLE_SIDE, UNREADABLE_SIDE)
+    size = config.global_crops_size
+    return centre_crop(image, size, default_resize(size)) / 255
 
 
 def describe_plan(
     config: PretrainConfig, module: DINOModule, images: int, trainer: L.Trainer
 ) -> str:
-    """What the run would do, in a few lines."""
-    schedules = module.schedules
-    sizes = [
-        sum(p.numel() for p in part.parameters())
-        for part in (module.student.backbone, module.student.head)
-    ]
-    memory = memory_estimate(config, trainer.precision)
+    """Return what the run would do, in a few lines.
+
+    Args:
+        config: options of the run.
+        module: the networks and schedules.
+        images: number of training images.
+        trainer: knows processes, precision and device.
+    """
+    schedules, student = module.schedules, module.student
+    backbone, head = (
+        sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.backbone, student.head)
+    )
+    memory = memory_estimate(config, trainer.precision) / 2**30
     return "\n".join(
         [
             f"images      {images:,}",
-            f"steps       {schedules.steps:,} ({config.epochs} epochs of {schedules.steps_per_epoch:,}, "
-            f"{schedules.total_batch} images each, {trainer.world_size} processes)",
-            f"parameters  {sizes[0] / 1e6:.1f} M {module.student.backbone.arch}, {sizes[1] / 1e6:.1f} M head",
-            f"memory      {memory / 2**30:.1f} GiB per process for weights, optimizer and what a step keeps for its "
-            "backward pass; buffers come on top",
+            f"steps       {schedules.steps:,} ({config.epochs} epochs of "
+            f"{schedules.steps_per_epoch:,}, {schedules.total_batch} images each, "
+            f"{trainer.world_size} processes)",
+            f"parameters  {backbone:.1f} M {student.backbone.arch}, {head:.1f} M head",
+            f"memory      {memory:.1f} GiB per process for weights, optimizer and the activations "
+            "kept for the backward pass, without temporary buffers",
             f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
             f"crops       {Path(config.output_dir) / CROPS}",
         ]
@@ -84,44 +96,73 @@ def describe_plan(
 
 
 def refuse_oversized_step(config: PretrainConfig, precision: str) -> None:
-    """Raise ValueError for a step that needs more memory than a CPU's machine has, instead of being killed for it."""
+    """Refuse a step that needs more memory than this machine has, before the system kills the run.
+
+    Only for a run on the CPU. With `--grad_checkpointing`, which the estimate leaves out, nothing
+    is refused.
+
+    Raises:
+        UserError: the estimate exceeds the machine's memory.
+    """
     if config.grad_checkpointing:
-        return  # the estimate is without
-    needed, there = memory_estimate(config, precision), memory_there(torch.device("cpu"))
-    if needed > there:
+        return
+    needed, available = memory_estimate(config, precision), memory_there(torch.device("cpu"))
+    if needed > available:
         raise UserError(
-            f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} needs more than "
-            f"{needed / 2**30:.0f} GiB and this machine has {there / 2**30:.0f}; lower --batch_size_per_gpu and raise "
+            f"a step of --batch_size_per_gpu {config.batch_size_per_gpu} with --arch {config.arch} "
+            f"needs more than {needed / 2**30:.0f} GiB and this machine has "
+            f"{available / 2**30:.0f}; lower --batch_size_per_gpu and raise "
             "--accumulate_grad_batches, or start with --config configs/demo.yaml"
         )
 
 
-def memory_estimate(config: PretrainConfig, precision: Any) -> int:
-    """Bytes of weights (student, teacher), gradients, AdamW's two moments and what one forward pass on a CPU keeps for the
-    backward pass. Counted on tensors without content: nothing is computed."""
-    half = HALF.get(precision)
+def memory_estimate(config: PretrainConfig, precision: str) -> int:
+    """Estimate the memory of a process in bytes, without temporary buffers.
+
+    The sum of student, teacher, gradients, AdamW's two moments and what one forward pass of the
+    student on a CPU keeps for the backward pass. Runs on tensors without content, so nothing is
+    computed and no memory is taken.
+
+    Args:
+        config: options of the run; `--grad_checkpointing` is not taken into account.
+        precision: of the pass, as Lightning names it.
+    """
+    # On the meta device, since timm's networks cannot be built from fake tensors.
     with torch.device("meta"):
         student = Network(dataclasses.replace(config, grad_checkpointing=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
         student.to_empty(device="cpu")
-        B, C = config.batch_size_per_gpu, config.in_chans
-        groups = [
-            torch.empty(B, GLOBAL_CROPS, C, config.global_crops_size, config.global_crops_size)
-        ]
-        if config.local_crops_number:
-            side = config.local_crops_size
-            groups.append(torch.empty(B, config.local_crops_number, C, side, side))
-        kept: dict[int, int] = {}
-        weights = {parameter.untyped_storage()._cdata for parameter in student.parameters()}
+        kept = _kept_for_backward(student, _empty_views(config), HALF.get(precision))
+    weights = sum(p.numel() * p.element_size() for p in student.parameters())
+    return STATES * weights + kept
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage.nbytes()
-            return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", half, enabled=half is not None):
-            student.embed(groups)  # the loss keeps no logits
-    parameters = 4 * sum(p.numel() for p in student.parameters())
-    return 5 * parameters + sum(kept.values())
+def _empty_views(config: PretrainConfig) -> list[torch.Tensor]:
+    """Groups of views of one batch, (B, V, C, H, W), without content."""
+    crops = [(GLOBAL_CROPS, config.global_crops_size)]
+    if config.local_crops_number:
+        crops.append((config.local_crops_number, config.local_crops_size))
+    B, C = config.batch_size_per_gpu, config.in_chans
+    return [torch.empty(B, number, C, side, side) for number, side in crops]
+
+
+def _kept_for_backward(
+    student: Network, groups: list[torch.Tensor], half: torch.dtype | None
+) -> int:
+    """Bytes that a forward pass saves for the backward pass, besides the weights.
+
+    Each storage counts once. The loss computes its logits in parts and keeps none.
+    """
+    weights = {storage_key(parameter) for parameter in student.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        key = storage_key(tensor)
+        if key not in weights:
+            kept[key] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", half, enabled=half is not None):
+        student.embed(groups)
+    return sum(kept.values())

@@ -1,12 +1,14 @@
-"""A run of official DINO, from its full checkpoint, goes on as a run of ours, after the epoch at which it was saved.
+"""Continue a run of official DINO from its full checkpoint, after the epoch at which it was saved.
 
-Networks, heads, center and the optimizer's moments are in that file. What is not: the order of the images and the random
-numbers of their crops, which are drawn as this run draws them. Schedules are this run's, from that epoch on.
+The file holds networks, heads, center and the optimizer's moments. It does not hold the order of
+the images and the random numbers of their crops: those are sampled as this run samples them.
+Schedules are this run's, from that epoch on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -26,77 +28,116 @@ if TYPE_CHECKING:
 EXPECTED = "a full checkpoint of official DINO, with student, teacher, optimizer and epoch"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FREE = (FREE_ON_RESUME | {"arch"}) - {
-    "batch_size_per_gpu"
-}  # the tensors have fitted the architecture
+# The tensors fit the architecture, whatever its name.
+FREE = (FREE_ON_RESUME | {"arch"}) - {"batch_size_per_gpu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialRun:
+    """A full checkpoint of official DINO that was found sound."""
+
+    flag: str
+    """the option and its file, for messages"""
+    content: Mapping[str, Any]
+    epoch: int
+    """epochs it was trained for"""
 
 
 def resume_official(
     path: Path, module: DINOModule, trainer: L.Trainer
 ) -> tuple[dict[str, Any], str]:
-    """An official checkpoint -> ours, from which `trainer` goes on, and a line that tells what was taken and what was not.
+    """Convert an official checkpoint into one of ours, from which `trainer` continues.
 
-    The module's networks and center are filled. Raises ValueError, naming the flag, if there is no run to go on with.
+    Args:
+        path: the official checkpoint.
+        module: its networks and center are filled.
+        trainer: the run's.
+
+    Returns:
+        The checkpoint, and a line of what was taken from the file, what begins anew and which of
+        its options differ.
+
+    Raises:
+        UserError: it is not a run that can be continued; the message names the flag.
     """
-    config, schedules = module.config, module.schedules
+    config = module.config
+    official = open_official(path, config)
+    taken = load_networks(str(path), module.student, module.teacher, module.loss, "continue_from")
+    for network in ("student", "teacher"):
+        if f"the {network}'s head" not in taken:
+            raise UserError(
+                f"{official.flag}: its {network}'s head is of another shape; set --out_dim, "
+                "--head_hidden_dim, --head_bottleneck_dim, --use_bn_in_head and "
+                "--norm_last_layer as they were"
+            )
+    state, problem = optimizer_state(official.content, module, trainer)
+    step = official.epoch * module.schedules.steps_per_epoch
+    checkpoint = {
+        "epoch": 0,  # of Lightning, for which the whole run is one
+        "global_step": step,
+        "pytorch-lightning_version": L.__version__,
+        "state_dict": module.state_dict(),
+        "callbacks": {},
+        "optimizer_states": [state],
+        "lr_schedulers": [],
+    }
+    module.on_save_checkpoint(checkpoint)
+    anew = ["order and crops of the images"]
+    if problem:
+        anew.insert(0, problem)
+    else:
+        taken.append("optimizer")
+    if "center" not in taken:
+        anew.insert(0, "center")
+    if trainer.precision == "16-mixed":
+        anew.append("the scaler of float16")
+    summary = (
+        f"{official.flag}: continues after epoch {official.epoch} of {config.epochs}, step {step}; "
+        f"taken: {', '.join(taken)}; anew: {', '.join(anew)}"
+    )
+    differing = [
+        f"--{name} was {then}, now {now}"
+        for name, then, now in differing_arguments(official.content, config)
+    ]
+    return checkpoint, "; ".join([summary, *([", ".join(differing)] if differing else [])])
+
+
+def open_official(path: Path, config: PretrainConfig) -> OfficialRun:
+    """Read an official checkpoint.
+
+    Raises:
+        UserError: the file is something else, or nothing is left to do.
+    """
     flag = f"--continue_from {path}"
     try:
         content, _ = read_file(path)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{flag} {error}; expected {EXPECTED}") from None
     lacking = [name for name in ("student", "teacher", "epoch") if name not in content]
     if lacking:
         raise UserError(
-            f"{flag} has no {' and no '.join(lacking)}; expected {EXPECTED}; --init_weights takes weights alone"
+            f"{flag} has no {' and no '.join(lacking)}; expected {EXPECTED}; --init_weights takes "
+            "weights alone"
         )
     epoch = content["epoch"]
     if not isinstance(epoch, int):
         raise UserError(f"{flag} has {epoch!r} for its epoch; expected {EXPECTED}")
     if not 0 < epoch < config.epochs:
         raise UserError(
-            f"{flag} has {epoch} epochs behind it and --epochs is {config.epochs}; nothing is left to do"
+            f"{flag} was trained for {epoch} epochs and --epochs is {config.epochs}; nothing is "
+            "left to do"
         )
-    taken = load_networks(str(path), module.student, module.teacher, module.loss, "continue_from")
-    for network in ("student", "teacher"):
-        if f"the {network}'s head" not in taken:
-            raise UserError(
-                f"{flag}: its {network}'s head is of another shape; set --out_dim, --head_hidden_dim, "
-                "--head_bottleneck_dim, --use_bn_in_head and --norm_last_layer as they were"
-            )
-    state, problem = optimizer_state(content, module, trainer)
-    steps = epoch * schedules.steps_per_epoch
-    checkpoint = {
-        "epoch": 0,  # of Lightning, to which the whole run is one
-        "global_step": steps,
-        "pytorch-lightning_version": L.__version__,
-        "state_dict": module.state_dict(),
-        "loops": loops_after(trainer, steps, steps * config.accumulate_grad_batches),
-        "callbacks": {},
-        "optimizer_states": [state],
-        "lr_schedulers": [],
-    }
-    module.on_save_checkpoint(checkpoint)
-    anew = [
-        *([] if "center" in taken else ["center"]),
-        *([problem] if problem else []),
-        "order and crops of the images",
-    ]
-    if trainer.precision == "16-mixed":
-        anew.append("the scaler of float16")
-    lines = [
-        f"{flag}: goes on after epoch {epoch} of {config.epochs}, step {steps}; taken: "
-        f"{', '.join([*taken, *([] if problem else ['optimizer'])])}; anew: {', '.join(anew)}"
-    ]
-    differing = ", ".join(
-        f"--{name} was {old}, now {new}" for name, old, new in differing_arguments(content, config)
-    )
-    return checkpoint, "; ".join([*lines, *([differing] if differing else [])])
+    return OfficialRun(flag=flag, content=content, epoch=epoch)
 
 
 def optimizer_state(
     content: Mapping[str, Any], module: DINOModule, trainer: L.Trainer
 ) -> tuple[dict[str, Any], str]:
-    """The state of this run's optimizer with the file's moments, or a new one and what is wrong with the file's."""
+    """The optimizer's state with the file's moments.
+
+    Returns:
+        The state and "", or a new state and why the file's moments cannot be used.
+    """
     optimizer = adamw(module.student, trainer.precision)
     state = optimizer.state_dict()
     names = {id(parameter): name for name, parameter in module.student.named_parameters()}
@@ -115,22 +156,26 @@ def optimizer_state(
 
 
 def official_moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state of each parameter under our names. Raises ValueError if it is not AdamW's of this student.
+    """AdamW's state of each parameter under our names.
 
-    Official DINO numbers parameters through two groups in the order of the model: first those with weight decay. The gain of
-    the last layer has no number where it is fixed, and a layer that was frozen so far has no moments.
+    Official DINO numbers the parameters of its two groups in the order of the model: first those
+    with weight decay. The gain of the last layer has no number where it is fixed, and a layer
+    that was frozen until then has no moments.
+
+    Raises:
+        UserError: it is not AdamW's state of this student.
     """
     saved = content.get("optimizer") or {}
-    of_groups = [len(group["params"]) for group in saved.get("param_groups", [])]
+    group_sizes = [len(group["params"]) for group in saved.get("param_groups", [])]
     tensors = {name: t for name, t in content["student"].items() if not name.endswith(BUFFERS)}
     for fixed in ((), ("weight_g", "original0")):
         trained = [name for name in tensors if not name.endswith(fixed)]
         spared = [name for name in trained if name.endswith(".bias") or tensors[name].ndim == 1]
         regularised = [name for name in trained if name not in set(spared)]
-        if of_groups == [len(regularised), len(spared)]:
+        if group_sizes == [len(regularised), len(spared)]:
             break
     else:
-        raise UserError(f"{sum(of_groups)} parameters for {len(tensors)} tensors of the student")
+        raise UserError(f"{sum(group_sizes)} parameters for {len(tensors)} tensors of the student")
     in_order = [*regularised, *spared]
     states = {in_order[index]: state for index, state in saved["state"].items() if state}
     if not states:
@@ -151,6 +196,7 @@ def official_moments(content: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]
 
 
 def under_our_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename official tensors, or whatever belongs to them, to the names of `Network`."""
     backbone, head = to_our_names(values)
     return {
         f"{part}.{name}": tensor
@@ -159,35 +205,10 @@ def under_our_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def loops_after(trainer: L.Trainer, steps: int, passes: int) -> dict[str, Any]:
-    """What Lightning remembers of its loops when a run is saved after so many optimizer steps and forward passes."""
-    fit = trainer.fit_loop.state_dict()
-    fit["state_dict"] = {"combined_loader": [{"passes": passes}]}
-    fit["epoch_loop.state_dict"] = {
-        "_batches_that_stepped": steps - 1
-    }  # the last is counted once it is saved
-    optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    for when in ("total", "current"):
-        fit["epoch_loop.batch_progress"][when] = {
-            "ready": passes,
-            "started": passes,
-            "processed": passes,
-            "completed": passes - 1,
-        }
-        fit["epoch_progress"][when].update(ready=1, started=1)
-        optimizer["step"][when] = {"ready": steps, "completed": steps}
-        optimizer["zero_grad"][when] = {"ready": steps, "started": steps, "completed": steps}
-    others = {
-        f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict()
-        for name in ("validate", "test", "predict")
-    }
-    return {"fit_loop": fit, **others}
-
-
 def differing_arguments(
     content: Mapping[str, Any], config: PretrainConfig
 ) -> list[tuple[str, Any, Any]]:
-    """Options that the file's command line gave other values, as far as they have the same name: (name, then, now)."""
+    """Options of the same name that had other values in the file's run: (name, then, now)."""
     arguments = vars(content["args"]) if hasattr(content.get("args"), "__dict__") else {}
     found = []
     for field in dataclasses.fields(config):

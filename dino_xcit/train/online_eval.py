@@ -1,4 +1,4 @@
-"""What a run's teacher has learned so far: k-NN accuracy on the run's own images, and RankMe."""
+"""Evaluates the teacher during pretraining: k-NN accuracy on the run's own images, and RankMe."""
 
 from __future__ import annotations
 
@@ -22,48 +22,75 @@ if TYPE_CHECKING:
     from dino_xcit.data.images import ImageSet
 
 NEIGHBOURS = 20
-BATCH = 256
-EPSILON = 1e-7  # of RankMe
+BATCH_SIZE = 256
+RANKME_EPSILON = 1e-7
 
 
 class OnlineScores(NamedTuple):
+    """Scores of one evaluation; the field names are columns of metrics.csv."""
+
     knn_top1: float | None
     """percent; None without labels"""
     rankme: float
+    """from 1 to the number of channels"""
 
 
 class StoppedError(Exception):
-    """The run was asked to stop."""
+    """A request to stop the run interrupted the evaluation."""
 
 
 def rankme(features: Tensor) -> float:
-    """Features (n, D) -> how many directions they use, from 1 to D: the exponential of the entropy of their singular values
-    (RankMe, arXiv:2210.02885, equation 1). What falls, or stays at a few, has collapsed in these dimensions."""
+    """Effective number of directions that features use (RankMe, arXiv:2210.02885, equation 1).
+
+    A low or falling value means dimensional collapse.
+
+    Args:
+        features: (n, D).
+
+    Returns:
+        The exponential of the entropy of the normalised singular values, from 1 to D.
+    """
     values = torch.linalg.svdvals(features.double())
-    share = values / values.sum() + EPSILON
+    share = values / values.sum() + RANKME_EPSILON
     return torch.exp(-(share * share.log()).sum()).item()
 
 
+class Subset(NamedTuple):
+    """Some images of a set."""
+
+    images: ImageSet
+    indices: np.ndarray
+    """int (n,)"""
+
+
 class OnlineEvaluator:
-    """A seeded sample of the run's own images, on which a backbone is evaluated."""
+    """Evaluates a backbone on a random subset of the run's own images, seeded by `--seed`.
+
+    Without labelled validation images the queries are every tenth training image, which is then
+    held out of the neighbours. Without labels there are no neighbours, only queries for RankMe.
+
+    Args:
+        config: options of the run.
+        train: the images that the run trains on.
+        validation: images of the same classes that it does not train on, if there are any.
+    """
 
     def __init__(
         self, config: PretrainConfig, train: ImageSet, validation: ImageSet | None
     ) -> None:
-        """Without labelled validation images, every tenth training image is held out of the neighbours."""
         self.config = config
-        self.labelled = train.labels is not None
-        if self.labelled and validation is not None and validation.labels is None:
+        labelled = train.labels is not None
+        if labelled and validation is not None and validation.labels is None:
             validation = None
         order = np.random.default_rng((config.seed, 0)).permutation(len(train))
-        self.train, self.validation = train, validation or train
         if validation is None:
-            held_out = max(1, len(order) // 10) if self.labelled else len(order)
-            order, self.queries = order[held_out:], order[:held_out]
+            held_out = max(1, len(order) // 10) if labelled else len(order)
+            order, queries = order[held_out:], order[:held_out]
         else:
-            self.queries = np.random.default_rng((config.seed, 1)).permutation(len(validation))
-        self.neighbours = order[: config.eval_num_images] if self.labelled else order[:0]
-        self.queries = self.queries[: config.eval_num_images]
+            queries = np.random.default_rng((config.seed, 1)).permutation(len(validation))
+        most = config.eval_num_images
+        self.queries = Subset(train if validation is None else validation, queries[:most])
+        self.neighbours = Subset(train, order[:most]) if labelled and len(order) else None
 
     def __call__(
         self,
@@ -71,50 +98,59 @@ class OnlineEvaluator:
         device: torch.device,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> OnlineScores:
-        """The backbone's mode is put back afterwards. Raises StoppedError as soon as it is asked to."""
-        training, size = backbone.training, self.config.global_crops_size
+        """Evaluate a backbone; it is left in the mode (train or eval) that it had.
+
+        Args:
+            backbone: gives the features.
+            device: where to compute them.
+            asked_to_stop: called before each batch; once it returns true, the evaluation stops.
+
+        Raises:
+            StoppedError: `asked_to_stop` returned true.
+            UserError: no image of a subset can be read.
+        """
+        size, training = self.config.global_crops_size, backbone.training
         transform = Transform(size, default_resize(size), self.config.mean, self.config.std)
-        frozen = FeatureExtractor(backbone, transform, device)
-
-        def unless_stopped(images: Tensor) -> Tensor:
-            if asked_to_stop():
-                raise StoppedError
-            return frozen(images)
-
         try:
-            queries, of_queries = self._features(
-                unless_stopped, frozen, self.validation, self.queries
-            )
-            found = OnlineScores(None, rankme(queries))
-            if self.labelled:
-                neighbours, of_neighbours = self._features(
-                    unless_stopped, frozen, self.train, self.neighbours
-                )
-                k = min(NEIGHBOURS, len(neighbours))
-                ranked = knn_classify(neighbours, of_neighbours, queries, [k])[k]
-                found = found._replace(knn_top1=top1(ranked, of_queries))
+            extractor = FeatureExtractor(backbone, transform, device)
+            queries, query_labels = _features(extractor, self.queries, asked_to_stop)
+            scores = OnlineScores(knn_top1=None, rankme=rankme(queries))
+            if self.neighbours is None:
+                return scores
+            neighbours, labels = _features(extractor, self.neighbours, asked_to_stop)
         finally:
             backbone.train(training)
-        return found
+        k = min(NEIGHBOURS, len(neighbours))
+        ranked = knn_classify(neighbours, labels, queries, [k])[k]
+        return scores._replace(knn_top1=top1(ranked, query_labels))
 
-    def _features(
-        self,
-        read: Callable[[Tensor], Tensor],
-        frozen: FeatureExtractor,
-        images: ImageSet,
-        indices: np.ndarray,
-    ) -> tuple[Tensor, Tensor]:
-        """Class tokens (n, C) of those that can be read, and their labels, if there are any."""
-        store = FeatureStore.in_memory((len(indices), *frozen.shape()))
-        dataset = EvalDataset(images, frozen.transform)
-        workers = default_workers() if len(indices) >= WORTH_WORKERS else 0
-        extract(read, dataset, indices, store, batch_size=BATCH, num_workers=workers)
-        readable = store.state == DONE
-        if not readable.any():
-            raise UserError(
-                f"none of {len(indices)} images to evaluate on can be read, {images.name(0)} for one"
-            )
-        labels = np.zeros(len(images)) if images.labels is None else images.labels
-        return torch.from_numpy(store.features[readable, 0]), torch.from_numpy(
-            labels[indices][readable]
+
+def _features(
+    extractor: FeatureExtractor, subset: Subset, asked_to_stop: Callable[[], bool]
+) -> tuple[Tensor, Tensor]:
+    """Features (n, C) of the readable images of a subset, and their labels (n,), 0 without any."""
+
+    def extract_unless_stopped(images: Tensor) -> Tensor:
+        if asked_to_stop():
+            raise StoppedError
+        return extractor(images)
+
+    images, indices = subset
+    store = FeatureStore.in_memory((len(indices), *extractor.shape()))
+    extract(
+        extract_unless_stopped,
+        EvalDataset(images, extractor.transform),
+        indices,
+        store,
+        batch_size=BATCH_SIZE,
+        num_workers=default_workers() if len(indices) >= WORTH_WORKERS else 0,
+    )
+    readable = store.state == DONE
+    if not readable.any():
+        raise UserError(
+            f"none of the {len(indices)} images to evaluate on can be read, for example "
+            f"{images.name(int(indices[0]))}; check the files under --data_path"
         )
+    labels = np.zeros(len(images)) if images.labels is None else images.labels
+    features = torch.from_numpy(store.features[readable, 0])  # of (n, P, C): the class token
+    return features, torch.from_numpy(labels[indices][readable])

@@ -1,4 +1,4 @@
-"""The signals that stop a run, and how several processes agree to stop."""
+"""The signals that stop a run, how several processes agree to stop, and SLURM's requeue."""
 
 from __future__ import annotations
 
@@ -7,34 +7,39 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 STOPPED_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
 
 
-# -- signals ---------------------------------------------------------------------------------------------------------
-
-
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the step instead of breaking into it, once there are steps."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the current step, once there are steps."""
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignals]:
-        """Ctrl-C stops at once until `listen` is called."""
-        before = {number: signal.getsignal(number) for number in STOPPED_BY}
-        signal.signal(signal.SIGINT, self._at_once)
+        """Until `listen` is called Ctrl-C stops at once. Afterwards the caller's handlers are back.
+
+        Outside the main thread, where Python allows no handlers, nothing listens.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.getsignal(number) for number in (*STOPPED_BY, signal.SIGCHLD)}
+        signal.signal(signal.SIGINT, self._stop_at_once)
         try:
             yield self
         finally:
@@ -42,71 +47,79 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def listen(self) -> None:
-        for number in STOPPED_BY:
-            signal.signal(number, self._on_signal)
+        """Take over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPED_BY:
+                signal.signal(number, self._ask)
 
-    def _at_once(self, number: int, frame: Any) -> None:
-        self.asked = (
-            signal.SIGINT
-        )  # the exception may be swallowed by what it breaks into: then the first step is the last
+    def _stop_at_once(self, number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG002
+        # What it interrupts may swallow the exception: then the first step is the last.
+        self.asked = signal.SIGINT
         raise KeyboardInterrupt
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.asked is not None:  # asked twice: at once
+    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if number == signal.SIGINT and self.asked is not None:  # the second time: at once
             raise KeyboardInterrupt
         if self.asked is None:
             self.asked = signal.Signals(number)
-            again = (
-                "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
-            )
+            again = number == signal.SIGINT
             print(
-                f"\n{STOPPED_BY[self.asked]}: stopping at the next chance{again}",
+                f"\n{STOPPED_BY[self.asked]}: stopping after this step"
+                f"{'; Ctrl-C again stops at once, without saving' if again else ''}",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 class StopConsensus:
-    """Processes tell each other what they want, and all learn it at the same step, the next one.
+    """All processes learn at the same step, the next one, what any of them wants.
 
-    By a group of its own on CPU, so that no step waits for the device.
+    By a process group of its own on CPU, so that no step waits for the device.
     """
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized()
-        self.group: Any = dist.new_group(backend="gloo") if several else None
-        self.pending: tuple[Any, torch.Tensor] | None = None
+        group = dist.new_group(backend="gloo") if several else None
+        assert not isinstance(group, int)  # which stands for "not a member"
+        self.group = group
+        self.pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __call__(self, *wanted: bool) -> list[bool]:
+        """Ask for these, and get what was asked for a step earlier (at once with one process)."""
         if self.group is None:
             return list(wanted)
         before = self.settle() or [False] * len(wanted)
         votes = torch.tensor(wanted, dtype=torch.int32)
-        self.pending = dist.all_reduce(votes, group=self.group, async_op=True), votes
+        work = dist.all_reduce(votes, group=self.group, async_op=True)
+        assert work is not None
+        self.pending = work, votes
         return before
 
     def settle(self) -> list[bool] | None:
-        """What was last asked, once all have answered."""
+        """Wait for all processes and get what was last asked for; None if nothing was."""
         if self.pending is None:
             return None
         (work, votes), self.pending = self.pending, None
         work.wait()
-        return (votes > 0).tolist()
+        return [bool(vote) for vote in (votes > 0).tolist()]
 
 
 def requeue() -> bool:
-    """Ask SLURM, if this is its job, to start it again, as Lightning's own handler does -> whether it will."""
+    """Ask SLURM, if this is its job, to start it again, as Lightning's own handler does.
+
+    Returns:
+        Whether it will.
+    """
     if not SLURMEnvironment.detect():
         return False
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
     try:
-        asked = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         say(f"scontrol requeue {job}: {error}")
         return False
-    say(f"scontrol requeue {job}: {asked.stderr.strip() or 'done'}")
-    return asked.returncode == 0
+    say(f"scontrol requeue {job}: {answer.stderr.strip() or 'done'}")
+    return answer.returncode == 0

@@ -1,0 +1,133 @@
+"""Lightning's trainer, loggers and data for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler, default_workers
+from dino_xcit.errors import UserError
+from dino_xcit.runtime import parse_devices, refusal, resolve_precision
+from dino_xcit.train.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch.loggers import Logger
+
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
+    from dino_xcit.train.checkpoints import DurableIO
+
+NOT_FOR_THE_TRAINER = {
+    "fast_dev_run",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "sync_batchnorm",
+}
+
+
+def make_trainer(
+    config: PretrainConfig, io: DurableIO, callbacks: Sequence[L.Callback] = ()
+) -> L.Trainer:
+    """Lightning's trainer for one long epoch: the loader hands out every batch of the run.
+
+    Raises:
+        UserError: an option of `--trainer` is not the user's to set, or Lightning refuses one.
+    """
+    devices = parse_devices(config.devices)
+    user = dict(config.trainer)
+    bar = [ProgressBar()] if user.pop("enable_progress_bar", True) else []
+    options: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": devices,
+        "num_nodes": config.num_nodes,
+        "strategy": config.strategy,
+        "precision": resolve_precision(config),
+        "accumulate_grad_batches": config.accumulate_grad_batches,
+        "max_epochs": 1,
+        "logger": make_loggers(config),
+        "callbacks": [*bar, *callbacks],
+        "plugins": [io],
+        "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "default_root_dir": config.output_dir,
+    }
+    managed = sorted(set(user) & {*options, *NOT_FOR_THE_TRAINER})
+    if managed:
+        raise UserError(f"--trainer.{managed[0]} cannot be set; dino-xcit manages it")
+    here = devices if isinstance(devices, int) else torch.cuda.device_count()
+    if config.strategy in ("auto", "ddp") and config.num_nodes * here > 1:
+        # Every process computes the same buffers from the same values: broadcasting is wasted.
+        options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    try:
+        return L.Trainer(**options, **user)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(refusal(config, error)) from error
+
+
+def make_loggers(config: PretrainConfig) -> list[Logger]:
+    """Loggers besides metrics.csv.
+
+    Raises:
+        UserError: the logger's package is not installed.
+    """
+    loggers: list[Logger] = []
+    try:
+        if "tensorboard" in config.logger:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(config.output_dir, name="", version="tensorboard"))
+        if "wandb" in config.logger:
+            from lightning.pytorch.loggers import WandbLogger
+
+            name = Path(config.output_dir).name
+            loggers.append(WandbLogger(save_dir=config.output_dir, project="dino_xcit", name=name))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--logger {' '.join(config.logger)} needs a package that is not installed: {error}"
+        ) from error
+    return loggers
+
+
+class CropData(L.LightningDataModule):
+    """The loader of this process.
+
+    Args:
+        config: the run's options.
+        images: the training images.
+        path_shape: layers and residual branches of the backbone's stochastic depth.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, images: ImageSet, path_shape: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.config, self.images, self.path_shape = config, images, path_shape
+
+    @override
+    def train_dataloader(self) -> CropLoader:
+        """The batches from the step at which this start of the run begins."""
+        trainer = self.trainer
+        assert trainer is not None
+        images = len(self.images)
+        sampler = StepBatchSampler(self.config, images, trainer.global_rank, trainer.world_size)
+        sampler.first_step = trainer.global_step
+        workers = self.config.num_workers
+        return CropLoader(
+            CropDataset(self.images, self.config, self.path_shape),
+            sampler,
+            num_workers=default_workers() if workers is None else workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
