@@ -62,7 +62,7 @@ class AttentionHistory:
         Raises:
             OSError: a file cannot be written.
         """
-        if self.pixels is None or backbone.class_attention is None:
+        if self.pixels is None:
             return
         training = backbone.training
         extractor = FeatureExtractor(backbone, self.transform, device)
