@@ -98,15 +98,12 @@ def from_plain(options: object) -> PretrainConfig:
     """
     if not isinstance(options, dict):
         raise UserError(f"holds a {type(options).__name__}; expected options by their names")
-    values: dict[str, Any] = {
-        key: tuple(item) if isinstance(item, list) else item for key, item in options.items()
-    }
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
-    unknown = [str(name) for name in values if name not in known]
+    unknown = [str(name) for name in options if name not in known]
     if unknown:
         raise UserError(f"unknown option {', '.join(unknown)}")
     try:
-        return PretrainConfig(**values)
+        return PretrainConfig(**options)
     except (TypeError, ValueError) as error:  # rules that meet a value of another type
         raise UserError(" ".join(str(error).split())) from None
 

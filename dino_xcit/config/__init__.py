@@ -1,1 +1,1 @@
-"""Every option of every command: default, unit, help and rule. Imports no torch, so that help is instant."""
+"""Options of all commands: default, help and rule of each. Imports no torch, so help is instant."""

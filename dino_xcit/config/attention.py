@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.config.checks import Checks
+from dino_xcit.config.checks import Checks, lists_to_tuples
 from dino_xcit.errors import UserError
 
 Interpolation = Literal["nearest", "bicubic"]
@@ -16,92 +16,104 @@ FigureKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Draw what the class-attention heads look at: dino-xcit attention --weights W [options] IMAGE|FOLDER|VIDEO ..."""
+    """Draw class-attention maps: dino-xcit attention --weights W [options] IMAGE|FOLDER|VIDEO..."""
 
     images: tuple[str, ...] = ()
-    """image files, folders of images, videos. Default: validation images of the run's own data"""
+    """image files, folders of images, videos. Default: validation images of the run's own
+    data"""
     weights: tuple[str, ...] = ()
-    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
-    dino_xcit_small_12_p16, ...; several for --figures models: --weights A --weights B"""
+    """run folder, .ckpt, .safetensors, .pth (also of official DINO or XCiT), timm:NAME,
+    hf-hub:ORG/NAME, or a published name (dino_xcit_small_12_p16, ...); repeat it for --figures
+    models: --weights A --weights B"""
     arch: str | None = None
-    """architecture, where the weights do not say it"""
+    """architecture, if the weights do not contain it"""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
-    """which network of a checkpoint that holds both"""
+    """network to load from a checkpoint that holds both"""
     output_dir: str = "figures"
     """folder of the figures"""
 
-    # What is looked at
+    # Images and maps
     image_size: int | None = None
-    """long side in pixels, the aspect is kept; 0 keeps each image's own. Default: 480, or the pretraining's crop if that was
-    below 96 pixels (of several weights the larger)"""
+    """length of the long side in pixels, at the image's aspect ratio; 0: the image's own.
+    Default: 480, or the pretraining's crop size if that is below 96 (of several weights the
+    largest)"""
     fit: Literal["crop", "pad"] = "crop"
-    """what becomes of sides that the patch size does not divide: centre crop, or padding whose map is cut off again"""
+    """for sides that the patch size does not divide: centre crop, or padding that is cut off
+    the maps again"""
     num_images: int | None = None
-    """validation images to show where no images are named (default 4), and to score with --masks shapes (default 2000)"""
+    """validation images to show if no images are named (default 4), and to score with --masks
+    shapes (default 2000)"""
     layer: int = -1
-    """class-attention layer: 0 or 1, -1 the last"""
+    """class-attention layer: 0 or 1; -1: the last"""
     head: int | None = None
-    """head whose map overlay, training, models and videos show, and the only one of magnitude and covariance, from 0.
-    Default: the mean of the heads, and every head"""
+    """head, from 0, whose map overlay, training, models and videos show, and the only one of
+    magnitude and covariance. Default: the mean of the heads; magnitude and covariance: all heads"""
     xca_layer: int = -1
-    """XCA layer of --figures magnitude and covariance, from 0; -1 the last"""
+    """XCA layer of --figures magnitude and covariance, from 0; -1: the last"""
     point: tuple[float, ...] = ()
-    """x and y of the patch for --figures similarity, in shares of width and height. Default: the patch most attended to"""
+    """x and y of the patch for --figures similarity, as shares of width and height. Default:
+    the patch with the most attention"""
     threshold: float = 0.6
     """share of a map's mass that masks keep"""
 
     # Figures
     figures: tuple[FigureKind, ...] = ()
-    """heads: an image with all heads; grid: images by heads; overlay: image, map over it, mask, heads in colours; training:
-    the kept checkpoints of a run; models: several --weights; magnitude: queries and keys of XCA; covariance: its matrices;
-    similarity: of patches to one; pca: patch features as colours. Default: heads overlay, with several weights models"""
+    """heads: an image with all heads; grid: images by heads; overlay: image, map over it, mask,
+    heads in colours; training: the kept checkpoints of a run; models: several --weights;
+    magnitude: norms of XCA's queries and keys; covariance: XCA's matrices; similarity: of all
+    patches to one; pca: patch features as colours. Default: heads overlay; with several weights
+    models"""
     images_per_figure: int = 8
-    """rows of a figure of several images; more images make more figures"""
+    """images, one a row, per figure; more images make more figures"""
     format: tuple[Literal["png", "pdf", "svg"], ...] = ("png",)
-    """formats of the figures"""
+    """file formats of the figures"""
     width: str = "neurips"
-    """inches, or a venue whose text is as wide: neurips, iclr, icml, cvpr, eccv, aaai, ieee, acl, jmlr, tmlr, slide; one
-    column: cvpr-column, icml-column, aaai-column, ieee-column, acl-column"""
+    """inches, or a venue's text width: neurips, iclr, icml, cvpr, eccv, aaai, ieee, acl, jmlr,
+    tmlr, slide; one column: cvpr-column, icml-column, aaai-column, ieee-column, acl-column"""
     dpi: int = 300
-    """pixels per inch of PNG files and of the pictures in PDF and SVG files"""
+    """pixels per inch of PNG files and of the images in PDF and SVG files"""
     titles: bool = True
-    """titles above the pictures"""
+    """titles above the images"""
     names: tuple[str, ...] = ()
     """titles of several --weights, in their order: --names A --names B"""
     colormap: Literal["inferno", "viridis", "magma", "plasma", "cividis", "gray"] = "inferno"
-    """colours of maps; each is perceptually uniform"""
+    """colours of the maps; each is perceptually uniform"""
     interpolation: Interpolation = "nearest"
-    """maps between patches"""
+    """interpolation of the maps between patches"""
     scale: Literal["map", "image", "figure"] = "map"
-    """attention and magnitude maps that share one colour scale: none, as official visualize_attention.py; those of an image;
-    all of the figure, which then has a colour bar"""
+    """maps of attention and magnitude that share one colour scale: none, as official
+    visualize_attention.py; those of an image; all of the figure, which then has a colour bar"""
     clip: float = 0.01
-    """share of the patches beyond either end of that scale, so that a few do not leave the others dark"""
+    """share of the patches clipped at either end of the colour scale, so that a few do not
+    darken the rest"""
     html: bool = False
     """also write attention.html, an interactive page that needs no network"""
 
     # Videos
     frames: bool = False
-    """a folder of images is a video, its frames in the order of their names"""
+    """treat a folder of images as a video: its frames in the order of their names"""
     video_format: Literal["mp4", "gif", "frames"] = "mp4"
-    """what becomes of videos: a film, or a folder of PNG files"""
+    """output of videos: a video file, or a folder of PNG files"""
     fps: float = 25
     """frames per second of --frames; videos keep their own"""
 
     # Score
     masks: str | None = None
-    """score the maps against object masks: a folder of masks named as the images, or shapes, for drawn images with theirs"""
+    """score the maps against object masks: a folder of masks named like the images, or shapes,
+    for generated images with masks"""
 
     # Machine
     seed: int = 0
     """seed of the untrained network that --masks compares with"""
     accelerator: str = "auto"
-    """cpu, gpu, mps, ... as Lightning names them"""
+    """cpu, gpu, mps, ...: Lightning's names"""
     precision: str = "32-true"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs with
+    AVX512-BF16, else 32-true"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no figure can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        lists_to_tuples(self)
         if not self.weights:
             raise UserError("expected --weights: a run folder, .ckpt, .safetensors or timm:NAME")
         check = Checks(self)

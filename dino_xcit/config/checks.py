@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from dino_xcit.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from _typeshed import DataclassInstance
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 class Checks:
-    """The rules of one config; `__post_init__` of its class calls them."""
+    """Rules for the values of one config; `__post_init__` of its class calls them."""
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: DataclassInstance) -> None:
         self.config = config
 
     def __call__(self, condition: bool, flag: str, expected: str) -> None:
@@ -23,32 +24,43 @@ class Checks:
         if not condition:
             raise UserError(f"--{flag} is {getattr(self.config, flag)!r}; expected {expected}")
 
-    def numbers(self, flag: str) -> Iterable[Any]:
-        """The flag's value, or values; none if it has no value."""
+    def at_least(self, least: float, *flags: str) -> None:
+        """Each value is `least` or more."""
+        for flag in flags:
+            expected = f"{least:g} or more" if least <= 0 else f"at least {least:g}"
+            self(all(value >= least for value in self._values(flag)), flag, expected)
+
+    def positive(self, *flags: str) -> None:
+        """Each value is over 0."""
+        for flag in flags:
+            several = isinstance(getattr(self.config, flag), tuple)
+            expected = "positive numbers" if several else "a positive number"
+            self(all(value > 0 for value in self._values(flag)), flag, expected)
+
+    def within(self, low: float, high: float, expected: str, *flags: str) -> None:
+        """Each value is from `low` to `high`."""
+        for flag in flags:
+            self(all(low <= value <= high for value in self._values(flag)), flag, expected)
+
+    def precision(self) -> None:
+        """`--precision` is one that the commands support."""
+        (precision,) = self._values("precision")
+        self(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+
+    def _values(self, flag: str) -> tuple[Any, ...]:
+        """Return the flag's value or values; none if it is None."""
         value = getattr(self.config, flag)
         if value is None:
             return ()
         return value if isinstance(value, tuple) else (value,)
 
-    def at_least(self, least: float, *flags: str) -> None:
-        """Each value is `least` or more."""
-        for flag in flags:
-            expected = f"{least:g} or more" if least <= 0 else f"at least {least:g}"
-            self(all(value >= least for value in self.numbers(flag)), flag, expected)
 
-    def positive(self, *flags: str) -> None:
-        """Each value is over 0."""
-        for flag in flags:
-            values = getattr(self.config, flag)
-            expected = "positive values" if isinstance(values, tuple) else "a positive number"
-            self(all(value > 0 for value in self.numbers(flag)), flag, expected)
+def lists_to_tuples(config: DataclassInstance) -> None:
+    """Make every list among the options a tuple, which is what the fields are declared as.
 
-    def within(self, low: float, high: float, expected: str, *flags: str) -> None:
-        """Each value is from `low` to `high`."""
-        for flag in flags:
-            self(all(low <= value <= high for value in self.numbers(flag)), flag, expected)
-
-    def precision(self) -> None:
-        """`--precision` is one that the commands know."""
-        (precision,) = self.numbers("precision")
-        self(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
+    Lists come from YAML files and from Python callers.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list):
+            object.__setattr__(config, field.name, tuple(value))

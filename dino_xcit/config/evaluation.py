@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.config.checks import Checks
+from dino_xcit.config.checks import Checks, lists_to_tuples
 from dino_xcit.errors import UserError
 
 WEIGHTS = "a run folder, a file, timm:NAME or hf-hub:ORG/NAME"
@@ -16,60 +16,69 @@ class EvalConfig:
     """Options of every evaluation of a frozen backbone."""
 
     weights: str | None = None
-    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
-    dino_xcit_small_12_p16, ..."""
+    """run folder, .ckpt, .safetensors, .pth (also of official DINO or XCiT), timm:NAME,
+    hf-hub:ORG/NAME, or a published name (dino_xcit_small_12_p16, ...)"""
     arch: str | None = None
-    """architecture, where the weights do not say it"""
+    """architecture, if the weights do not contain it"""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
-    """which network of a checkpoint that holds both"""
+    """network to load from a checkpoint that holds both"""
     baselines: bool = False
-    """also evaluate raw pixels (of at most 32 x 32) and the same network untrained"""
+    """also evaluate raw pixels (at most 32 x 32) and the same network untrained"""
 
     # Data
     data_path: str | None = None
-    """folder of labelled images with train/ and val/ inside, or the root of a named data set. Default: the run's own data"""
+    """folder of labelled images in train/ and val/, or the root of a named data set. Default:
+    the run's own data"""
     dataset: str | None = None
-    """timm data set name: torch/..., hfds/..., or shapes"""
+    """timm data set name: torch/... or hfds/...; or shapes"""
     num_images: int | None = None
-    """training images to use, picked by the seed (shapes: how many to draw). Default: all"""
+    """training images to use, sampled with the seed (shapes: how many to generate). Default:
+    all"""
     in_chans: int | None = None
-    """channels of the images. Default: the weights' own"""
+    """image channels. Default: the weights' own"""
     mean: tuple[float, ...] = ()
-    """mean of each channel in [0, 1], subtracted. Default: the weights' own, else ImageNet's"""
+    """mean of each channel in [0, 1], subtracted from the images. Default: the weights' own,
+    else ImageNet's"""
     std: tuple[float, ...] = ()
-    """standard deviation of each channel in [0, 1], divided by. Default: the weights' own, else ImageNet's"""
+    """standard deviation of each channel in [0, 1], by which the images are divided. Default:
+    the weights' own, else ImageNet's"""
     image_size: int | None = None
-    """side of the centre crop in pixels. Default: the global crops' of the pretraining, else 224"""
+    """side of the centre crop in pixels. Default: the global crops' of the pretraining, else
+    224"""
     resize_size: int | None = None
-    """pixels to which the short side is resized before. Default: 8 / 7 of the crop (256 for 224), below 96 the crop's own"""
+    """length in pixels to which the short side is resized before the crop. Default: 8 / 7 of
+    the crop (256 for 224); for crops below 96, the crop's own"""
     num_workers: int | None = None
-    """loader processes per process; default: the cores of this process less one, at most 16"""
+    """loader processes per process. Default: the process's CPU cores less one, at most 16"""
     seed: int = 0
-    """seed of everything random"""
+    """seed of all random numbers"""
 
     # Features
     feature_dtype: Literal["auto", "float32", "float16"] = "auto"
-    """numbers in which features are stored; auto: float32, float16 where --precision is half"""
+    """dtype of stored features; auto: float32, or float16 if --precision is half"""
     cache_dir: str | None = None
-    """folder in which features are kept for the next evaluation. Default: dino_xcit in $XDG_CACHE_HOME or ~/.cache"""
+    """folder in which features are cached for later evaluations. Default: dino_xcit in
+    $XDG_CACHE_HOME or ~/.cache"""
     no_cache: bool = False
-    """forget the features at the end"""
+    """delete the features at the end"""
 
     # Machine
     batch_size_per_gpu: int = 128
-    """images per process and forward pass; changes no result"""
+    """images per process and forward pass; does not affect results"""
     accelerator: str = "auto"
-    """cpu, gpu, mps, ... as Lightning names them"""
+    """cpu, gpu, mps, ...: Lightning's names"""
     devices: str = "auto"
-    """number of processes on this machine, or a list of device numbers"""
+    """processes on this machine, or a list of device indices"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs that have it and AVX512-BF16 CPUs, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs with
+    AVX512-BF16, else 32-true"""
 
     output_dir: str | None = None
     """folder of the results. Default: the run folder of the weights, else runs/NAME"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        lists_to_tuples(self)
         self._check_source()
         check = Checks(self)
         check.at_least(
@@ -89,14 +98,16 @@ class ClassificationConfig(EvalConfig):
     """Options of evaluations with one class an image."""
 
     n_last_blocks: int | None = None
-    """class tokens to concatenate, of the last n class-attention layers (XCiT has 2). Default: 1"""
+    """class tokens to concatenate, from the last n class-attention layers (XCiT has 2).
+    Default: 1"""
     avgpool_patchtokens: bool | None = None
     """append the mean of the last layer's patch tokens. Default: false"""
     load_features: str | None = None
-    """folder of trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth to evaluate instead of --weights"""
+    """folder with trainfeat.pth, testfeat.pth, trainlabels.pth and testlabels.pth to evaluate
+    instead of --weights"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
         super().__post_init__()
         Checks(self).at_least(1, "n_last_blocks")
 
@@ -104,18 +115,11 @@ class ClassificationConfig(EvalConfig):
         if (self.weights is None) == (self.load_features is None):
             found = "both are given" if self.weights else "neither is"
             raise UserError(f"expected --weights or --load_features, {found}")
-        of_images = (
-            "baselines",
-            "data_path",
-            "dataset",
-            "num_images",
-            "image_size",
-            "n_last_blocks",
-        )
-        meaningless = [flag for flag in of_images if getattr(self, flag)]
-        if self.load_features is not None and meaningless:
+        of_images = ("baselines", "data_path", "dataset", "num_images", "image_size")
+        unused = [flag for flag in (*of_images, "n_last_blocks") if getattr(self, flag)]
+        if self.load_features is not None and unused:
             raise UserError(
-                f"--{meaningless[0]} has no meaning with --load_features, which brings features "
+                f"--{unused[0]} has no meaning with --load_features, which brings features "
                 "instead of images"
             )
 
@@ -125,14 +129,14 @@ class KnnConfig(ClassificationConfig):
     """Weighted k-nearest-neighbour classification on frozen features, as official eval_knn.py."""
 
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
-    """numbers of neighbours"""
+    """numbers of neighbours k"""
     temperature: float = 0.07
-    """temperature of the vote: a neighbour's is exp(similarity / temperature)"""
+    """softmax temperature of the vote: a neighbour's weight is exp(similarity / temperature)"""
     dump_features: str | None = None
-    """folder to write the four files that --load_features reads"""
+    """folder in which to write the four files that --load_features reads"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
         super().__post_init__()
         check = Checks(self)
         check(bool(self.nb_knn), "nb_knn", "numbers of at least 1")
@@ -145,27 +149,30 @@ class LinearConfig(ClassificationConfig):
     """Linear classification on frozen features."""
 
     protocol: Literal["heads", "dino", "logistic"] = "heads"
-    """heads: a head for each learning rate and choice of features, as DINOv2, on features extracted once; dino: one head on
-    augmented crops, as official eval_linear.py; logistic: L-BFGS for each C, as DINOv2's logistic regression"""
+    """heads: one head per learning rate and feature choice, as DINOv2, on features extracted
+    once; dino: one head on augmented crops, as official eval_linear.py; logistic: L-BFGS for
+    each C, as DINOv2's logistic regression"""
     lr: tuple[float, ...] = ()
-    """learning rates for 256 images per step, scaled linearly. Default: dino 0.001; heads 16 from 1e-5 to 1"""
+    """learning rates for 256 images per step, scaled linearly. Default: dino 0.001; heads 16 from
+    1e-5 to 1"""
     epochs: int | None = None
-    """passes over the images. Default: dino 100; heads 12500 steps, but from 1000 steps on at most 100 passes"""
+    """passes over the images. Default: dino 100; heads 12500 steps, but from 1000 steps on at
+    most 100 passes"""
     batch_size: int = 1024
-    """images per SGD step, of all processes together"""
+    """images per SGD step, over all processes"""
     c: tuple[float, ...] = ()
-    """inverse strengths of logistic regression's L2 penalty. Default: 45 from 1e-6 to 1e5"""
+    """inverse strengths C of logistic regression's L2 penalty. Default: 45 from 1e-6 to 1e5"""
     held_out: float = 0.1
-    """share of the training images on which learning rate, features and C are chosen"""
+    """share of the training images held out to select learning rate, features and C"""
     train_fraction: tuple[float, ...] = (1.0,)
-    """shares of each class's training images to use, one result each"""
+    """shares of each class's training images to use; one result each"""
     num_seeds: int = 1
     """repetitions with other seeds: subset, held-out images, initial weights, order"""
     evaluate: str | None = None
-    """a head that an earlier linear-eval wrote, to evaluate instead of training one"""
+    """head file written by an earlier linear-eval, to evaluate instead of training one"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
         super().__post_init__()
         check = Checks(self)
         check.positive("lr", "c")
@@ -186,20 +193,21 @@ class LinearConfig(ClassificationConfig):
 class SegConfig(EvalConfig):
     """Semantic segmentation by one linear layer on frozen patch tokens.
 
-    --data_path: images/ beside masks/ (or annotations/), each with train/ and val/ inside, as ADE20K, or a folder of VOC.
+    --data_path: images/ beside masks/ (or annotations/), each with train/ and val/ inside, as
+    ADE20K, or a folder of VOC.
     """
 
     lr: float = 0.01
-    """peak learning rate of AdamW, which falls to 0 on a cosine"""
+    """peak learning rate of AdamW, which falls to 0 along a cosine"""
     epochs: int = 10
     """passes over the images"""
     batch_size: int = 64
-    """images per step, of all processes together"""
+    """images per step, over all processes"""
     ignore_label: tuple[int, ...] = (255,)
-    """numbers in the masks that are no class: neither trained on nor scored (ADE20K: 0 255)"""
+    """mask values that are no class: neither trained on nor scored (ADE20K: 0 255)"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no evaluation can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
         super().__post_init__()
         check = Checks(self)
         check.positive("lr")

@@ -5,32 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dino_xcit.config.checks import Checks
+from dino_xcit.config.checks import Checks, lists_to_tuples
 from dino_xcit.config.evaluation import WEIGHTS
 from dino_xcit.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a backbone as the files that other tools read."""
+    """Write a backbone in the formats of other tools."""
 
     weights: str | None = None
-    """run folder, .ckpt, .safetensors, .pth (official DINO's or XCiT's too), timm:NAME, hf-hub:ORG/NAME, or a published
-    dino_xcit_small_12_p16, ..."""
+    """run folder, .ckpt, .safetensors, .pth (also of official DINO or XCiT), timm:NAME,
+    hf-hub:ORG/NAME, or a published name (dino_xcit_small_12_p16, ...)"""
     arch: str | None = None
-    """architecture, where the weights do not say it"""
+    """architecture, if the weights do not contain it"""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
-    """which network of a checkpoint that holds both"""
+    """network to load from a checkpoint that holds both"""
     format: tuple[Literal["timm", "hf", "official", "onnx", "torch_export"], ...] = ("timm",)
-    """timm: a folder for timm's local-dir:; hf: the same with a model card, to upload; official: a .pth under official
-    DINO's names; onnx, torch_export: graphs for any batch and image size"""
+    """timm: a folder for timm's local-dir:; hf: the same with a model card, for the Hugging
+    Face hub; official: a .pth with official DINO's names; onnx, torch_export: graphs for any
+    batch and image size"""
     attention: bool = False
     """onnx, torch_export: the last layer's class-attention maps as a second output"""
     output_dir: str = "export"
     """folder of the files"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no export can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        lists_to_tuples(self)
         if not self.weights:
             raise UserError(f"expected --weights: {WEIGHTS}")
         check = Checks(self)

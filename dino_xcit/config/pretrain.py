@@ -1,4 +1,4 @@
-"""Every option of every command: default, unit and help in one place. Imports no torch, so that help is instant.
+"""Options of `dino-xcit pretrain`.
 
 Names and defaults are official DINO's (`main_dino.py`) wherever it has the option.
 """
@@ -9,32 +9,36 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dino_xcit.config.checks import Checks
+from dino_xcit.config.checks import Checks, lists_to_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Pretrain an XCiT backbone with DINO, without labels."""
+    """Pretrain a backbone with DINO, without labels."""
 
     # Data
     data_path: str | None = None
-    """folder of images (with train/ and val/ inside, or not), or the root of a named data set"""
+    """folder of images (directly, or in train/ and val/), or the root of a named data set"""
     dataset: str | None = None
-    """timm data set name: torch/..., hfds/..., or shapes (drawn in memory). Default: the folder --data_path, else shapes"""
+    """timm data set name: torch/... or hfds/...; or shapes, generated in memory. Default: the
+    folder --data_path, else shapes"""
     num_images: int | None = None
-    """images to use: how many shapes to draw (default 10000); of any other set, a subset picked by the seed"""
+    """images to train on. shapes: how many to generate (default 10000); other sets: a subset
+    sampled with the seed (default all)"""
     in_chans: int = 3
-    """channels of the images: 1 grey, 3 RGB"""
+    """image channels: 1 grey, 3 RGB"""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """mean of each channel in [0, 1], subtracted"""
+    """mean of each channel in [0, 1], subtracted from the images"""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """standard deviation of each channel in [0, 1], divided by"""
+    """standard deviation of each channel in [0, 1], by which the images are divided"""
     on_bad_image: Literal["replace", "raise"] = "replace"
-    """an unreadable image is replaced by another and listed in bad_images.txt, or ends the run"""
+    """replace: use another image instead of an unreadable one and list it in bad_images.txt;
+    raise: end the run"""
     num_workers: int | None = None
-    """loader processes per training process; default: the cores of this process less one, at most 16"""
+    """loader processes per training process. Default: the process's CPU cores less one, at most
+    16"""
     seed: int = 0
-    """seed of everything random"""
+    """seed of all random numbers"""
 
     # Multi-crop
     global_crops_size: int = 224
@@ -42,13 +46,13 @@ class PretrainConfig:
     local_crops_size: int = 96
     """side of the local crops in pixels"""
     global_crops_scale: tuple[float, float] = (0.4, 1.0)
-    """share of the image's area that a global crop covers, from and to"""
+    """smallest and largest share of the image's area that a global crop covers"""
     local_crops_number: int = 8
     """local crops per image; 0 trains on the global crops alone"""
     local_crops_scale: tuple[float, float] = (0.05, 0.4)
-    """share of the image's area that a local crop covers, from and to"""
+    """smallest and largest share of the image's area that a local crop covers"""
 
-    # Photometric augmentation; three probabilities are: global crop 1, global crop 2, local crops
+    # Photometric augmentation; three values are for global crop 1, global crop 2, local crops
     flip_prob: float = 0.5
     """probability of a horizontal flip"""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -56,23 +60,26 @@ class PretrainConfig:
     color_jitter_prob: float = 0.8
     """probability of colour jitter"""
     grayscale_prob: float = 0.2
-    """probability of dropping colour"""
+    """probability of conversion to grey"""
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """probability of Gaussian blur in global crop 1, global crop 2, local crops"""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """standard deviation of the blur in pixels, from and to"""
+    """smallest and largest standard deviation of the blur in pixels"""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """probability of solarization in global crop 1, global crop 2, local crops"""
 
     # Backbone
     arch: str = "xcit_s12_p16"
-    """architecture and patch size: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}; official and timm names too"""
+    """backbone: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}, official and timm names of XCiT,
+    or timm:NAME for any timm network with one feature vector per image"""
     init_weights: str | None = None
-    """what student and teacher start from: anything that --weights of the evaluations takes. Default: random numbers"""
+    """initial weights of student and teacher: anything that --weights of the evaluations takes.
+    Default: random"""
     continue_from: str | None = None
-    """a full checkpoint of official DINO: goes on after its last epoch, with heads, center and optimizer"""
+    """full checkpoint of official DINO to continue after its last epoch, with heads, center and
+    optimizer"""
     drop_path_rate: float = 0.1
-    """stochastic depth of the student, the same in every layer"""
+    """stochastic depth rate of the student, the same in every layer"""
     grad_checkpointing: bool = False
     """recompute layers in the backward pass: less memory, more time"""
     xca: bool = True
@@ -88,29 +95,29 @@ class PretrainConfig:
     out_dim: int = 65536
     """prototypes: outputs of the projection head"""
     head_hidden_dim: int = 2048
-    """width of the projection head"""
+    """hidden width of the projection head"""
     head_bottleneck_dim: int = 256
-    """outputs of the projection head's last hidden layer, which the prototypes are compared with"""
+    """width of the projection head's bottleneck, the input of the prototype layer"""
     use_bn_in_head: bool = False
     """batch norm in the projection head"""
     norm_last_layer: bool = True
-    """fix the gain of the weight-normalised last layer at 1 (false: better but less stable)"""
+    """fix the norm of every prototype at 1 (false: better but less stable)"""
     freeze_last_layer: int = 1
-    """epochs during which the last layer does not learn"""
+    """epochs at the start during which the prototypes are frozen"""
     student_temp: float = 0.1
-    """temperature of the student's softmax"""
+    """softmax temperature of the student"""
     warmup_teacher_temp: float = 0.04
-    """temperature of the teacher's softmax at the start"""
+    """softmax temperature of the teacher at the start"""
     teacher_temp: float = 0.04
-    """temperature of the teacher's softmax after its warmup"""
+    """softmax temperature of the teacher after its warmup"""
     warmup_teacher_temp_epochs: int = 0
-    """epochs over which the teacher's temperature rises linearly"""
+    """epochs of linear warmup of the teacher's temperature"""
     momentum_teacher: float = 0.996
-    """momentum of the teacher at the start; rises to 1 on a cosine"""
+    """EMA momentum of the teacher at the start; rises to 1 along a cosine"""
     center_momentum: float = 0.9
-    """momentum of the center"""
+    """EMA momentum of the center"""
 
-    # Optimisation
+    # Optimization
     epochs: int = 100
     """passes over the images"""
     batch_size_per_gpu: int = 64
@@ -118,7 +125,8 @@ class PretrainConfig:
     accumulate_grad_batches: int = 1
     """forward passes per optimizer step"""
     lr: float = 0.0005
-    """peak learning rate for a total batch of 256 images; scaled linearly with the total batch"""
+    """peak learning rate for a total batch of 256 images; scaled linearly with the total
+    batch"""
     warmup_epochs: float = 10
     """epochs of linear warmup of the learning rate"""
     warmup_lr: float = 0.0
@@ -126,25 +134,28 @@ class PretrainConfig:
     min_lr: float = 1e-6
     """learning rate at the end (not scaled)"""
     weight_decay: float = 0.04
-    """weight decay at the start; as in official DINO it spares biases and one-dimensional tensors only"""
+    """weight decay at the start; as in official DINO, not applied to biases and one-dimensional
+    tensors"""
     weight_decay_end: float = 0.4
-    """weight decay at the end, reached on a cosine"""
+    """weight decay at the end, reached along a cosine"""
     clip_grad: float = 3.0
-    """largest gradient norm of each parameter tensor; 0 does not clip"""
+    """maximum gradient norm of each parameter tensor; 0: no clipping"""
 
     # Machine: options of Lightning's Trainer
     accelerator: str = "auto"
-    """cpu, gpu, mps, ... as Lightning names them"""
+    """cpu, gpu, mps, ...: Lightning's names"""
     devices: str = "auto"
-    """number of processes on this machine, or a list of device numbers"""
+    """processes on this machine, or a list of device indices"""
     num_nodes: int = 1
-    """machines"""
+    """number of machines"""
     strategy: str = "auto"
-    """how processes work together: ddp or a variant of it, as Lightning names it"""
+    """distributed strategy: auto, ddp or a variant of ddp; Lightning's names"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto, settled as a run begins: bf16-mixed on GPUs with it and AVX512-BF16 CPUs"""
+    """32-true, bf16-mixed or 16-mixed; auto, resolved when the run starts: bf16-mixed on GPUs
+    with bfloat16 and CPUs with AVX512-BF16, else 32-true"""
     compile: bool | None = None
-    """torch.compile each layer: takes a minute or more at the start. Default: on a GPU, and on CPU from 10000 steps on"""
+    """torch.compile each layer; takes a minute or more at the start. Default: on a GPU, and on
+    CPU for 10000 steps or more"""
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
     """any other option of Lightning's Trainer, such as --trainer.profiler simple"""
 
@@ -152,28 +163,33 @@ class PretrainConfig:
     output_dir: str = "runs/pretrain"
     """run folder"""
     resume: bool = True
-    """continue the run in --output_dir if it holds one of the same options; false refuses instead"""
+    """continue the run in --output_dir if it has the same options; false: refuse a folder that
+    holds a run"""
     checkpoint_every_n_steps: int | None = None
-    """steps between checkpoints, besides those at every epoch's end and by --checkpoint_every_n_minutes"""
+    """steps between checkpoints, in addition to those after every epoch and by
+    --checkpoint_every_n_minutes"""
     checkpoint_every_n_minutes: float = 10
-    """minutes after which the next step is saved"""
+    """minutes between checkpoints"""
     saveckp_freq: int = 20
-    """epochs between checkpoints that are kept; 0 keeps the last one only"""
+    """epochs between checkpoints that are kept; 0: keep only the last one"""
     log_every_n_steps: int = 50
     """steps between rows of metrics.csv"""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """loggers besides metrics.csv"""
+    """loggers in addition to metrics.csv"""
     eval_every_n_epochs: int = 10
-    """epochs between k-NN accuracies of the teacher, if the images have labels; 0 only at the end"""
+    """epochs between k-NN evaluations of the teacher, if the images have labels; 0: only at the
+    end"""
     eval_num_images: int = 10000
-    """images that this k-NN uses at most, of the training and of the validation set each"""
+    """maximum number of images of this k-NN evaluation, of the training and of the validation
+    set each"""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """what follows when the run has collapsed or diverges: a warning that says how, or the end of the run"""
+    """warn: print a warning when the run collapses or diverges; stop: also end the run"""
     dry_run: bool = False
     """write crops.png, print the plan and stop"""
 
     def __post_init__(self) -> None:
-        """Raise UserError, naming the flag, for values that no run can use."""
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        lists_to_tuples(self)
         check = Checks(self)
         self._check_images(check)
         self._check_training(check)
@@ -195,7 +211,7 @@ class PretrainConfig:
         in_range = all(0 <= strength <= 1 for strength in strengths) and 0 <= hue <= 0.5
         check(in_range, "color_jitter", "strengths from 0 to 1, hue to 0.5")
         check.at_least(1, "in_chans", "num_images", "global_crops_size", "local_crops_size")
-        check.at_least(0, "local_crops_number")
+        check.at_least(0, "local_crops_number", "num_workers")
 
     def _check_training(self, check: Checks) -> None:
         shares = ("momentum_teacher", "center_momentum", "drop_path_rate")
@@ -219,8 +235,9 @@ class PretrainConfig:
         check.at_least(0, "eval_every_n_epochs", "saveckp_freq", "checkpoint_every_n_minutes")
 
 
-# Options that a resumed run may change: they say where it runs and what it tells, not what it computes. (Of the images per
-# process only the sum over all processes matters, which is compared on loading.)
+# Options that a continued run may change: they set where it runs and what it reports, not what it
+# computes. (Of batch_size_per_gpu, only the sum over all processes matters; that is compared when
+# the checkpoint is loaded.)
 FREE_ON_RESUME = frozenset(
     {
         "accelerator",
@@ -248,7 +265,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def differing_options(one: PretrainConfig, other: PretrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options that change what a run computes and on which the two disagree, with both values."""
+    """Return the options in which the runs differ and that affect results, with both values."""
     return {
         f.name: (getattr(one, f.name), getattr(other, f.name))
         for f in dataclasses.fields(one)
