@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
 
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.run_folder import LAST, METRICS
 
 PICO_PATHS = (2, 3)  # layers and residual branches of xcit_pico2
 
@@ -32,6 +41,9 @@ TINY = PretrainConfig(
     eval_num_images=40,
 )
 
+LONG = dataclasses.replace(TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3)
+"""24 steps, 12 an epoch."""
+
 
 def as_flags(config: PretrainConfig) -> list[str]:
     """The command line that gives this config."""
@@ -42,3 +54,53 @@ def as_flags(config: PretrainConfig) -> list[str]:
             flags.append(f"--{field.name}")
             flags += [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
     return flags
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+
+def start_pretrain(config: PretrainConfig, **environment: str) -> subprocess.Popen[str]:
+    """Start a run in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dino_xcit.cli", "pretrain", *as_flags(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def logged_rows(config: PretrainConfig) -> list[dict[str, str]]:
+    """Rows of a run's metrics.csv, without the column that differs from run to run."""
+    path = Path(config.output_dir) / METRICS
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {column: value for column, value in row.items() if column != "images_per_second"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until the run of this process has logged so many steps."""
+    deadline = time.monotonic() + 120
+    while len(logged_rows(config)) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def last_state(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    """Tensors of the networks in a run's last checkpoint."""
+    return saved_part(Path(config.output_dir) / LAST, "")
+
+
+def saved_part(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names begin with the prefix, without it."""
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

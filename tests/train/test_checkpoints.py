@@ -14,25 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import TINY, as_flags
+from helpers import LONG, TINY, as_flags, last_state, logged_rows, start_pretrain, wait_for_step
 from safetensors import SafetensorError
-from test_interruptions import LONG, rows, start, state, wait_for_step
 
 from dino_xcit.cli import main
 from dino_xcit.run_folder import LOCK, Metrics, read_metrics
 from dino_xcit.train import callback
 from dino_xcit.train.checkpoints import is_whole, locked, newest_whole
 from dino_xcit.train.module import DINOModule
-from dino_xcit.train.online_eval import OnlineEvaluator, rankme
+from dino_xcit.train.online_eval import OnlineEvaluator
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.signals import StopConsensus
 from dino_xcit.weights import formats
 
 
 def same_end(one, other) -> None:
-    assert rows(one) == rows(other)
-    for name, value in state(one).items():
-        assert torch.equal(state(other)[name], value), name
+    assert logged_rows(one) == logged_rows(other)
+    for name, value in last_state(one).items():
+        assert torch.equal(last_state(other)[name], value), name
     moments = [
         torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
             "optimizer_states"
@@ -69,7 +68,7 @@ def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_pa
     config = dataclasses.replace(
         whole, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None, num_workers=1
     )
-    process = start(config)
+    process = start_pretrain(config)
     wait_for_step(config, 5, process)
     process.send_signal(number)
     asked = time.monotonic()
@@ -77,8 +76,8 @@ def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_pa
     assert process.returncode == code, err
     assert time.monotonic() - asked < 10
     assert "Traceback" not in err
-    assert f"stopped at step {len(rows(config))} of 24, saved" in err
-    assert len(rows(config)) < 24
+    assert f"stopped at step {len(logged_rows(config))} of 24, saved" in err
+    assert len(logged_rows(config)) < 24
     pretrain(dataclasses.replace(config, num_workers=0))
     same_end(whole, config)
 
@@ -102,7 +101,7 @@ def test_under_slurm_the_job_is_asked_for_again(tmp_path):
         "SLURM_LOCALID": "0",
         "SLURM_NODEID": "0",
     }
-    process = start(config, **job)
+    process = start_pretrain(config, **job)
     wait_for_step(config, 5, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
@@ -173,7 +172,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
     config, folder = stopped_run(tmp_path)
     for name in ("last.ckpt", "previous.ckpt"):
         truncate(folder / name)
-    before = rows(config)
+    before = logged_rows(config)
     assert main(["pretrain", *as_flags(config)]) == 2
     assert "last.ckpt and " in (said := capsys.readouterr().err)
     assert "previous.ckpt are damaged; name another --output_dir, or remove them" in said
@@ -184,7 +183,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
         in capsys.readouterr().err
     )
     assert (folder / "last.ckpt").exists()
-    assert rows(config) == before
+    assert logged_rows(config) == before
 
 
 def test_a_checkpoint_that_would_run_code_is_no_whole_one(tmp_path):
@@ -311,20 +310,22 @@ def test_a_folder_deleted_in_mid_run_is_made_again(whole, tmp_path, monkeypatch)
 
 def test_a_second_run_on_the_folder_is_refused_until_the_first_one_is_dead(tmp_path):
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), epochs=40, warmup_epochs=1)
-    first = start(config)
+    first = start_pretrain(config)
     wait_for_step(config, 2, first)
-    second = start(config)
+    second = start_pretrain(config)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2
     assert f"--output_dir {tmp_path}/run is in use by process {first.pid} on " in err
     assert len(err.strip().splitlines()) == 1
     first.kill()
     first.communicate()
-    there = len(rows(config))
-    third = start(config)
+    there = len(logged_rows(config))
+    third = start_pretrain(config)
     while f"process {third.pid} " not in (tmp_path / "run" / LOCK).read_text():
         assert third.poll() is None
-    while int(rows(config)[-1]["step"]) <= there:  # rows after the checkpoint are cut off at first
+    while (
+        int(logged_rows(config)[-1]["step"]) <= there
+    ):  # rows after the checkpoint are cut off at first
         assert third.poll() is None
     third.send_signal(signal.SIGTERM)
     third.communicate(timeout=60)
@@ -370,10 +371,10 @@ def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, m
         if patched is killed:
             with pytest.raises(SystemExit):
                 pretrain(config)
-            assert not rows(config)[-1]["knn_top1"]
+            assert not logged_rows(config)[-1]["knn_top1"]
         else:
             assert pretrain(config).step == at
-    assert rows(config)[-1]["knn_top1"]
+    assert logged_rows(config)[-1]["knn_top1"]
     same_end(whole, config)
 
 
@@ -391,11 +392,11 @@ def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
             outcome = pretrain(config)
             assert outcome.stopped_by == signal.SIGTERM
             assert outcome.step == step
-            assert not rows(config)[step - 1]["rankme"]
+            assert not logged_rows(config)[step - 1]["rankme"]
         monkeypatch.setattr(OnlineEvaluator, "__call__", evaluate)
         pretrain(dataclasses.replace(config, trainer={"max_steps": 23}))
     assert pretrain(config).stopped_by is None
-    assert all(rows(config)[step - 1]["rankme"] for step in (12, 24))
+    assert all(logged_rows(config)[step - 1]["rankme"] for step in (12, 24))
 
 
 # -- other numbers of processes --------------------------------------------------------------------------------------
@@ -406,15 +407,17 @@ def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
     ran, killed = (
         dataclasses.replace(base, output_dir=str(tmp_path / name)) for name in ("ran", "killed")
     )
-    process = start(ran)
+    process = start_pretrain(ran)
     process.communicate(timeout=200)
-    process = start(killed)
+    process = start_pretrain(killed)
     wait_for_step(killed, 8, process)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 120
-    while len(rows(killed)) < 24 and time.monotonic() < deadline:
-        process = start(killed)  # refused while the other process of the first start is still dying
+    while len(logged_rows(killed)) < 24 and time.monotonic() < deadline:
+        process = start_pretrain(
+            killed
+        )  # refused while the other process of the first start is still dying
         process.communicate(timeout=200)
     same_end(ran, killed)
 
@@ -424,7 +427,7 @@ def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
     config = dataclasses.replace(
         LONG, devices="2", batch_size_per_gpu=4, output_dir=str(tmp_path / "run"), epochs=40
     )
-    process = start(config)
+    process = start_pretrain(config)
     wait_for_step(config, 4, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill([process.pid, int(children[0])][asked], signal.SIGTERM)
@@ -432,7 +435,7 @@ def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
     assert process.returncode == 143, err
     assert "saved; go on with" in err
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert saved == len(rows(config))
+    assert saved == len(logged_rows(config))
 
 
 def test_another_number_of_processes_goes_on_to_float_rounding(whole, tmp_path, run_cli):
@@ -442,40 +445,9 @@ def test_another_number_of_processes_goes_on_to_float_rounding(whole, tmp_path, 
         "pretrain", *as_flags(dataclasses.replace(config, devices="2", batch_size_per_gpu=4))
     )
     assert finished.returncode == 0, finished.stderr
-    for one, other in zip(rows(whole), rows(config), strict=True):
+    for one, other in zip(logged_rows(whole), logged_rows(config), strict=True):
         for column in ("loss", "grad_norm", "center_norm"):
             assert float(other[column]) == pytest.approx(float(one[column]), rel=5e-3), (
                 one["step"],
                 column,
             )
-
-
-# -- RankMe ----------------------------------------------------------------------------------------------------------
-
-
-def test_rankme_counts_the_directions_that_are_used():
-    orthogonal = torch.linalg.qr(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))[0]
-    assert rankme(orthogonal) == pytest.approx(6, rel=1e-3)
-    assert rankme(orthogonal[:, :1] @ torch.randn(1, 6)) == pytest.approx(1, rel=1e-3)
-    values = torch.tensor([3.0, 1.0])
-    share = values / 4
-    expected = torch.exp(-(share * share.log()).sum()).item()
-    assert rankme(orthogonal[:, :2] * values) == pytest.approx(expected, rel=1e-3)
-
-
-def test_images_without_labels_have_a_rankme_and_no_accuracy(tmp_path):
-    from PIL import Image
-
-    for i in range(40):
-        Image.effect_noise((20, 20), 50 + i).convert("RGB").save(tmp_path / f"{i}.png")
-    config = dataclasses.replace(
-        TINY,
-        dataset=None,
-        num_images=None,
-        data_path=str(tmp_path),
-        output_dir=str(tmp_path / "run"),
-    )
-    pretrain(config)
-    last = rows(config)[-1]
-    assert last["knn_top1"] == ""
-    assert 1 <= float(last["rankme"]) <= 64

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, as_flags
-from test_interruptions import rows
+from helpers import TINY, as_flags, logged_rows
 
 from dino_xcit.cli import main
 from dino_xcit.config.pretrain import PretrainConfig
@@ -113,7 +112,7 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path,
     )
     with pytest.raises(CollapseError, match=name):
         pretrain(dataclasses.replace(config, on_collapse="stop"))
-    told_at = int(rows(config)[-1]["step"])
+    told_at = int(logged_rows(config)[-1]["step"])
     assert told_at < 96
     sound = torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"]
     # Divergence is told once half of the last rows have jumped, and from the first that did nothing is kept as sound.

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import saved_part
 
 from dino_xcit.run_folder import LAST, TEACHER
 from dino_xcit.train.module import DINOModule
@@ -35,24 +36,15 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def of(path, prefix):
-    state = torch.load(path, weights_only=True)["state_dict"]
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
-
-
 def test_our_own_checkpoint_gives_both_networks_heads_and_center(quiet, module):
     last = pretrain(quiet).folder / LAST
     told = start(last, module)
     for name in ("student", "teacher"):
         network = getattr(module, name)
-        assert same(network.backbone.state_dict(), of(last, f"{name}.backbone."))
-        assert same(network.head.state_dict(), of(last, f"{name}.head."))
+        assert same(network.backbone.state_dict(), saved_part(last, f"{name}.backbone."))
+        assert same(network.head.state_dict(), saved_part(last, f"{name}.head."))
     assert not same(module.student.backbone.state_dict(), module.teacher.backbone.state_dict())
-    assert torch.equal(module.loss.center, of(last, "loss.")["center"])
+    assert torch.equal(module.loss.center, saved_part(last, "loss.")["center"])
     assert module.loss.center.abs().max() > 0
     assert told.endswith(
         "backbone, the student's head, the teacher's head, center; anew: optimizer, schedules"
@@ -63,13 +55,15 @@ def official_file(last, path, **changes):
     """As main_dino.py saves a run."""
     content = {
         "epoch": 1,
-        "dino_loss": {"center": of(last, "loss.")["center"]},
+        "dino_loss": {"center": saved_part(last, "loss.")["center"]},
         "optimizer": {"state": {}},
     }
     for name, wrapper in (("student", "module."), ("teacher", "")):
-        backbone = to_official_names(of(last, f"{name}.backbone."))
+        backbone = to_official_names(saved_part(last, f"{name}.backbone."))
         content[name] = {f"{wrapper}backbone.{k}": v for k, v in backbone.items()}
-        content[name] |= {f"{wrapper}head.{k}": v for k, v in of(last, f"{name}.head.").items()}
+        content[name] |= {
+            f"{wrapper}head.{k}": v for k, v in saved_part(last, f"{name}.head.").items()
+        }
     torch.save({**content, **changes}, path)
 
 
@@ -79,9 +73,9 @@ def test_a_full_official_checkpoint_gives_the_same(quiet, module, tmp_path):
     told = start(tmp_path / "checkpoint.pth", module)
     for name in ("student", "teacher"):
         network = getattr(module, name)
-        assert same(network.backbone.state_dict(), of(last, f"{name}.backbone."))
-        assert same(network.head.state_dict(), of(last, f"{name}.head."))
-    assert torch.equal(module.loss.center, of(last, "loss.")["center"])
+        assert same(network.backbone.state_dict(), saved_part(last, f"{name}.backbone."))
+        assert same(network.head.state_dict(), saved_part(last, f"{name}.head."))
+    assert torch.equal(module.loss.center, saved_part(last, "loss.")["center"])
     assert "center; anew: optimizer, schedules" in told
 
 
@@ -89,15 +83,21 @@ def test_a_file_of_one_network_serves_both_and_says_what_begins_anew(quiet, modu
     folder = pretrain(quiet).folder
     before = {name: tensor.clone() for name, tensor in module.student.head.state_dict().items()}
     told = start(folder / TEACHER, module)
-    assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
-    assert same(module.teacher.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
+    assert same(
+        module.student.backbone.state_dict(), saved_part(folder / LAST, "teacher.backbone.")
+    )
+    assert same(
+        module.teacher.backbone.state_dict(), saved_part(folder / LAST, "teacher.backbone.")
+    )
     assert same(module.student.head.state_dict(), before)
     assert told.endswith(
         ": backbone; anew: the student's head, the teacher's head, center, optimizer, schedules"
     )
     official_file(folder / LAST, tmp_path / "one.pth", student=None)
     start(tmp_path / "one.pth", module)
-    assert same(module.student.backbone.state_dict(), of(folder / LAST, "teacher.backbone."))
+    assert same(
+        module.student.backbone.state_dict(), saved_part(folder / LAST, "teacher.backbone.")
+    )
 
 
 def test_heads_of_other_shapes_begin_anew(quiet, module):
@@ -112,7 +112,7 @@ def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
     )
     folder = pretrain(config).folder
     assert "starting from" in capsys.readouterr().err
-    before, after = (of(path / LAST, "teacher.backbone.") for path in (first, folder))
+    before, after = (saved_part(path / LAST, "teacher.backbone.") for path in (first, folder))
     trained = {name for name in before if "running" not in name and "num_batches" not in name}
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in trained)
     pretrain(config)

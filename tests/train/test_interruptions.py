@@ -3,64 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from helpers import TINY, as_flags
+from helpers import LONG, TINY, last_state, logged_rows, start_pretrain, wait_for_step
 
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
 
 if TYPE_CHECKING:
     from dino_xcit.config.pretrain import PretrainConfig
-
-LONG = dataclasses.replace(
-    TINY, num_images=96, epochs=2, checkpoint_every_n_steps=3
-)  # 24 steps, 12 an epoch
-
-
-def start(config: PretrainConfig, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dino_xcit.cli", "pretrain", *as_flags(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def rows(config: PretrainConfig) -> list[dict[str, str]]:
-    path = Path(config.output_dir) / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if k != "images_per_second"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while len(rows(config)) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def state(config: PretrainConfig) -> dict[str, torch.Tensor]:
-    return torch.load(Path(config.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
-        "state_dict"
-    ]
 
 
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (2, 0)])
@@ -75,16 +31,16 @@ def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(
     )
     pretrain(config)
     killed = dataclasses.replace(config, output_dir=str(tmp_path / "killed"), num_workers=workers)
-    process = start(killed)
+    process = start_pretrain(killed)
     wait_for_step(killed, 8, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(rows(killed)) < 24, "it was over before it could be killed"
+    assert len(logged_rows(killed)) < 24, "it was over before it could be killed"
     outcome = pretrain(dataclasses.replace(killed, num_workers=1 - min(workers, 1)))
     assert outcome.step == 24
-    assert rows(killed) == rows(config)
-    for name, value in state(config).items():
-        assert torch.equal(state(killed)[name], value), name
+    assert logged_rows(killed) == logged_rows(config)
+    for name, value in last_state(config).items():
+        assert torch.equal(last_state(killed)[name], value), name
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
@@ -97,7 +53,7 @@ def test_ctrl_c_before_the_first_step_stops_at_once_or_where_it_is_swallowed_aft
         with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("dino_xcit.pretrain.prepare_folder", interrupted)
+    monkeypatch.setattr("dino_xcit.train.pretrain.prepare_folder", interrupted)
     if not swallowed:
         with pytest.raises(KeyboardInterrupt):
             pretrain(config)
@@ -118,19 +74,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     config = dataclasses.replace(
         LONG, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None
     )
-    process = start(config)
+    process = start_pretrain(config)
     wait_for_step(config, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    step = len(rows(config))
+    step = len(logged_rows(config))
     assert (
         f"stopped at step {step} of 24, saved; go on with: dino-xcit pretrain --config {tmp_path}/run/config.yaml"
         in err
     )
     assert "Traceback" not in err
-    again = start(config)
+    again = start_pretrain(config)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
     assert f"continuing {tmp_path}/run from step {step}" in err
-    assert [int(row["step"]) for row in rows(config)] == list(range(1, 25))
+    assert [int(row["step"]) for row in logged_rows(config)] == list(range(1, 25))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_init_weights import of
-from test_interruptions import rows, state
+from helpers import last_state, logged_rows, saved_part
 
 from dino_xcit.cli import main
 from dino_xcit.run_folder import LAST
@@ -59,11 +58,13 @@ def official(config, path: Path, epoch: int = 1, **changes) -> Path:
 
     content = {
         "epoch": epoch,
-        "dino_loss": {"center": of(last, "loss.")["center"]},
+        "dino_loss": {"center": saved_part(last, "loss.")["center"]},
         "args": argparse.Namespace(),
     }
-    content["student"] = {f"module.{n}": t for n, t in renamed(of(last, "student.")).items()}
-    content["teacher"] = renamed(of(last, "teacher."))
+    content["student"] = {
+        f"module.{n}": t for n, t in renamed(saved_part(last, "student.")).items()
+    }
+    content["teacher"] = renamed(saved_part(last, "teacher."))
     by_kind = {
         kind: renamed({n: one[kind] for n, one in moments.items()})
         for kind in ("exp_avg", "exp_avg_sq")
@@ -113,10 +114,10 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
     assert f"--lr was 0.5, now {whole.lr}" in told
     assert "momentum_teacher" not in told
     assert "--data_path" not in told
-    assert rows(config) == [row for row in rows(whole) if int(row["step"]) > 6]
-    assert state(config).keys() == state(whole).keys()
-    for name, value in state(whole).items():
-        assert torch.equal(state(config)[name], value), name
+    assert logged_rows(config) == [row for row in logged_rows(whole) if int(row["step"]) > 6]
+    assert last_state(config).keys() == last_state(whole).keys()
+    for name, value in last_state(whole).items():
+        assert torch.equal(last_state(config)[name], value), name
     optimizers = [
         torch.load(Path(c.output_dir) / LAST, weights_only=True)["optimizer_states"]
         for c in (whole, config)
