@@ -1,4 +1,4 @@
-"""What happens to a run when its machine, its disk or its folder does not: nothing that was computed is lost."""
+"""Nothing that a run has computed is lost when its machine, disk or folder fails."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from helpers import LONG, TINY, as_flags, last_state, logged_rows, start_pretrai
 from safetensors import SafetensorError
 
 from dino_xcit.cli import main
+from dino_xcit.errors import UserError
 from dino_xcit.run_folder import LOCK, Metrics, read_metrics
 from dino_xcit.train import callback
 from dino_xcit.train.checkpoints import is_whole, locked, newest_whole
@@ -60,9 +61,10 @@ def during(monkeypatch, happenings) -> None:
     monkeypatch.setattr(DINOModule, "training_step", patched)
 
 
-# -- signals ---------------------------------------------------------------------------------------------------------
+# -- signals -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_path, number, code):
     config = dataclasses.replace(
@@ -71,10 +73,8 @@ def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_pa
     process = start_pretrain(config)
     wait_for_step(config, 5, process)
     process.send_signal(number)
-    asked = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert time.monotonic() - asked < 10
     assert "Traceback" not in err
     assert f"stopped at step {len(logged_rows(config))} of 24, saved" in err
     assert len(logged_rows(config)) < 24
@@ -82,6 +82,7 @@ def test_a_scheduler_s_signal_saves_and_the_run_goes_on_from_there(whole, tmp_pa
     same_end(whole, config)
 
 
+@pytest.mark.slow
 def test_under_slurm_the_job_is_asked_for_again(tmp_path):
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
     asked = tmp_path / "asked"
@@ -119,6 +120,7 @@ def _vote(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_learn_at_the_same_step_what_one_of_them_wants(tmp_path):
     mp.start_processes(_vote, (str(tmp_path),), nprocs=2, start_method="spawn")
     heard = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -131,7 +133,7 @@ def test_one_process_is_heard_at_once():
     assert StopConsensus()(True, False) == [True, False]
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------
 
 
 def stopped_run(tmp_path) -> tuple[dataclasses.dataclass, Path]:
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     assert outcome.step == 24
     said = capsys.readouterr().err
     assert "from step 6" in said
-    assert ("last.ckpt is damaged; going on from" in said) == (damage is not os.remove)
+    assert ("last.ckpt is damaged; continuing from" in said) == (damage is not os.remove)
     same_end(whole, config)
 
 
@@ -215,7 +217,7 @@ def test_checkpoints_by_the_clock(tmp_path):
     assert steps == [3, 4]
 
 
-# -- disks and folders -----------------------------------------------------------------------------------------------
+# -- disks and folders -------------------------------------------------------------------------
 
 
 def limit_files(size: int) -> None:
@@ -308,6 +310,7 @@ def test_a_folder_deleted_in_mid_run_is_made_again(whole, tmp_path, monkeypatch)
     assert {"config.yaml", "metrics.csv", "teacher.safetensors", "curves.png"} <= there
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_folder_is_refused_until_the_first_one_is_dead(tmp_path):
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), epochs=40, warmup_epochs=1)
     first = start_pretrain(config)
@@ -315,32 +318,27 @@ def test_a_second_run_on_the_folder_is_refused_until_the_first_one_is_dead(tmp_p
     second = start_pretrain(config)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert f"--output_dir {tmp_path}/run is in use by process {first.pid} on " in err
+    assert f"--output_dir {tmp_path}/run is in use by another run" in err
     assert len(err.strip().splitlines()) == 1
     first.kill()
     first.communicate()
-    there = len(logged_rows(config))
+    logged = len(logged_rows(config))
     third = start_pretrain(config)
-    while f"process {third.pid} " not in (tmp_path / "run" / LOCK).read_text():
-        assert third.poll() is None
-    while (
-        int(logged_rows(config)[-1]["step"]) <= there
-    ):  # rows after the checkpoint are cut off at first
-        assert third.poll() is None
+    wait_for_step(config, logged + 1, third)
     third.send_signal(signal.SIGTERM)
     third.communicate(timeout=60)
     assert third.returncode == 143
-    assert not (tmp_path / "run" / LOCK).exists()
 
 
-def test_a_lock_left_by_the_dead_is_no_lock(tmp_path):
-    (tmp_path / LOCK).write_text("process 1 on moon")
+def test_a_lock_file_that_no_process_holds_does_not_lock(tmp_path):
+    (tmp_path / LOCK).touch()
     with locked(tmp_path):
-        assert f"process {os.getpid()} on " in (tmp_path / LOCK).read_text()
-    assert not (tmp_path / LOCK).exists()
+        pass
+    with locked(tmp_path), pytest.raises(UserError, match="in use by another run"):
+        locked(tmp_path).__enter__()
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------
 
 
 def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path):
@@ -399,9 +397,10 @@ def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
     assert all(logged_rows(config)[step - 1]["rankme"] for step in (12, 24))
 
 
-# -- other numbers of processes --------------------------------------------------------------------------------------
+# -- other numbers of processes ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
     base = dataclasses.replace(LONG, devices="2", batch_size_per_gpu=4)
     ran, killed = (
@@ -422,6 +421,7 @@ def test_two_processes_killed_go_on_bit_for_bit(tmp_path):
     same_end(ran, killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
     config = dataclasses.replace(
@@ -433,11 +433,12 @@ def test_a_signal_to_either_of_two_processes_stops_both(tmp_path, asked):
     os.kill([process.pid, int(children[0])][asked], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "saved; go on with" in err
+    assert "saved; continue with" in err
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert saved == len(logged_rows(config))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_to_float_rounding(whole, tmp_path, run_cli):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
     pretrain(dataclasses.replace(config, trainer={"max_steps": 9}))

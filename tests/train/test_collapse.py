@@ -1,4 +1,4 @@
-"""Collapse and divergence are told, told apart, and leave a checkpoint from before."""
+"""Collapse and divergence are reported, distinguished, and leave a checkpoint from before."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from helpers import TINY, as_flags, logged_rows
 
 from dino_xcit.cli import main
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import RunFailedError
 from dino_xcit.train.collapse import PATIENCE, CollapseError, CollapseWatch
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
@@ -28,65 +29,78 @@ UNIFORM = {**HEALTHY, "loss": log(16), "teacher_entropy": log(16)}
 SINGLE = {**HEALTHY, "loss": 0.001, "teacher_entropy": 0.0}
 
 
-def signs(rows, config=CONFIG):
+def warnings_of(rows, config=CONFIG):
+    """The warning, or None, after each row."""
     watch = CollapseWatch(config)
     return [watch(row) for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("row", "text"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")]
+    ("row", "name"), [(UNIFORM, "collapse to uniform"), (SINGLE, "collapse to one")]
 )
-def test_collapse_is_told_after_patience_and_names_flags(row, text):
-    said = signs([row] * PATIENCE)
-    assert said[:-1] == [None] * (PATIENCE - 1)
-    assert text in str(said[-1])
-    flags = set(re.findall(r"--(\w+)", str(said[-1])))
+def test_collapse_is_reported_after_patience_with_existing_flags(row, name):
+    *before, warning = warnings_of([row] * PATIENCE)
+    assert before == [None] * (PATIENCE - 1)
+    assert name in str(warning)
+    flags = set(re.findall(r"--(\w+)", str(warning)))
     assert flags
     assert flags <= {field.name for field in dataclasses.fields(PretrainConfig)}
 
 
 @pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_collapse_is_told_again_but_not_at_every_row(row):
-    said = signs([row] * (3 * PATIENCE))
-    assert [i + 1 for i, text in enumerate(said) if text] == [n * PATIENCE for n in (1, 2, 3)]
+def test_collapse_is_reported_again_but_not_at_every_row(row):
+    warnings = warnings_of([row] * (3 * PATIENCE))
+    reported = [i + 1 for i, warning in enumerate(warnings) if warning]
+    assert reported == [n * PATIENCE for n in (1, 2, 3)]
 
 
-def test_a_temperature_that_does_not_sharpen_is_told_as_such():
+def test_a_temperature_that_does_not_sharpen_has_a_warning_of_its_own():
     hot = dataclasses.replace(CONFIG, teacher_temp=0.5)
-    (sign,) = filter(None, signs([{**UNIFORM, "teacher_temp": 0.5}] * PATIENCE, hot))
-    assert sign.name == "temperature too high"
-    assert "--teacher_temp 0.5" in sign.remedy
+    rows = [{**UNIFORM, "teacher_temp": 0.5}] * PATIENCE
+    (warning,) = filter(None, warnings_of(rows, hot))
+    assert warning.name == "temperature too high"
+    assert "--teacher_temp 0.5" in warning.remedy
 
 
 def test_a_loss_that_jumps_is_divergence_and_one_that_moves_is_not():
     jumping = [{**HEALTHY, "loss": 0.5 + 0.5 * log(16) * (i % 2), "epoch": 0} for i in range(40)]
-    said = signs(jumping)
-    first = next(i for i, sign in enumerate(said) if sign)
-    assert first <= PATIENCE
-    assert said[first].name == "divergence"
+    warnings = warnings_of(jumping)
+    reported = [i for i, warning in enumerate(warnings) if warning]
+    assert reported == list(range(PATIENCE, 40, PATIENCE))
+    assert warnings[PATIENCE].name == "divergence"
+    assert "student and teacher chase each other without converging" in str(warnings[PATIENCE])
     moving = [{**HEALTHY, "loss": log(16) - 0.05 * i} for i in range(40)]
-    assert not any(signs(moving))
+    assert not any(warnings_of(moving))
 
 
-def test_healthy_run_hears_nothing():
-    assert not any(signs([HEALTHY] * 50))
-    assert not any(signs([HEALTHY, UNIFORM, HEALTHY, HEALTHY, SINGLE, *[HEALTHY] * 30]))
+def test_one_jump_of_the_loss_makes_the_watch_suspicious_for_patience_rows():
+    watch = CollapseWatch(CONFIG)
+    suspicions = []
+    for loss in [0.5, 0.5, 2.5, *[2.5] * 2 * PATIENCE]:
+        assert watch({**HEALTHY, "loss": loss}) is None
+        suspicions.append(watch.suspects)
+    assert suspicions == [False] * 2 + [True] * PATIENCE + [False] * (PATIENCE + 1)
+
+
+def test_a_healthy_run_has_no_warning():
+    assert not any(warnings_of([HEALTHY] * 50))
+    assert not any(warnings_of([HEALTHY, UNIFORM, HEALTHY, HEALTHY, SINGLE, *[HEALTHY] * 30]))
 
 
 @pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_young_run_hears_nothing(row):
+def test_no_warning_while_the_last_layer_is_frozen(row):
     young = {**row, "epoch": 0}
-    assert not any(signs([young] * 50))
-    assert not any(signs([young] * 50 + [row] * (PATIENCE - 1)))
+    assert not any(warnings_of([young] * 50))
+    assert not any(warnings_of([young] * 50 + [row] * (PATIENCE - 1)))
 
 
 @pytest.mark.parametrize("row", [UNIFORM, SINGLE])
-def test_one_healthy_row_starts_the_count_anew(row):
+def test_one_healthy_row_restarts_the_count(row):
     healthy = {**HEALTHY, "loss": row["loss"]}
-    assert not any(signs(([row] * (PATIENCE - 1) + [healthy]) * 3))
+    assert not any(warnings_of(([row] * (PATIENCE - 1) + [healthy]) * 3))
 
 
-# -- real runs -------------------------------------------------------------------------------------------------------
+# -- real runs ----------------------------------------------------------------------------------
 
 COLLAPSING = {
     "collapse to one prototype": {
@@ -110,16 +124,24 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path,
         checkpoint_every_n_steps=1,
         **COLLAPSING[name],
     )
-    with pytest.raises(CollapseError, match=name):
+    with pytest.raises(CollapseError, match=name) as error:
         pretrain(dataclasses.replace(config, on_collapse="stop"))
-    told_at = int(logged_rows(config)[-1]["step"])
-    assert told_at < 96
+    assert isinstance(error.value, RunFailedError)
+    reported_at = int(logged_rows(config)[-1]["step"])
+    assert reported_at < 96
     sound = torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"]
-    # Divergence is told once half of the last rows have jumped, and from the first that did nothing is kept as sound.
-    assert sound <= told_at - PATIENCE // 2 if name == "divergence" else sound == told_at - PATIENCE
+    # Divergence is reported once half of the last rows have jumped; no checkpoint since the first
+    # of them is kept as sound.
+    assert (
+        sound <= reported_at - PATIENCE // 2
+        if name == "divergence"
+        else sound == reported_at - PATIENCE
+    )
 
 
-def test_a_warning_lets_the_run_go_on_and_a_resumed_run_remembers_the_signs(tmp_path, capsys):
+def test_a_run_with_a_warning_continues_and_a_resumed_run_counts_the_rows_before_it(
+    tmp_path, capsys
+):
     config = dataclasses.replace(
         TINY,
         output_dir=str(tmp_path / "run"),
@@ -132,15 +154,15 @@ def test_a_warning_lets_the_run_go_on_and_a_resumed_run_remembers_the_signs(tmp_
     pretrain(dataclasses.replace(config, trainer={"max_steps": 17}))  # five rows with the sign
     assert "temperature too high" not in capsys.readouterr().err
     assert pretrain(config).step == 48
-    said = capsys.readouterr().err
-    assert "step 22: temperature too high" in said
-    assert "sound.ckpt is from before the first sign of it" in said
+    printed = capsys.readouterr().err
+    assert "step 22: temperature too high" in printed
+    assert "sound.ckpt is from before the first sign of it" in printed
     assert (
         torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"] == 12
     )
 
 
-def test_a_temperature_that_does_not_sharpen_is_told_before_the_run(tmp_path, capsys):
+def test_a_temperature_that_does_not_sharpen_is_reported_before_the_run(tmp_path, capsys):
     pretrain(
         dataclasses.replace(TINY, output_dir=str(tmp_path / "run"), teacher_temp=0.1, dry_run=True)
     )

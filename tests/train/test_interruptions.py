@@ -1,11 +1,10 @@
-"""Runs that are killed or stopped go on as if nothing had happened."""
+"""Runs that are killed or stopped continue as if nothing had happened."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,9 +15,12 @@ from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dino_xcit.config.pretrain import PretrainConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (2, 0)])
 def test_a_run_killed_in_mid_epoch_ends_bit_for_bit_as_if_it_had_not_been(
     tmp_path, accumulate, workers
@@ -70,6 +72,7 @@ def test_ctrl_c_is_the_callers_again_after_a_run_even_one_that_failed(tmp_path, 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     config = dataclasses.replace(
         LONG, output_dir=str(tmp_path / "run"), checkpoint_every_n_steps=None
@@ -81,8 +84,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     step = len(logged_rows(config))
     assert (
-        f"stopped at step {step} of 24, saved; go on with: dino-xcit pretrain --config {tmp_path}/run/config.yaml"
-        in err
+        f"stopped at step {step} of 24, saved; continue with: "
+        f"dino-xcit pretrain --config {tmp_path}/run/config.yaml" in err
     )
     assert "Traceback" not in err
     again = start_pretrain(config)

@@ -1,4 +1,4 @@
-"""`dino-xcit pretrain --continue_from`: a run of official DINO goes on as ours."""
+"""`dino-xcit pretrain --continue_from`: a run of official DINO continues as ours."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def whole(tiny, tmp_path, request):
 
 
 def official(config, path: Path, epoch: int = 1, **changes) -> Path:
-    """The run after its first epoch as main_dino.py would have saved it: the class token's query, key and value in one, the
-    optimizer's state by numbers, in the order of the official model, which is not ours."""
+    """The run after its first epoch, as main_dino.py would have saved it.
+
+    Query, key and value of the class token are one tensor; the optimizer's state is numbered in the
+    order of the official model, which is not ours.
+    """
     last = Path(config.output_dir) / "checkpoints/epoch0001.ckpt"
     ours = torch.load(last, weights_only=True)
     module = DINOModule(config, Schedules(config=config, steps_per_epoch=6, total_batch=8))
@@ -108,8 +111,8 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
     pretrain(config)
     told = capsys.readouterr().err
     assert (
-        "goes on after epoch 1 of 2, step 6; taken: backbone, the student's head, the teacher's head, center, opt"
-        in told
+        "continues after epoch 1 of 2, step 6; taken: backbone, the student's head, the teacher's "
+        "head, center, optimizer; anew" in told
     )
     assert f"--lr was 0.5, now {whole.lr}" in told
     assert "momentum_teacher" not in told
@@ -126,7 +129,7 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
     assert optimizers[0][0]["param_groups"] == optimizers[1][0]["param_groups"]
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
     pretrain(config)
-    assert "goes on after" not in capsys.readouterr().err, "it is a run of ours now"
+    assert "continues after" not in capsys.readouterr().err, "it is a run of ours now"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def _normalise_a_share(rank: int, folder: str, shape: tuple[int, ...]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (8, 5)])
 def test_cpu_batch_norm_over_two_processes_equals_one_over_the_whole_batch(tmp_path, shape):
     mp.start_processes(_normalise_a_share, (str(tmp_path), shape), nprocs=2, start_method="spawn")
@@ -54,6 +55,7 @@ def test_cpu_batch_norm_over_two_processes_equals_one_over_the_whole_batch(tmp_p
             torch.testing.assert_close(share[3][name], value)
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
     alone = dataclasses.replace(TINY, output_dir=str(tmp_path / "one"))
     pretrain(alone)
@@ -90,6 +92,7 @@ def test_two_processes_follow_one_with_the_same_total_batch(tmp_path, run_cli):
             )
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
     (tmp_path / "sitecustomize.py").write_text(
@@ -105,6 +108,7 @@ def test_no_step_waits_for_lightning_to_tell_all_of_a_signal(tmp_path, run_cli):
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_what_one_would_refuse(tmp_path, run_cli):
     finished = run_cli(
         "pretrain",
