@@ -1,1 +1,1 @@
-"""The networks and their loss: XCiT, DINO's head and loss, batch norm."""
+"""The networks and their loss: backbones, DINO's head and loss, batch norm."""

@@ -1,4 +1,4 @@
-"""The XCiT architectures by name (XCiT, table 1). Imports no torch."""
+"""The XCiT architectures by name (arXiv:2106.09681, table 1). Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from dino_xcit.errors import UserError
 
 CLASS_ATTENTION_LAYERS = 2
-BRANCHES = 3  # residual branches of an XCA layer: XCA, LPI, MLP
+BRANCHES = 3
+"""residual branches of an XCA layer: XCA, LPI, MLP"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One row of the paper's table 1, with the settings that its code uses for it."""
+    """A row of the paper's table 1, with the settings of the official code for it."""
 
     official: str
     """name in the official code, without the patch size"""
@@ -27,7 +28,7 @@ class Architecture:
     eta: float
     """initial value of LayerScale"""
     tokens_norm: bool
-    """class attention normalises all tokens after attending, not the class token alone"""
+    """whether a class-attention layer normalises the patch tokens too after attending"""
 
 
 ARCHITECTURES = {
@@ -52,13 +53,14 @@ ARCHITECTURES = {
     "xcit_l24": Architecture(
         official="xcit_large_24", dim=768, depth=24, heads=16, eta=1e-5, tokens_norm=True
     ),
-    # Not in the paper: small enough to learn something on two CPU cores in minutes.
+    # Not in the paper: small enough to train on two CPU cores in minutes.
     "xcit_pico2": Architecture(
         official="xcit_pico_2", dim=64, depth=2, heads=4, eta=1.0, tokens_norm=True
     ),
 }
 PATCH_SIZES = (16, 8, 4)
 ABLATIONS = ("xca", "lpi", "l2_norm", "learned_temperature")
+"""switches of `XCiT`, which are options too (table 4)"""
 
 
 def architecture_names() -> list[str]:
@@ -67,10 +69,17 @@ def architecture_names() -> list[str]:
 
 
 def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
-    """A short (`xcit_s12_p8`), official (`xcit_small_12_p8`) or timm name (`xcit_small_12_p8_224.fb_in1k`)
-    -> (short name with patch size, architecture, patch size in pixels).
+    """Look an architecture up by any of its names.
 
-    Raises ValueError with the closest and all valid names if there is none of that name.
+    Args:
+        name: short (`xcit_s12_p8`), official (`xcit_small_12_p8`) or timm's
+            (`xcit_small_12_p8_224.fb_in1k`).
+
+    Returns:
+        The short name with the patch size, the architecture and the patch size in pixels.
+
+    Raises:
+        UserError: there is none; the message lists the closest and all valid names.
     """
     match = re.fullmatch(r"(xcit_\w+?)_p(\d+)(?:_\d+)?(?:_dist)?(?:\.\w+)?", name)
     if match:
@@ -78,19 +87,18 @@ def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
         for short, architecture in ARCHITECTURES.items():
             if stem in (short, architecture.official) and patch in PATCH_SIZES:
                 return f"{short}_p{patch}", architecture, patch
+    valid = architecture_names()
     official = [f"{a.official}_p{patch}" for a in ARCHITECTURES.values() for patch in PATCH_SIZES]
-    closest = difflib.get_close_matches(name, architecture_names() + official, n=1, cutoff=0.0)[0]
+    closest = difflib.get_close_matches(name, valid + official, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"unknown architecture {name!r}; did you mean --arch {closest}? Valid: {', '.join(architecture_names())} "
-        "(official and timm names are accepted too)"
+        f"unknown architecture {name!r}; did you mean --arch {closest}? Valid: {', '.join(valid)} "
+        "(official and timm names are accepted too; timm:NAME is any other network of timm)"
     )
 
 
 def timm_name(arch: str) -> str | None:
-    """The name under which timm builds the same network, or None if timm has none (patch 4, pico)."""
+    """Name of the same network in timm, or None if timm has none (patch size 4, pico)."""
     short, architecture, patch = resolve_architecture(arch)
-    return (
-        f"{architecture.official}_p{patch}_224"
-        if patch != 4 and not short.startswith("xcit_pico")
-        else None
-    )
+    if patch == 4 or short.startswith("xcit_pico"):
+        return None
+    return f"{architecture.official}_p{patch}_224"

@@ -1,6 +1,6 @@
-"""What the toolkit needs of a network. XCiT is one; `timm_backbone.py` makes any timm network one.
+"""The interface of a backbone. `xcit.py` implements it, and `timm_backbone.py` for timm's networks.
 
-Axes: B images, V views, P features of an image, N patch tokens, C channels, H x W pixels.
+Axes: B images, P features per image, N patch tokens, C channels, h heads, H x W pixels.
 """
 
 from __future__ import annotations
@@ -12,47 +12,73 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-TIMM, HUB = "timm:", "hf-hub:"  # how names of other networks begin
+TIMM, HUB = "timm:", "hf-hub:"
+"""prefixes of the names of networks that timm builds"""
 
 
 class Backbone(nn.Module):
-    """Interface of a backbone: what pretraining, evaluations and export call."""
+    """What pretraining, evaluations and export need of a network.
+
+    A subclass sets the attributes and implements `forward` and `patch_tokens`; the other methods
+    have defaults. A row in `build.py` makes it known to `--arch`.
+    """
 
     arch: str
     """name that `build_backbone` takes"""
     in_chans: int
     """channels of the images"""
     patch_size: int
-    """pixels on a side of a patch"""
+    """pixels on a side of a patch, which is a cell of the grid of `patch_tokens`"""
     embed_dim: int
     """channels C of a feature"""
     path_shape: tuple[int, int]
-    """layers and residual branches that stochastic depth may drop; (0, 0): none"""
+    """layers and residual branches per layer that stochastic depth may drop; (0, 0): none"""
     metadata: dict[str, Any]
-    """what a weights file says beside the tensors; `weights/` fills it"""
+    """what a weights file holds beside the tensors; `weights/` sets it"""
     class_attention: Callable[[Tensor], Tensor] | None = None
-    """images -> softmax weights of the class token (B, layers, heads, 1 + N); None: it has none"""
+    """Softmax weights of the class token: images (B, in_chans, H, W) -> (B, layers, h, 1 + N).
+
+    Each row sums to one. The class token's own weight is first, then the patches' in row-major
+    order. None: the network has no class attention.
+    """
 
     def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """Give the feature of each image.
+        """Compute the feature of each image.
 
         Args:
             images: normalised, (B, in_chans, H, W).
-            paths: stochastic depth, (B, *path_shape): a factor for each branch; None: 1.
+            paths: stochastic depth, (B, *path_shape): a factor for each residual branch of each
+                sample, 0 where the branch is dropped; None: 1.
 
         Returns:
-            (B, C)
+            Features, (B, C).
         """
         raise NotImplementedError
 
     def layer_features(self, images: Tensor) -> Tensor:
-        """Give what k-NN and linear probes choose from, (B, P, C); [:, 0] is what `forward` gives."""
-        return self(images)[:, None]
+        """Compute the features that k-NN and linear probes select from.
+
+        Returns:
+            (B, P, C); [:, 0] is the result of `forward`.
+        """
+        features: Tensor = self(images)
+        return features[:, None]
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """Give the normed patch tokens of the last layer, (B, N, C), in row-major order."""
+        """Compute the normed patch tokens of the last layer, (B, N, C), in row-major order."""
         raise NotImplementedError
 
     def compiled_regions(self) -> Sequence[nn.Module]:
-        """Modules that `--compile` compiles, each on its own."""
+        """The modules that `--compile` compiles, each on its own."""
         return (self,)
+
+    def check_image_size(self, size: int, flag: str) -> None:
+        """Check that the network takes square images; called once, before training.
+
+        Args:
+            size: side of the images in pixels.
+            flag: the option that sets it.
+
+        Raises:
+            UserError: the network does not take them; the message names the flag.
+        """

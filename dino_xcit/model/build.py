@@ -1,4 +1,4 @@
-"""The name of an architecture -> a backbone with new weights."""
+"""Build the backbone that `--arch` names."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def build_backbone(
     sampled_paths: bool = False,
     ablations: Mapping[str, bool] | None = None,
 ) -> Backbone:
-    """Build the network that `--arch` names.
+    """Build a backbone with random weights.
 
     Args:
-        arch: an XCiT's short, official or timm name, `timm:NAME` or `hf-hub:ORG/NAME`.
+        arch: short, official or timm name of an XCiT, `timm:NAME` or `hf-hub:ORG/NAME`.
         in_chans: channels of the images.
-        image_size: side of the largest images, in pixels; only networks with learned positions
-            need it.
-        grad_checkpointing: recompute layers in the backward pass (XCiT alone).
-        sampled_paths: whether stochastic depth is to come with the images; XCiT always takes it.
-        ablations: the paper's switches by their names (XCiT alone).
+        image_size: side of the largest images in pixels, for networks with learned positions.
+        grad_checkpointing: recompute layers in the backward pass; XCiT only.
+        sampled_paths: whether a timm network takes `paths`; XCiT always does.
+        ablations: values of the switches in `ABLATIONS`; XCiT only.
 
     Raises:
-        UserError: there is no such network, or it lacks what was asked of it.
+        UserError: there is no such network, or only an XCiT has the option.
     """
     ablations = ablations or {}
     if not is_timm(arch):

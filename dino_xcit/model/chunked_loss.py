@@ -45,7 +45,8 @@ class Embeddings(NamedTuple):
 
 def weight_normed(weight_v: Tensor, weight_g: Tensor) -> Tensor:
     """Prototypes (K, D): the rows of `weight_v`, rescaled to the norms in `weight_g`."""
-    return weight_v * (weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True))
+    norm: Tensor = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
+    return weight_v * (weight_g / norm)
 
 
 def chunked_loss(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from dino_xcit.model.chunked_loss import Embeddings, chunked_loss, weight_normed
@@ -32,7 +32,9 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalisation, weight-normalised last layer: (N, in_dim) -> (N, out_dim) (appendix C).
+    """Projection head: (N, in_dim) -> (N, out_dim).
+
+    An MLP, L2 normalisation and a weight-normalised linear layer (appendix C).
 
     Args:
         in_dim: channels of the backbone's feature.
@@ -74,16 +76,19 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_dim) -> logits (N, K)."""
-        return self.last_layer(self.embed(x))  # type: ignore[no-any-return]
+        logits: Tensor = self.last_layer(self.embed(x))
+        return logits
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between the teacher's output on each global view and the student's on the others.
+    """Cross-entropy between the teacher's and the student's outputs on different views.
 
-    The teacher's output is centered and sharpened; the mean is taken over all pairs of two
-    different views. The center is a moving average of the teacher's logits. `update_center` moves
-    it, once per optimizer step and after the backward pass, by the mean over all logits of the
-    calls since the last update. With several processes, all must make these calls together.
+    The mean is taken over all pairs of a global view, which the teacher sees, and another view,
+    which the student sees. The teacher's output is centered and sharpened.
+
+    The center is a moving average of the teacher's logits. `update_center`, called once per
+    optimizer step after the backward pass, moves it by the mean logits of all calls since the last
+    update. With several processes, all must make these calls together.
 
     Both ways to compute the loss return `(loss, scalars)`, where the scalars are detached, in nats,
     and show whether training collapses:

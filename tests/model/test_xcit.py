@@ -9,7 +9,8 @@ from torch import nn
 
 import dino_xcit
 from dino_xcit.model.architectures import ARCHITECTURES, resolve_architecture, timm_name
-from dino_xcit.model.xcit import XCA, FourierPositions, XCiT
+from dino_xcit.model.xcit import XCiT
+from dino_xcit.model.xcit_layers import XCA, FourierPositions
 
 PARITY = [
     ("xcit_n12_p16", (64, 48)),

@@ -62,7 +62,7 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     }
 
 
-# -- the run folder --------------------------------------------------------------------------------------------------
+# -- the run folder ----------------------------------------------------------------------------
 
 
 def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
@@ -72,7 +72,7 @@ def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
     outcome = pretrain(config)
     folder = outcome.folder
     assert (outcome.step, outcome.steps, outcome.interrupted) == (12, 12, False)
-    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    files = {str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file()}
     pictures = {"crops.png", "curves.png", "attention.png", "attention.npz"}
     assert files == {
         "config.yaml",
@@ -293,7 +293,7 @@ def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
         load_backbone(folder, arch="xcit_n12_p16")
 
 
-# -- the algorithm ---------------------------------------------------------------------------------------------------
+# -- the algorithm -----------------------------------------------------------------------------
 
 
 def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
@@ -457,7 +457,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     assert checkpoint(config.output_dir)["global_step"] == 7
 
 
-# -- bad images ------------------------------------------------------------------------------------------------------
+# -- bad images --------------------------------------------------------------------------------
 
 
 def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
@@ -519,7 +519,7 @@ def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys, workers):
     assert "--on_bad_image replace" in last_line
 
 
-# -- resuming --------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_not_run_again(tiny):
