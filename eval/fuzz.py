@@ -40,7 +40,7 @@ from dino_xcit.cli import COMMANDS, parse
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.data.decode import decode
 from dino_xcit.evaluate.features import OFFICIAL_FILES, FileFeatures
-from dino_xcit.figures.localization import read_mask
+from dino_xcit.figures.object_masks import read_mask
 from dino_xcit.figures.video import is_video
 from dino_xcit.files import plain
 from dino_xcit.model.xcit import XCiT

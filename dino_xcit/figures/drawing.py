@@ -1,179 +1,75 @@
-"""Maps -> what goes into a paper.
+"""Sheets: rows of pictures with titles, laid out to the width of a text column, as PNG, PDF or SVG.
 
-First pictures: arrays of colours made of an image and its maps, the same for figures, videos and the interactive page. Then
-sheets: rows of pictures with titles, laid out to the width of a column and written as PNG, PDF or SVG.
-
-Axes: h heads; a map is (rows, columns) of patches, an image (H, W, 3) of pixels. Patches that reach beyond the image (it was
-padded) are cut.
+Lengths are in inches, y from the top down.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
 
 from dino_xcit.errors import UserError
+from dino_xcit.figures.pictures import heat
 from dino_xcit.files import printable, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dino_xcit.config.attention import Interpolation
+    from matplotlib.axes import Axes
 
-# Told apart with normal sight and with any of the three colour blindnesses, the first ones best (tests/test_figure.py).
-HEAD_COLOURS = (
-    *("#ffcc33", "#00ffee", "#7766ee", "#ee0055", "#9966aa", "#ccee99", "#cc6600", "#22aa88"),
-    *("#ccaaff", "#ff9955", "#88ddaa", "#9977dd", "#cc88bb", "#eeee77", "#ee5544", "#bbaa77"),
-)
-GREY = np.array([0.299, 0.587, 0.114])
-# Inches. A name is the width of the text, with -column that of one of its two columns.
+# A name is the width of the text; with -column, that of one of its two columns.
 WIDTHS = {
-    **{
-        "neurips": 5.5,
-        "iclr": 5.5,
-        "icml": 6.75,
-        "icml-column": 3.25,
-        "cvpr": 6.875,
-        "cvpr-column": 3.28,
-    },
-    **{
-        "eccv": 4.8,
-        "aaai": 7.0,
-        "aaai-column": 3.31,
-        "ieee": 7.14,
-        "ieee-column": 3.49,
-        "acl": 6.3,
-        "acl-column": 3.03,
-    },
-    **{"jmlr": 6.0, "tmlr": 6.5, "slide": 12.0},
+    "neurips": 5.5,
+    "iclr": 5.5,
+    "icml": 6.75,
+    "icml-column": 3.25,
+    "cvpr": 6.875,
+    "cvpr-column": 3.28,
+    "eccv": 4.8,
+    "aaai": 7.0,
+    "aaai-column": 3.31,
+    "ieee": 7.14,
+    "ieee-column": 3.49,
+    "acl": 6.3,
+    "acl-column": 3.03,
+    "jmlr": 6.0,
+    "tmlr": 6.5,
+    "slide": 12.0,
 }
-GAP = 0.02  # inches between pictures
+GAP = 0.02  # between pictures
 FONT_POINTS = 7
-NARROWEST, TALLEST = 0.15, 2.5  # of a cell: inches of its width, and its height in widths
-TITLE_INCHES = 0.16  # height of a line of title
-BAR_GAP, BAR_THICKNESS = 0.06, 0.09  # inches
-BAR_INCHES = (
-    BAR_GAP + BAR_THICKNESS + 0.22
-)  # width of a colour bar and its label, without the numbers
-SMALLEST_PICTURE = 256  # pixels of the long side
+NARROWEST = 0.15  # width of a cell
+TALLEST = 2.5  # height of a cell, in widths
+TITLE_INCHES = 0.16  # height of a line of a title
+BAR_GAP, BAR_THICKNESS = 0.06, 0.09
+BAR_INCHES = BAR_GAP + BAR_THICKNESS + 0.22  # colour bar with its label, without the tick labels
+CELLS_IN_A_ROW = 6
+HEADS_IN_A_ROW = 8
 STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType, embedded: text stays text
-    "svg.fonttype": "path",  # outlines, since an SVG would ask the reader's machine for the font
-    "svg.hashsalt": "dino_xcit",  # the same figure is the same file
+    "svg.fonttype": "path",  # outlines: as text, an SVG would need the font on the reader's machine
+    "svg.hashsalt": "dino_xcit",  # the same figure gives the same file
     "font.family": "DejaVu Sans",
     "font.size": FONT_POINTS,
     "axes.linewidth": 0.5,
-    "image.composite_image": False,  # a picture stays one in PDF and SVG, to be moved about
+    "image.composite_image": False,  # in PDF and SVG, each picture stays an object of its own
 }
-
-
-# -- pictures --------------------------------------------------------------------------------------------------------
-
-
-def rgb(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, C) -> (H, W, 3): grey three times, of more than three channels the first three."""
-    return (
-        image[..., :3]
-        if image.shape[-1] > 2
-        else np.broadcast_to(image[..., :1], (*image.shape[:2], 3))
-    )
-
-
-def scaled(image: np.ndarray, patch: int, largest: int) -> tuple[np.ndarray, int]:
-    """uint8 (H, W, C) -> RGB in [0, 1] to draw over, and the side of a patch there.
-
-    Small images are magnified, a pixel becoming several, so that what is drawn over them is not as coarse; of those beyond
-    `largest` pixels, blocks of pixels become one, as long as a patch is one at least.
-    """
-    side = max(image.shape[:2])
-    pixels = rgb(image).astype(np.float32) / 255
-    if side <= SMALLEST_PICTURE:
-        times = -(-SMALLEST_PICTURE // side)
-        return pixels.repeat(times, 0).repeat(times, 1), patch * times
-    block = 1
-    while side > largest * block and patch % (2 * block) == 0:
-        block *= 2
-    if block > 1:
-        starts = [np.arange(0, length, block) for length in pixels.shape[:2]]
-        sums = np.add.reduceat(np.add.reduceat(pixels, starts[0], axis=0), starts[1], axis=1)
-        down, across = (
-            np.diff([*start, length])
-            for start, length in zip(starts, pixels.shape[:2], strict=True)
-        )
-        pixels = sums / (down[:, None] * across)[..., None]
-    return pixels, patch // block
-
-
-def spread(
-    maps: np.ndarray, height: int, width: int, patch: int, interpolation: Interpolation
-) -> np.ndarray:
-    """Maps (..., rows, columns) -> a value for each pixel (..., height, width); nothing becomes negative that was not."""
-    rows, columns = maps.shape[-2:]
-    flat = torch.from_numpy(np.ascontiguousarray(maps, np.float32)).reshape(1, -1, rows, columns)
-    options: dict[str, Any] = {"align_corners": False} if interpolation == "bicubic" else {}
-    pixels = F.interpolate(flat, (rows * patch, columns * patch), mode=interpolation, **options)
-    values = pixels.numpy().reshape(*maps.shape[:-2], rows * patch, columns * patch)[
-        ..., :height, :width
-    ]
-    return values.clip(maps.min(), maps.max())
-
-
-def heat(values: np.ndarray, low: float, high: float, colormap: str) -> np.ndarray:
-    """Values of pixels -> colours (..., 3); one colour for all if low is high."""
-    return matplotlib.colormaps[colormap](((values - low) / ((high - low) or 1)).clip(0, 1))[
-        ..., :3
-    ]
-
-
-def overlay(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """The image in grey below a map's colours: what the map says by its colour must not mix with the image's."""
-    return 0.4 * (image @ GREY)[..., None] + 0.6 * colours
-
-
-def cut_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image where the mask is; grey and dark elsewhere."""
-    return np.where(mask[..., None], image, 0.25 * (image @ GREY)[..., None])
-
-
-def composite(
-    image: np.ndarray, values: np.ndarray, limits: Sequence[tuple[float, float]]
-) -> np.ndarray:
-    """Which head looks where: each pixel in the colour of the head that looks there most, (h, H, W) -> (H, W, 3).
-
-    Heads are compared by where they are in their own range, the limits of each, which is also how opaque the colour is.
-    Colours do not mix: a mixture would be read as another head.
-    """
-    low, high = np.array(limits, np.float32).T[..., None, None]
-    values = ((values - low) / np.maximum(high - low, np.finfo(np.float32).tiny)).clip(0, 1)
-    strongest = values.max(0)[..., None]
-    return (
-        0.6 * (1 - strongest) * (image @ GREY)[..., None]
-        + strongest * head_colours(len(values))[values.argmax(0)]
-    )
-
-
-def head_colours(heads: int) -> np.ndarray:
-    """(heads, 3) in [0, 1]; beyond sixteen heads they repeat."""
-    return np.array(
-        [matplotlib.colors.to_rgb(HEAD_COLOURS[head % len(HEAD_COLOURS)]) for head in range(heads)]
-    )
-
-
-# -- sheets ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
+    """A picture with its title."""
+
     picture: np.ndarray
     """uint8 (H, W, 3)"""
     title: str = ""
@@ -181,13 +77,8 @@ class Cell:
     """second line of the title"""
 
 
-def cell(picture: np.ndarray, title: str = "", note: str = "") -> Cell:
-    """A picture in [0, 1], (H, W, 3), as a cell."""
-    return Cell(picture=np.rint(255 * picture).astype(np.uint8), title=title, note=note)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Bar:
+class ColourBar:
     """A colour bar for the whole sheet."""
 
     colormap: str
@@ -198,72 +89,150 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """One figure: rows of cells, as many in each, and the numbers that it shows."""
+    """One figure, and the arrays that it shows."""
 
     name: str
+    """of its files, without an ending"""
     rows: list[list[Cell]]
-    bar: Bar | None = None
+    """as many cells in each row"""
+    bar: ColourBar | None = None
     data: dict[str, np.ndarray] = field(default_factory=dict)
+    """arrays of NAME.npz"""
+
+
+def as_cell(picture: np.ndarray, title: str = "", note: str = "") -> Cell:
+    """A picture in [0, 1], (H, W, 3), as a cell."""
+    return Cell(picture=np.rint(255 * picture).astype(np.uint8), title=title, note=note)
+
+
+# -- arrangement of cells --------------------------------------------------------------------------
+
+
+def wrap(cells: list[Cell]) -> list[list[Cell]]:
+    """Rows of equal length; blank cells fill the last."""
+    rows = -(-len(cells) // CELLS_IN_A_ROW)
+    return _even_rows(cells, rows, _blank(cells[0]))
+
+
+def wrap_beside(first: Cell, cells: list[Cell]) -> list[list[Cell]]:
+    """The first cell, and beside it the others in one row, or in several rows of equal length."""
+    rows = -(-len(cells) // HEADS_IN_A_ROW)
+    blank = _blank(first)
+    wrapped = _even_rows(cells, rows, blank)
+    return [[blank if number else first, *row] for number, row in enumerate(wrapped)]
+
+
+def pack(rows: list[list[Cell]]) -> list[list[Cell]]:
+    """Put short rows of pictures of one shape side by side; repeat no title that stands above."""
+    together = min(max(1, CELLS_IN_A_ROW // len(rows[0])), len(rows))
+    if together > 1 and len({cell.picture.shape for row in rows for cell in row}) == 1:
+        missing = -len(rows) % together
+        rows = rows + [[_blank(rows[0][0])] * len(rows[0])] * missing
+        starts = range(0, len(rows), together)
+        rows = [list(itertools.chain(*rows[start : start + together])) for start in starts]
+    untitled = [
+        [
+            dataclasses.replace(cell, title="") if cell.title == above.title else cell
+            for above, cell in zip(*pair, strict=True)
+        ]
+        for pair in itertools.pairwise(rows)
+    ]
+    return [rows[0], *untitled]
+
+
+def _even_rows(cells: list[Cell], rows: int, blank: Cell) -> list[list[Cell]]:
+    columns = -(-len(cells) // rows)
+    cells = cells + [blank] * (rows * columns - len(cells))
+    return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+
+
+def _blank(like: Cell) -> Cell:
+    return Cell(picture=np.full_like(like.picture, 255))
+
+
+# -- layout ----------------------------------------------------------------------------------------
 
 
 def inches(width: str) -> float:
-    """A venue's name or a number of inches. Raises ValueError that lists the names."""
+    """Width in inches of `--width`, a number or the name of a venue.
+
+    Raises:
+        UserError: it is neither; the message lists the names.
+    """
     with contextlib.suppress(ValueError):
         if 1 <= float(width) <= 20:
             return float(width)
     if width not in WIDTHS:
-        listed = ", ".join(f"{name} ({value:g})" for name, value in WIDTHS.items())
-        raise UserError(f"--width is {width!r}; expected inches from 1 to 20, or one of {listed}")
+        names = ", ".join(f"{name} ({value:g})" for name, value in WIDTHS.items())
+        raise UserError(f"--width is {width!r}; expected inches from 1 to 20, or one of {names}")
     return WIDTHS[width]
 
 
-def draw(sheet: Sheet, width: float, titles: bool) -> Figure:
-    """Lay the sheet out to a width in inches. Raises ValueError if that is too narrow for its columns.
+class _PlacedRow(NamedTuple):
+    top: float
+    """of the pictures"""
+    height: float
+    title_lines: int
+    cells: list[Cell]
 
-    Cells of a row are as high as its first picture asks, within bounds; in a cell of another shape a picture is centred.
+
+def draw(sheet: Sheet, width: float, titles: bool) -> Figure:
+    """Lay the sheet out to a width in inches.
+
+    The first picture of a row sets the height of its cells, within bounds; a picture of another
+    shape is centred in its cell.
+
+    Raises:
+        UserError: the width is too narrow for the columns.
     """
     columns = len(sheet.rows[0])
-    ticks = (
-        []
-        if sheet.bar is None
-        else [f"{v:.2g}" for v in np.linspace(sheet.bar.low, sheet.bar.high, 3)]
-    )
+    ticks = _ticks(sheet.bar) if sheet.bar else []
     bar_width = BAR_INCHES + max(map(text_width, ticks)) if ticks else 0
     cell_width = (width - bar_width - GAP * (columns - 1)) / columns
     if cell_width < NARROWEST:
-        raise UserError(f"--width {width:g} is too narrow for {columns} pictures side by side")
-    tops, y = [], 0.0
-    for row in sheet.rows:
-        lines = max(2 * bool(cell.note) or bool(cell.title) for cell in row) if titles else 0
-        height = cell_width * min(TALLEST, row[0].picture.shape[0] / row[0].picture.shape[1])
-        y += lines * TITLE_INCHES
-        tops.append((y, height, lines))
-        y += height + GAP
-    total = y - GAP
+        raise UserError(
+            f"--width {width:g} is too narrow for {columns} pictures side by side; raise --width"
+        )
+    rows, total = _place_rows(sheet.rows, cell_width, titles)
     figure = Figure(figsize=(width, total))
-    page = figure.add_axes((0, 0, 1, 1))  # one for all pictures, in inches from the top left
-    for (top, height, lines), row in zip(tops, sheet.rows, strict=True):
-        for number, cell in enumerate(row):
-            left = number * (cell_width + GAP)
-            w, h = _within(cell.picture, cell_width, height)
-            x, y = left + (cell_width - w) / 2, top + (height - h) / 2
-            page.imshow(cell.picture, extent=(x, x + w, y + h, y), interpolation="antialiased")
-            for line, (text, colour) in enumerate(
-                ((cell.note, "#555555"), (cell.title, "black"))[2 - lines :]
-            ):
-                place = (left + cell_width / 2, top - 0.04 - line * TITLE_INCHES)
-                page.text(
-                    *place, fitted(text, cell_width), ha="center", color=colour, parse_math=False
-                )
+    page = figure.add_axes((0, 0, 1, 1))  # one for all pictures: inches from the top left
+    for row in rows:
+        for number, cell in enumerate(row.cells):
+            _draw_cell(page, cell, row, number * (cell_width + GAP), cell_width)
     page.set(xlim=(0, width), ylim=(total, 0), aspect="auto")
     page.set_axis_off()
     if sheet.bar:
-        _draw_bar(figure, sheet.bar, ticks, tops[0][0], bar_width)
+        _draw_bar(figure, sheet.bar, ticks, rows[0].top, bar_width)
     return figure
 
 
-def _within(picture: np.ndarray, width: float, height: float) -> tuple[float, float]:
-    """The largest size of the picture's shape in a cell, or the cell's own if they differ by no more than rounding."""
+def _place_rows(
+    rows: list[list[Cell]], cell_width: float, titles: bool
+) -> tuple[list[_PlacedRow], float]:
+    """The rows with their places, and the height of all."""
+    placed, y = [], 0.0
+    for cells in rows:
+        lines = max(2 * bool(cell.note) or bool(cell.title) for cell in cells) if titles else 0
+        H, W = cells[0].picture.shape[:2]
+        height = cell_width * min(TALLEST, H / W)
+        y += lines * TITLE_INCHES
+        placed.append(_PlacedRow(y, height, int(lines), cells))
+        y += height + GAP
+    return placed, y - GAP
+
+
+def _draw_cell(page: Axes, cell: Cell, row: _PlacedRow, left: float, width: float) -> None:
+    w, h = _picture_size(cell.picture, width, row.height)
+    x, y = left + (width - w) / 2, row.top + (row.height - h) / 2
+    page.imshow(cell.picture, extent=(x, x + w, y + h, y), interpolation="antialiased")
+    lines = ((cell.note, "#555555"), (cell.title, "black"))[2 - row.title_lines :]  # from below
+    for number, (text, colour) in enumerate(lines):
+        place = (left + width / 2, row.top - 0.04 - number * TITLE_INCHES)
+        page.text(*place, shortened(text, width), ha="center", color=colour, parse_math=False)
+
+
+def _picture_size(picture: np.ndarray, width: float, height: float) -> tuple[float, float]:
+    """Largest size of the picture in a cell; the cell's own if they differ by rounding alone."""
     h, w = picture.shape[:2]
     if abs(h / w - height / width) * min(w, h) < 1:
         return width, height
@@ -271,30 +240,35 @@ def _within(picture: np.ndarray, width: float, height: float) -> tuple[float, fl
 
 
 def text_width(text: str) -> float:
-    """Inches that a line of text takes."""
+    """Width of a line of text in inches."""
     font = FontProperties(family=STYLE["font.family"], size=FONT_POINTS)
-    return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0] / 72
+    width, _, _ = TextToPath().get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / 72
 
 
-def fitted(text: str, room: float) -> str:
-    """The text, its middle left out where a line of so many inches cannot hold it."""
+def shortened(text: str, width: float) -> str:
+    """The text, with an ellipsis for its middle where it is wider than so many inches."""
     text = shown = printable(text)
     for letters in range(len(text), 2, -1):
-        if text_width(shown) <= room:
+        if text_width(shown) <= width:
             break
         shown = f"{text[: (letters - 1) // 2]}…{text[len(text) - (letters - 2) // 2 :]}"
     return shown
 
 
-def _draw_bar(figure: Figure, bar: Bar, ticks: Sequence[str], top: float, room: float) -> None:
-    """In the rightmost inches, below the first row's titles."""
+def _ticks(bar: ColourBar) -> list[str]:
+    return [f"{value:.2g}" for value in np.linspace(bar.low, bar.high, 3)]
+
+
+def _draw_bar(
+    figure: Figure, bar: ColourBar, ticks: Sequence[str], top: float, bar_width: float
+) -> None:
+    """Draw the colour bar at the right edge, below the titles of the first row."""
     width, total = figure.get_size_inches()
-    left = width - room + BAR_GAP
+    left = width - bar_width + BAR_GAP
     axes = figure.add_axes((left / width, 0, BAR_THICKNESS / width, 1 - top / total))
-    ramp = np.linspace(bar.high, bar.low, 256)[:, None]
-    axes.imshow(
-        heat(ramp, bar.low, bar.high, bar.colormap), aspect="auto", extent=(0, 1, bar.low, bar.high)
-    )
+    colours = heat(np.linspace(bar.high, bar.low, 256)[:, None], bar.low, bar.high, bar.colormap)
+    axes.imshow(colours, aspect="auto", extent=(0, 1, bar.low, bar.high))
     axes.yaxis.tick_right()
     axes.set(xticks=[], yticks=np.linspace(bar.low, bar.high, 3))
     low, middle, high = axes.set_yticklabels(ticks)
@@ -302,16 +276,33 @@ def _draw_bar(figure: Figure, bar: Bar, ticks: Sequence[str], top: float, room: 
     middle.set_verticalalignment("center")
     high.set_verticalalignment("top")
     axes.tick_params(length=1.5, width=0.5, pad=1.5)
-    label = fitted(bar.label, total - top)
-    figure.text(
-        1 - 0.02 / width, (1 - top / total) / 2, label, rotation=90, ha="right", va="center"
-    )
+    place = 1 - 0.02 / width, (1 - top / total) / 2
+    label = shortened(bar.label, total - top)
+    figure.text(*place, label, rotation=90, ha="right", va="center")
+
+
+# -- files -----------------------------------------------------------------------------------------
 
 
 def write(
     sheet: Sheet, folder: Path, formats: Sequence[str], *, width: float, titles: bool, dpi: int
 ) -> list[Path]:
-    """The sheet in each format, and NAME.npz with the numbers in it -> the files."""
+    """Write the sheet in each format, and its arrays as NAME.npz.
+
+    Args:
+        sheet: the figure.
+        folder: an existing folder.
+        formats: of png, pdf, svg.
+        width: inches.
+        titles: whether pictures have titles.
+        dpi: pixels per inch of PNG files and of the pictures in PDF and SVG files.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the width is too narrow for the columns.
+    """
     paths = []
     with matplotlib.rc_context(STYLE):
         figure = draw(sheet, width, titles)

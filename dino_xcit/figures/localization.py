@@ -1,209 +1,91 @@
-"""Object masks -> a score for attention maps (DINO, section 4.2.2 and figure 4, on PASCAL VOC 2012).
+"""Score of attention maps against object masks (DINO, section 4.2.2 and figure 4).
 
-Each head's map, cut to the patches that hold `--threshold` of its mass, against the object: Jaccard index. DINO tells the
-best head of each image, which takes the masks to choose; beside it stands the one head that is best over all images. An
-untrained network and centred blobs, as many as there are heads, are given the same choices.
+Each head's map, cut to the patches that hold `--threshold` of its mass, is compared with the object
+by the Jaccard index. DINO reports the best head of each image, which takes the masks to choose;
+beside it stands the one head that is best over all images. An untrained network and as many centred
+blobs as there are heads are scored in the same way.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dino_xcit.data import shapes
-from dino_xcit.data.decode import EXTENSIONS, FORMATS, reading_images
 from dino_xcit.errors import UserError
-from dino_xcit.evaluate.report import cell, scores, table
-from dino_xcit.figures.drawing import Cell, Sheet, cut_out, scaled
-from dino_xcit.figures.drawing import cell as figure_cell
-from dino_xcit.figures.inputs import Framing, ImageInput, shown
+from dino_xcit.evaluate.report import Result, scores, table, with_interval
+from dino_xcit.figures.drawing import Cell, Sheet, as_cell
+from dino_xcit.figures.framing import without_padding
 from dino_xcit.figures.maps import jaccard, mass_mask
-from dino_xcit.figures.video import any_size
+from dino_xcit.figures.pictures import canvas_image, cut_out
+from dino_xcit.model.xcit import with_class_attention
 from dino_xcit.runtime import progress
-from dino_xcit.weights.load import build, read_run
+from dino_xcit.weights.load import build
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from dino_xcit.config.attention import AttentionConfig
     from dino_xcit.figures.model import AttentionModel
+    from dino_xcit.figures.object_masks import Scene, SceneInput
 
-VOID = 255  # in PASCAL VOC's masks: neither object nor background
-BLOB_SIZES = (
-    0.15,
-    0.5,
-)  # standard deviations of the centred blobs, from and to, in shares of the image's sides
-BATCH_PIXELS = 2**18  # that go through the backbone at once
-SCORED, UNTRAINED, BLOBS = (
-    "",
-    "untrained",
-    "centred blobs",
-)  # sources of maps; the first goes by its title
+# Standard deviations of the smallest and the largest blob, in shares of the image's sides.
+BLOB_SIZES = (0.15, 0.5)
+BATCH_PIXELS = 2**18  # that the backbone processes at once
+# Sources of maps: the scored weights, whose title the user chooses, and the baselines.
+WEIGHTS, UNTRAINED, BLOBS = "", "untrained", "centred blobs"
 
 
-class Scene(NamedTuple):
-    """An image with its object."""
+class Localization(NamedTuple):
+    """Scores of the maps of one backbone."""
 
-    pixels: Tensor
-    """uint8 (C, H, W), framed; with --fit pad larger than the masks"""
-    truth: Tensor
-    """bool (H, W): the object"""
-    counted: Tensor
-    """bool (H, W): false where the mask does not say"""
-
-
-Scenes = list[tuple[str, Callable[[], Scene]]]  # names, and what reads them
+    content: dict[str, Any]
+    """for masks.json"""
+    sheet: Sheet
+    """the first images with their masks"""
+    problems: list[str]
+    """a line for each image that could not be scored"""
 
 
-def scenes_of_shapes(config: AttentionConfig, model: AttentionModel, frame: Framing) -> Scenes:
-    """The embedded set's validation images, as the run drew them."""
-    run = read_run(config.weights[0])
-    seed = config.seed if run is None else run.seed
-
-    def scene(index: int) -> Scene:
-        shape = shapes.draw_shape(seed, "validation", index, len(model.offset))
-        mask = torch.from_numpy(shape.mask)
-        return _scene(
-            frame, torch.from_numpy(shape.image).permute(2, 0, 1), mask, torch.ones_like(mask)
-        )
-
-    return [
-        (f"shape {i}", functools.partial(scene, i))
-        for i in range(config.num_images or shapes.VALIDATION_COUNT)
-    ]
-
-
-def scenes_of_files(
-    config: AttentionConfig, model: AttentionModel, frame: Framing, sources: Iterable[ImageInput]
-) -> Scenes:
-    """Each image with the file of its name in the folder of masks."""
-    folder = Path(config.masks or "")
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and path.is_file():
-            files.setdefault(path.stem, []).append(path)
-
-    def scene(source: ImageInput) -> Scene:
-        where = Path(source.where)
-        found = files.get(where.stem, [])
-        if len(found) > 1:  # frames of several films: that in a folder of the same name
-            found = [path for path in found if path.parent.name == where.parent.name] or found
-        if len(found) != 1:
-            raise UserError(
-                f"{len(found) or 'no'} mask{'s' * (len(found) > 1)} named {where.stem} in --masks {folder}"
-            )
-        truth, counted = read_mask(found[0])
-        return _scene(frame, source.read(len(model.offset)), truth, counted)
-
-    return [(source.where, functools.partial(scene, source)) for source in sources]
-
-
-def read_mask(path: Path) -> tuple[Tensor, Tensor]:
-    """A mask file -> where its object is and which pixels count, bool (H, W).
-
-    What is not 0 is object. 255 is void, as in PASCAL VOC, in a mask that numbers its objects; in one that knows black and
-    white, or shades between them (a soft edge, JPEG), what is brighter than half is object.
-    """
-    try:
-        with any_size(), reading_images(), Image.open(path, formats=FORMATS) as file:
-            if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != (
-                VOID,
-                VOID,
-            ):
-                raise UserError("transparent; expected grey or a palette")
-            values = np.array(
-                file if file.mode in ("P", "L", "1", "I", "I;16") else file.convert("L")
-            ).astype(np.int64)
-            numbered = file.mode == "P" or not _is_soft(values)
-    except ValueError as error:
-        raise UserError(f"mask {path}: {error}") from None
-    if not numbered:
-        return torch.from_numpy(values > VOID // 2), torch.ones(values.shape, dtype=torch.bool)
-    void = (values == VOID) & ((values != 0) & (values != VOID)).any()
-    return torch.from_numpy((values != 0) & ~void), torch.from_numpy(~void)
-
-
-def _is_soft(values: np.ndarray) -> bool:
-    """Whether these are shades up to white, not numbers of objects, which are not met so high."""
-    return bool(values.max(initial=0) <= VOID and ((values > VOID // 2) & (values < VOID)).any())
-
-
-def _scene(frame: Framing, image: Tensor, truth: Tensor, counted: Tensor) -> Scene:
-    if image.shape[-2:] != truth.shape:
-        raise UserError(f"image of {_size(image)} pixels, mask of {_size(truth)}")
-    pixels, (H, W) = frame.framed(image)
-    masks, _ = frame.framed(torch.stack([truth, counted]).byte(), mode="nearest-exact")
-    truth, counted = masks[:, :H, :W].bool()
-    if not (truth & counted).any():
-        raise UserError("no object in the mask")
-    return Scene(pixels, truth, counted)
-
-
-def _size(tensor: Tensor) -> str:
-    return f"{tensor.shape[-1]} x {tensor.shape[-2]}"
-
-
-def blobs(count: int, rows: int, columns: int) -> Tensor:
-    """Gaussians in the image's middle, from small to large (count, rows, columns)."""
-    y, x = (
-        (torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (rows, columns)
-    )
-    sigma = torch.linspace(*BLOB_SIZES, count, dtype=torch.float64)[:, None, None]
-    return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2))
+class _ScoredBatch(NamedTuple):
+    scenes: list[Scene]
+    masks: dict[str, Tensor]
+    """of each source: bool (B, h, H, W)"""
+    indices: dict[str, Tensor]
+    """of each source: Jaccard index (B, h)"""
 
 
 def score(
-    config: AttentionConfig, model: AttentionModel, scenes: Scenes
-) -> tuple[dict[str, Any], Sheet, list[str]]:
-    """What masks.json holds, a sheet of the first images, and a line for each image that could not be scored.
+    config: AttentionConfig, model: AttentionModel, scenes: Sequence[SceneInput]
+) -> Localization:
+    """Score the maps of a backbone and of the baselines on all scenes.
 
-    Raises ValueError if none could.
+    Raises:
+        UserError: no scene could be scored.
     """
     start = time.perf_counter()
+    untrained = untrained_model(model, config.seed)
     problems: list[str] = []
-    torch.manual_seed(config.seed)
-    untrained = model.with_backbone(build(model.backbone.metadata), UNTRAINED)
-    heads = model.backbone.heads
-    found: dict[str, list[Tensor]] = {SCORED: [], UNTRAINED: [], BLOBS: []}
+    indices: dict[str, list[Tensor]] = {WEIGHTS: [], UNTRAINED: [], BLOBS: []}
     rows: list[list[Cell]] = []
-    with progress(len(scenes), "masks", "images", shown=True) as bar:
-        for batch in _batches(scenes, problems, bar.update):
-            pixels = torch.stack([scene.pixels for scene in batch])
-            truth = torch.stack([scene.truth for scene in batch])[:, None]
-            counted = torch.stack([scene.counted for scene in batch])[:, None]
-            maps = {
-                SCORED: model(pixels).attention.cpu(),
-                UNTRAINED: untrained(pixels).attention.cpu(),
-            }
-            maps[BLOBS] = blobs(heads, *maps[UNTRAINED].shape[2:]).expand_as(maps[UNTRAINED])
-            masks = {
-                name: _on_pixels(mass_mask(maps[name], config.threshold), truth, model)
-                for name in maps
-            }
-            indices = {name: jaccard(masks[name], truth, counted) for name in masks}  # (B, h)
-            for name, of_batch in indices.items():
-                found[name].append(of_batch)
+    with progress(len(scenes), "masks", "images", shown=True) as progress_bar:
+        for batch in _batches(scenes, problems, progress_bar.update):
+            scored = _score_batch(batch, model, untrained, config.threshold)
+            for source, of_batch in scored.indices.items():
+                indices[source].append(of_batch)
             for number in range(min(len(batch), config.images_per_figure - len(rows))):
-                best = {name: masks[name][number, indices[name][number].argmax()] for name in masks}
-                rows.append(_row(batch[number], best, {SCORED: model.title} if not rows else None))
+                row = _sheet_row(scored, number, model.title)
+                rows.append([dataclasses.replace(c, title="") for c in row] if rows else row)
     if not rows:
-        raise UserError(
-            f"--masks {config.masks}: " + (problems[0] if problems else "no images to score")
-        )
-    results = {
-        name: _result(torch.cat(of_images), config.seed) for name, of_images in found.items()
-    }
+        reason = problems[0] if problems else "no images to score"
+        raise UserError(f"--masks {config.masks}: {reason}")
+    results = {source: _result(torch.cat(one), config.seed) for source, one in indices.items()}
     content = {
         "weights": model.weights,
-        "results": results.pop(SCORED),
+        "results": results.pop(WEIGHTS),
         "baselines": results,
         "images": len(scenes) - len(problems),
         "layer": config.layer,
@@ -211,11 +93,28 @@ def score(
         "image_size": model.long_side,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return content, Sheet(name="masks", rows=rows), problems
+    return Localization(content, Sheet(name="masks", rows=rows), problems)
 
 
-def listed(content: dict[str, Any], title: str) -> str:
-    """The scores as a table."""
+def untrained_model(model: AttentionModel, seed: int) -> AttentionModel:
+    """A model of the same architecture with random weights. Leaves the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        backbone = build(model.backbone.metadata)
+    return model.with_backbone(with_class_attention(backbone), UNTRAINED)
+
+
+def blobs(count: int, rows: int, columns: int) -> Tensor:
+    """Gaussians in the middle of the image, from small to large, (count, rows, columns)."""
+    y, x = (
+        (torch.arange(side, dtype=torch.float64) + 0.5) / side - 0.5 for side in (rows, columns)
+    )
+    sigma = torch.linspace(*BLOB_SIZES, count, dtype=torch.float64)[:, None, None]
+    return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2))
+
+
+def scores_table(content: dict[str, Any], title: str) -> str:
+    """The scores of `Localization.content` as a table."""
     rows = [(title, content["results"]), *content["baselines"].items()]
     header = [
         "Jaccard index with the object, %",
@@ -223,26 +122,34 @@ def listed(content: dict[str, Any], title: str) -> str:
         "one head for all [95 %]",
     ]
     return table(
-        header, [[name, cell(row, "best_head"), cell(row, "one_head")] for name, row in rows]
+        header,
+        [
+            [name, with_interval(row, "best_head"), with_interval(row, "one_head")]
+            for name, row in rows
+        ],
     )
 
 
 def _batches(
-    scenes: Scenes, problems: list[str], done: Callable[[int], Any]
+    scenes: Sequence[SceneInput], problems: list[str], done: Callable[[int], object]
 ) -> Iterator[list[Scene]]:
-    """Scenes of one size together, as many as have BATCH_PIXELS."""
+    """Batches of consecutive scenes of one size, of up to BATCH_PIXELS.
+
+    Args:
+        scenes: what to read.
+        problems: gets a line for each scene that cannot be read.
+        done: called with the number of scenes that are finished.
+    """
     batch: list[Scene] = []
-    for name, read in scenes:
+    for scene_input in scenes:
         try:
-            scene = read()
-        except (ValueError, OSError) as error:
-            problems.append(f"{name}: {error}")
+            scene = scene_input.read()
+        except (UserError, OSError) as error:
+            problems.append(f"{scene_input.name}: {error}")
             done(1)
             continue
-        size = scene.pixels.shape
-        if batch and (
-            batch[0].pixels.shape != size or (len(batch) + 1) * size[1] * size[2] > BATCH_PIXELS
-        ):
+        _, H, W = size = scene.pixels.shape
+        if batch and (batch[0].pixels.shape != size or (len(batch) + 1) * H * W > BATCH_PIXELS):
             yield batch
             done(len(batch))
             batch = []
@@ -252,27 +159,51 @@ def _batches(
         done(len(batch))
 
 
-def _on_pixels(masks: Tensor, truth: Tensor, model: AttentionModel) -> Tensor:
+def _score_batch(
+    scenes: list[Scene], model: AttentionModel, untrained: AttentionModel, threshold: float
+) -> _ScoredBatch:
+    pixels = torch.stack([scene.pixels for scene in scenes])
+    truth = torch.stack([scene.truth for scene in scenes])[:, None]  # (B, 1, H, W)
+    counted = torch.stack([scene.counted for scene in scenes])[:, None]
+    maps = {
+        WEIGHTS: model(pixels).attention.cpu(),
+        UNTRAINED: untrained(pixels).attention.cpu(),
+    }  # (B, h, rows, columns)
+    like = maps[UNTRAINED]
+    maps[BLOBS] = blobs(model.backbone.heads, *like.shape[2:]).expand_as(like)
+    patch = model.backbone.patch_size
+    masks = {
+        source: _on_pixels(mass_mask(of_source, threshold), patch, truth)
+        for source, of_source in maps.items()
+    }
+    indices = {source: jaccard(mask, truth, counted) for source, mask in masks.items()}
+    return _ScoredBatch(scenes, masks, indices)
+
+
+def _on_pixels(masks: Tensor, patch: int, like: Tensor) -> Tensor:
     """Masks of patches (B, h, rows, columns) -> of pixels (B, h, H, W)."""
-    patch, (H, W) = model.backbone.patch_size, truth.shape[-2:]
+    H, W = like.shape[-2:]
     return masks.repeat_interleave(patch, -2).repeat_interleave(patch, -1)[..., :H, :W]
 
 
-def _row(scene: Scene, best: dict[str, Tensor], titles: dict[str, str] | None) -> list[Cell]:
-    """The image, its object, and what the best head of each source of maps keeps. titles: where other than names."""
+def _sheet_row(scored: _ScoredBatch, number: int, title: str) -> list[Cell]:
+    """One image of the batch, its object, and the mask of the best head of each source."""
+    scene = scored.scenes[number]
     H, W = scene.truth.shape
-    image, times = scaled(shown(scene.pixels, (H, W)), 1, max(H, W))
-    pictures = {"image": image}
-    for name, mask in {"object": scene.truth, **best}.items():
-        pictures[name] = cut_out(image, mask.numpy().repeat(times, 0).repeat(times, 1))
-    return [
-        figure_cell(picture, "" if titles is None else titles.get(name, name))
-        for name, picture in pictures.items()
-    ]
+    image, times = canvas_image(without_padding(scene.pixels, (H, W)), 1, max(H, W))
+    masks = [("object", scene.truth)]
+    for source, of_batch in scored.masks.items():
+        best = scored.indices[source][number].argmax()
+        masks.append((title if source == WEIGHTS else source, of_batch[number, best]))
+    cells = [as_cell(image, "image")]
+    for name, mask in masks:
+        picture = cut_out(image, mask.numpy().repeat(times, 0).repeat(times, 1))
+        cells.append(as_cell(picture, name))
+    return cells
 
 
-def _result(indices: Tensor, seed: int) -> dict[str, Any]:
-    """Jaccard indices (images, heads) -> percents with their intervals."""
+def _result(indices: Tensor, seed: int) -> Result:
+    """Jaccard indices (images, heads) -> percentages with their intervals."""
     head = int(indices.mean(0).argmax())
     of_images = {"best_head": indices.max(1).values.numpy(), "one_head": indices[:, head].numpy()}
     return {

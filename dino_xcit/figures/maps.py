@@ -1,7 +1,8 @@
-"""Backbone + images -> what it looks at.
+"""Images -> attention maps of a backbone, and what is computed from the maps.
 
-The class token's softmax weights (XCiT, section 3.4 and figure 7) are what DINO draws of a ViT. Of XCiT alone there are the
-magnitudes of queries and keys at every patch and their cross-covariance (section 3.2 and the appendix on visualisation).
+The softmax weights of the class token (XCiT, section 3.4 and figure 7) are what DINO shows of a
+ViT. XCA adds the magnitudes of queries and keys at every patch and their cross-covariance (section
+3.2 and the appendix on visualisation).
 
 Axes: B images, h heads, H x W grid of patches, N = H W, C channels, d = C / h channels per head.
 """
@@ -9,7 +10,7 @@ Axes: B images, h heads, H x W grid of patches, N = H W, C channels, d = C / h c
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,33 +18,36 @@ from torch import Tensor, nn
 
 from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import CLASS_ATTENTION_LAYERS
-from dino_xcit.model.xcit import XCiT, with_class_attention
+from dino_xcit.model.xcit import with_class_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FEATURE_PARTS = 3  # principal components that become red, green and blue
+    from dino_xcit.model.xcit import XCiT
+    from dino_xcit.model.xcit_layers import XCA, XCABlock
+
+PCA_COMPONENTS = 3  # red, green and blue
 CLIPPED = 0.01  # share of patches beyond either end of each colour channel
-SPARE = 2.0  # what the allocator keeps (`machine.keep_freed_memory`), buffers of the convolutions
+MEMORY_MARGIN = 2.0  # for what the allocator keeps and the buffers of the convolutions
 
 
 class AttentionMaps(NamedTuple):
-    """What one pass of the backbone over a batch showed."""
+    """Maps of a batch of images, from one pass of the backbone; float32."""
 
     attention: Tensor
-    """(B, h, H, W): softmax weights of the class token; a map sums to the share that goes to patches"""
+    """(B, h, H, W): softmax weights of the class token; a map sums to the share of the patches"""
     queries: Tensor | None
-    """(B, h, H, W): length of a patch's query, after the L2 norm over patches that XCA takes"""
+    """(B, h, H, W): length of a patch's query, after XCA's L2 norm over patches"""
     keys: Tensor | None
     """(B, h, H, W): length of its key"""
     covariance: Tensor | None
     """(B, h, d, d): cross-covariance of queries (rows) and keys (columns), cosines from -1 to 1"""
     features: Tensor | None
-    """(B, C, H, W): the last layer's patch tokens, normed, as timm's `forward_features`"""
+    """(B, C, H, W): the last layer's patch tokens, normed, as in timm's `forward_features`"""
 
 
 @torch.no_grad()
-def look(
+def attention_maps(
     backbone: XCiT,
     images: Tensor,
     *,
@@ -51,26 +55,33 @@ def look(
     xca_layer: int | None = None,
     features: bool = False,
 ) -> AttentionMaps:
-    """Normalised images (B, C, H * patch, W * patch) -> everything asked for, in one pass.
+    """Compute all requested maps in one pass of the backbone.
 
-    layer: which class-attention layer. xca_layer: which XCA layer's queries and keys, None for none. features: the patch
-    tokens too. Raises ValueError if there is no such layer or the patch size does not divide the image.
+    Args:
+        backbone: in eval mode.
+        images: normalised, (B, C, H * patch, W * patch).
+        layer: class-attention layer.
+        xca_layer: XCA layer of queries, keys and covariance; None leaves them out.
+        features: whether to return the patch tokens too.
+
+    Raises:
+        UserError: there is no such layer, or the patch size does not divide the image.
     """
     check_layer("layer", layer, CLASS_ATTENTION_LAYERS)
+    xca = None if xca_layer is None else _xca(backbone, xca_layer)
     inputs: list[Tensor] = []
-    if xca_layer is not None:
-        check_layer("xca_layer", xca_layer, len(backbone.blocks))
-        xca = _xca(backbone, xca_layer)
-        hook = xca.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    hooks = []
+    if xca is not None:
+        hooks.append(xca.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
     try:
         tokens, H, W = backbone.xca_tokens(images)
     finally:
-        if xca_layer is not None:
+        for hook in hooks:
             hook.remove()
     x, attentions = backbone.attend(tokens, class_token_only=not features)
     attention = attentions[layer][:, :, 1:].unflatten(-1, (H, W)).float()
     patches = backbone.norm(x[:, 1:]).mT.unflatten(-1, (H, W)).float() if features else None
-    if xca_layer is None:
+    if xca is None:
         return AttentionMaps(attention, None, None, None, patches)
     q, k = _queries_and_keys(xca, inputs[0])
     lengths = [t.norm(dim=-1).mT.unflatten(-1, (H, W)) for t in (q, k)]  # (B, h, H, W)
@@ -80,94 +91,127 @@ def look(
 
 
 def class_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> Tensor:
-    """Normalised images (B, C, H, W) -> softmax weights on the patches (B, heads, H / patch, W / patch).
+    """Compute the class token's softmax weights on the patches (XCiT, section 3.4).
 
-    layer: which class-attention layer, the last by default. A map sums to the share that goes to patches, which is one less
-    what the class token keeps for itself. Raises ValueError if the backbone is not an XCiT, has no such layer, or the patch
-    size does not divide the image.
+    Args:
+        backbone: an XCiT in eval mode, as `load_backbone` returns it.
+        images: normalised, (B, C, H, W).
+        layer: class-attention layer, by default the last.
+
+    Returns:
+        (B, heads, H / patch, W / patch). A map sums to the share of the patches: one minus the
+        weight of the class token on itself.
+
+    Raises:
+        UserError: the backbone is not an XCiT, it has no such layer, or the patch size does not
+        divide
+            the image.
     """
-    return look(with_class_attention(backbone), images, layer=layer).attention
+    return attention_maps(with_class_attention(backbone), images, layer=layer).attention
 
 
 def check_layer(flag: str, layer: int, layers: int) -> None:
-    """Raise ValueError, naming the flag, if there is no such layer."""
+    """Raise a UserError that names the flag if there is no such layer."""
     if not -layers <= layer < layers:
         raise UserError(f"--{flag} is {layer}; expected 0 to {layers - 1}, or -1 for the last")
 
 
-def _xca(backbone: XCiT, layer: int) -> Any:
-    block: Any = backbone.blocks[layer]
+def _xca(backbone: XCiT, layer: int) -> XCA:
+    check_layer("xca_layer", layer, len(backbone.blocks))
+    block = cast("XCABlock", backbone.blocks[layer])
     if not block.has_xca:
         raise UserError(
-            "these weights are of the ablation without XCA (--xca false): no queries and keys in its layers"
+            "these weights are of the ablation without XCA (--xca false): "
+            "their layers have no queries and keys"
         )
     return block.attn
 
 
-def _queries_and_keys(xca: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What an XCA layer is given -> its queries and keys, L2-normalised over patches (B, N, h, d)."""
+def _queries_and_keys(xca: XCA, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Input tokens of an XCA layer -> its queries and keys (B, N, h, d), as XCA normalises them."""
     qkv = xca.qkv(tokens).unflatten(-1, (3, xca.heads, -1)).float()  # (B, N, 3, h, d)
     return F.normalize(qkv[:, :, 0], dim=1), F.normalize(qkv[:, :, 1], dim=1)
 
 
 def mass_mask(maps: Tensor, threshold: float) -> Tensor:
-    """Maps (..., H, W) -> bool: the fewest patches that hold this share of each map's mass.
+    """Select the fewest patches that hold a share of each map's mass.
 
-    As official `visualize_attention.py --threshold`: of the patches in rising order, those whose running sum is over
-    1 - threshold.
+    As official `visualize_attention.py --threshold`: of the patches in ascending order, those whose
+    running sum exceeds 1 - threshold.
+
+    Args:
+        maps: (..., H, W).
+        threshold: share of the mass, between 0 and 1.
+
+    Returns:
+        bool (..., H, W)
     """
     values, order = maps.flatten(-2).double().sort(dim=-1, stable=True)
     kept = values.cumsum(-1) > (1 - threshold) * values.sum(-1, keepdim=True)
-    return torch.zeros_like(kept).scatter_(-1, order, kept).unflatten(-1, maps.shape[-2:])
+    mask: Tensor = torch.zeros_like(kept).scatter_(-1, order, kept)
+    grid: Tensor = mask.unflatten(-1, maps.shape[-2:])
+    return grid
 
 
 def entropy(maps: Tensor) -> Tensor:
-    """Maps (..., H, W) -> entropy in nats of each, its mass brought to one; at most ln(H W), where it looks nowhere."""
+    """Entropy in nats of each map (..., H, W), as a distribution; at most ln(H W), if uniform."""
     p = maps.flatten(-2).double()
-    return torch.special.entr(p / p.sum(-1, keepdim=True)).sum(-1)
+    nats: Tensor = torch.special.entr(p / p.sum(-1, keepdim=True)).sum(-1)
+    return nats
 
 
 def similarity(features: Tensor, row: int, column: int) -> Tensor:
-    """Patch features (C, H, W) -> cosine of each patch's with those of the patch at (row, column), (H, W)."""
+    """Cosines (H, W) of the features (C, H, W) with those of the patch at (row, column)."""
     directions = F.normalize(features.float(), dim=0)
     return torch.einsum("chw,c->hw", directions, directions[:, row, column])
 
 
 def pca_colours(features: Sequence[Tensor]) -> list[Tensor]:
-    """Patch features (C, H, W) of several images -> the three leading principal components as red, green, blue in [0, 1],
-    (H, W, 3). One basis and one scale for all of them, so the same colour means the same in each."""
+    """Three leading principal components of patch features as red, green and blue.
+
+    All images share one basis and one scale, so a colour means the same in each.
+
+    Args:
+        features: (C, H, W) of each image.
+
+    Returns:
+        (H, W, 3) in [0, 1] for each image.
+    """
     rows = [f.flatten(1).mT.double() for f in features]  # (N, C)
-    everything = torch.cat(rows)
-    mean = everything.mean(0)
-    _, vectors = torch.linalg.eigh(
-        (everything - mean).mT @ (everything - mean)
-    )  # rising eigenvalues
-    basis = vectors[:, -FEATURE_PARTS:].flip(1)  # (C, 3)
+    stacked = torch.cat(rows)
+    mean = stacked.mean(0)
+    _, vectors = torch.linalg.eigh((stacked - mean).mT @ (stacked - mean))  # ascending eigenvalues
+    basis = vectors[:, -PCA_COMPONENTS:].flip(1)  # (C, 3)
     strongest = basis.abs().argmax(0)
-    basis = (
-        basis * basis[strongest, torch.arange(FEATURE_PARTS)].sign()
-    )  # a component's sign says nothing: fix it
+    signs = basis[strongest, torch.arange(PCA_COMPONENTS)].sign()
+    basis = basis * signs  # the sign of a component is arbitrary: fix it
     parts = [(r - mean) @ basis for r in rows]
-    ends = [_quantiles(torch.cat(parts)[:, i]) for i in range(FEATURE_PARTS)]
-    low, high = (torch.stack(end) for end in zip(*ends, strict=True))
-    spread = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
+    ranges = [_inner_range(torch.cat(parts)[:, i]) for i in range(PCA_COMPONENTS)]
+    low, high = (torch.stack(bounds) for bounds in zip(*ranges, strict=True))
+    width = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
     return [
-        ((p - low) / spread).clamp(0, 1).unflatten(0, f.shape[1:]).float()
+        ((p - low) / width).clamp(0, 1).unflatten(0, f.shape[1:]).float()
         for p, f in zip(parts, features, strict=True)
     ]
 
 
-def _quantiles(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The values that CLIPPED of the others are below and above. (torch.quantile takes 16 million at most.)"""
+def _inner_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values that a share CLIPPED lies below and above; torch.quantile takes 16 million at most."""
     ordered = values.sort().values
     skipped = math.floor(CLIPPED * (len(ordered) - 1))
     return ordered[skipped], ordered[-1 - skipped]
 
 
 def jaccard(masks: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Jaccard index (intersection over union) of masks (..., H, W) with the truth, bool; NaN where both are empty.
+    """Jaccard index (intersection over union) of masks and objects.
 
-    counted: pixels that count, all by default.
+    Args:
+        masks: bool (..., H, W).
+        truth: bool, of a shape that broadcasts with the masks: the object.
+        counted: bool, like `truth`: pixels that count; default: all.
+
+    Returns:
+        float64 (...); NaN where mask and object are both empty.
     """
     counted = torch.ones_like(truth) if counted is None else counted
     both, either = masks & truth & counted, (masks | truth) & counted
@@ -175,14 +219,15 @@ def jaccard(masks: Tensor, truth: Tensor, counted: Tensor | None = None) -> Tens
 
 
 def bytes_per_pixel(backbone: XCiT) -> float:
-    """About how much memory a pass over one image takes, besides the weights, for each of its pixels, in float32.
+    """Estimate the memory of a pass over one image in bytes per pixel, float32, without weights.
 
-    The image twice (as read and channels last), and the larger of what the stem's first stage and an XCA layer hold at once;
-    `eval/speed/attention.py` measures it. Queries, keys and features fit into what the layers leave.
+    It is the image twice (as read and channels last), and the larger of what the first stage of the
+    stem and an XCA layer hold at once; `eval/speed/attention.py` measures it. Queries, keys and
+    features fit into the memory that the layers free.
     """
     C, p = backbone.embed_dim, backbone.patch_size
-    stem = backbone.patch_embed.proj[0][0].out_channels / 4 * 2  # type: ignore[index]
-    layer = (
-        12 * C + 3 * 64
-    ) / p**2  # the MLP's hidden units before and after GELU, tokens, queries; the positions' waves
-    return SPARE * 4 * (2 * backbone.in_chans + max(stem, layer))
+    first = next(m for m in backbone.patch_embed.modules() if isinstance(m, nn.Conv2d))
+    stem = first.out_channels / 4 * 2
+    # Hidden units of the MLP before and after GELU, tokens, queries; the waves of the positions.
+    layer = (12 * C + 3 * 64) / p**2
+    return MEMORY_MARGIN * 4 * (2 * backbone.in_chans + max(stem, layer))

@@ -1,4 +1,4 @@
-"""Weights -> a backbone whose attention is looked at, and what it gives for one image."""
+"""Weights -> a backbone that gives attention maps, and its result for one image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import SMALL
 from dino_xcit.errors import UserError
-from dino_xcit.figures.maps import AttentionMaps, check_layer, look
+from dino_xcit.figures.framing import Framing, without_padding
+from dino_xcit.figures.maps import AttentionMaps, attention_maps, check_layer
 from dino_xcit.model.architectures import CLASS_ATTENTION_LAYERS
 from dino_xcit.model.xcit import XCiT, with_class_attention
 from dino_xcit.run_folder import LAST, TEACHER
@@ -26,17 +27,20 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.attention import AttentionConfig
 
-OFFICIAL_SIZE = 480  # of official visualize_attention.py
+OFFICIAL_SIZE = 480  # pixels, of official visualize_attention.py
+LONGEST_REASON = 200  # characters of torch's message in ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionResult:
-    """What one backbone saw of one image. Axes as in `attention.py`, without the batch."""
+    """Maps of one image by one backbone; `AttentionMaps` without the batch, as arrays."""
 
     name: str
-    """file name of the image without its ending, once in a command"""
+    """file name of the image without its ending, unique within a command"""
+    model: str = ""
+    """title of the backbone"""
     image: np.ndarray
-    """uint8 (H, W, channels): the pixels that the patches lie on; the last patches may reach beyond"""
+    """uint8 (H, W, channels): input without padding; the last patches may reach beyond it"""
     patch: int
     """side of a patch in pixels"""
     attention: np.ndarray
@@ -46,16 +50,16 @@ class AttentionResult:
     features: np.ndarray | None = None
 
 
-# -- backbones -------------------------------------------------------------------------------------------------------
-
-
 class AttentionModel:
-    """A backbone that looks at one image: uint8 pixels -> maps."""
+    """A backbone that maps uint8 images to attention maps, with its weights' normalisation.
+
+    Raises:
+        UserError: the weights do not load, or have no such layer or head.
+    """
 
     def __init__(
         self, title: str, weights: str, config: AttentionConfig, device: torch.device
     ) -> None:
-        """Raises ValueError if the weights do not load or have no such layer or head."""
         self.title, self.weights, self.config, self.device = title, weights, config, device
         loaded = load_backbone(weights, config.arch, config.checkpoint_key)
         try:
@@ -71,73 +75,155 @@ class AttentionModel:
             )
 
     def use(self, backbone: XCiT) -> None:
+        """Take another backbone; `with_backbone` leaves this model as it is.
+
+        Raises:
+            UserError: the weights do not hold the normalisation of their channels.
+        """
         self.backbone = backbone.to(self.device).eval()
-        about = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
-        if len(about["mean"]) != backbone.in_chans:
+        self.channels = backbone.in_chans
+        options = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
+        if len(options["mean"]) != self.channels:
             raise UserError(
-                f"--weights {self.weights} do not say how their {backbone.in_chans} channels are normalised"
+                f"--weights {self.weights}: the file does not hold the mean and deviation by which "
+                f"its {self.channels} channels are normalised; expected weights that do"
             )
-        self.offset, self.scale = (
-            torch.tensor(about[key], device=self.device)[:, None, None] for key in ("mean", "std")
+        self.mean, self.std = (
+            torch.tensor(options[key], device=self.device)[:, None, None] for key in ("mean", "std")
         )
-        crop, asked = about["global_crops_size"], self.config.image_size
-        self.long_side = asked if asked is not None else crop if crop < SMALL else OFFICIAL_SIZE
+        crop, requested = options["global_crops_size"], self.config.image_size
+        default = crop if crop < SMALL else OFFICIAL_SIZE
+        self.long_side = default if requested is None else requested
 
     def with_backbone(self, backbone: XCiT, title: str) -> AttentionModel:
-        """The same with other weights."""
+        """A model of the same options with another backbone."""
         other = copy.copy(self)
         other.title = title
         other.use(backbone)
         return other
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, features: bool = False, xca: bool = False) -> AttentionMaps:
-        """uint8 (B, C, H, W) of sides that the patch divides."""
-        x = (images.to(self.device).float() / 255 - self.offset) / self.scale
+    def __call__(
+        self, images: Tensor, *, features: bool = False, xca: bool = False
+    ) -> AttentionMaps:
+        """Compute the maps of a batch in one pass.
+
+        Args:
+            images: uint8 (B, C, H, W), of sides that the patch size divides.
+            features: whether to return patch features.
+            xca: whether to return queries, keys and covariance of `--xca_layer`.
+        """
+        x = (images.to(self.device).float() / 255 - self.mean) / self.std
         half = HALF.get(resolve_precision(self.config))
+        layer, xca_layer = self.config.layer, self.config.xca_layer if xca else None
         with torch.autocast(self.device.type, half, enabled=half is not None):
-            xca_layer = self.config.xca_layer if xca else None
-            return look(
-                self.backbone, x, layer=self.config.layer, xca_layer=xca_layer, features=features
+            return attention_maps(
+                self.backbone, x, layer=layer, xca_layer=xca_layer, features=features
             )
 
 
+def attention_result(
+    name: str,
+    image: Tensor,
+    model: AttentionModel,
+    framing: Framing,
+    *,
+    features: bool = False,
+    xca: bool = False,
+) -> AttentionResult:
+    """Frame an image and compute its maps.
+
+    Args:
+        name: of the result.
+        image: uint8 (C, H, W) of any size.
+        model: the backbone.
+        framing: how the image is framed.
+        features: whether to return patch features.
+        xca: whether to return queries, keys and covariance.
+
+    Raises:
+        UserError: there is too little memory, or the image is smaller than a patch.
+    """
+    framing.check(*image.shape[-2:])
+    pixels, size = framing.apply(image)
+    try:
+        maps = model(pixels[None], features=features, xca=xca)
+    except (MemoryError, RuntimeError) as error:  # `Framing.check` is an estimate
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise UserError(f"{size[1]} x {size[0]} pixels: {reason}; lower --image_size") from error
+    arrays: dict[str, Any] = {
+        key: None if of_batch is None else of_batch[0].cpu().numpy()
+        for key, of_batch in maps._asdict().items()
+    }
+    image_array = without_padding(pixels, size)
+    patch = model.backbone.patch_size
+    return AttentionResult(name=name, model=model.title, image=image_array, patch=patch, **arrays)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is a failed allocation.
+
+    torch has a class for it on GPUs alone. On the CPU and on MPS it raises a bare RuntimeError,
+    whose text is all there is to go by.
+    """
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(text in " ".join(str(error).split()) for text in texts)
+
+
+# -- the models of a command -----------------------------------------------------------------------
+
+
 def open_models(config: AttentionConfig, device: torch.device) -> list[AttentionModel]:
-    """One for each of `--weights`, titled by `--names`, else by their folders or files."""
-    titles = [
-        (run_folder_of(weights) or Path(weights.replace(":", "_"))).name
-        for weights in config.weights
-    ]
-    titles = list(config.names) or (
-        titles if len(set(titles)) == len(titles) else list(config.weights)
-    )
-    if len(set(titles)) < len(titles):
-        titles = [f"{title}, {number}" for number, title in enumerate(titles)]
+    """One model for each of `--weights`, titled by `--names`, else by its folder or file.
+
+    Raises:
+        UserError: weights do not load, or have no such layer or head.
+    """
+    titles = _titles(config)
     return [
         AttentionModel(title, weights, config, device)
         for title, weights in zip(titles, config.weights, strict=True)
     ]
 
 
+def _titles(config: AttentionConfig) -> list[str]:
+    if config.names:
+        return list(config.names)
+    titles = [
+        (run_folder_of(weights) or Path(weights.replace(":", "_"))).name
+        for weights in config.weights
+    ]
+    if len(set(titles)) < len(titles):
+        titles = list(config.weights)
+    if len(set(titles)) < len(titles):
+        titles = [f"{title}, {number}" for number, title in enumerate(titles)]
+    return titles
+
+
 def open_checkpoints(config: AttentionConfig, device: torch.device) -> list[AttentionModel]:
-    """One for each checkpoint that the run has kept, in the order of the epochs, the finished teacher last."""
+    """One model for each checkpoint that the run kept, in the order of the epochs.
+
+    The finished teacher comes last, unless it equals the last of the checkpoints.
+
+    Raises:
+        UserError: `--weights` is not a run folder that kept checkpoints.
+    """
     folder = run_folder_of(config.weights[0])
     kept = sorted(folder.glob("checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt")) if folder else []
     if not folder or not kept:
         raise UserError(
-            f"--figures training: --weights {config.weights[0]} is not a run folder that kept checkpoints; "
-            "pretrain --saveckp_freq N keeps one every N epochs"
+            f"--figures training: --weights {config.weights[0]} is not a run folder that kept "
+            "checkpoints; pretrain --saveckp_freq N keeps one every N epochs"
         )
-    last = next((folder / name for name in (TEACHER, LAST) if (folder / name).exists()), kept[-1])
-    titles = [f"epoch {int(path.stem.removeprefix('epoch'))}" for path in kept]
     models = [
-        AttentionModel(title, str(path), config, device)
-        for title, path in zip(titles, kept, strict=True)
+        AttentionModel(f"epoch {int(path.stem.removeprefix('epoch'))}", str(path), config, device)
+        for path in kept
     ]
+    last = next((folder / name for name in (TEACHER, LAST) if (folder / name).exists()), kept[-1])
     final = AttentionModel("last", str(last), config, device)
     states = (model.backbone.state_dict().values() for model in (models[-1], final))
-    return (
-        models
-        if all(torch.equal(*pair) for pair in zip(*states, strict=True))
-        else [*models, final]
-    )
+    same = all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    return models if same else [*models, final]

@@ -1,10 +1,11 @@
-"""Images, attention maps and patch features -> one HTML file to explore them, offline, in any browser.
+"""Images, attention maps and patch features -> one HTML file to explore them in a browser, offline.
 
-page.html is the page; what it shows goes into it as one block of JSON:
+page.html is the template; the data goes into it as one block of JSON:
 - maps as uint16, linear from 0 to the maximum of their head: off by at most that maximum / 131070;
-- features as int8, of length 1 and on at most 64 axes (those that keep most energy): enough for cosines, no more.
+- features as int8 unit vectors on at most 64 axes, those with most energy: precise enough for
+cosines.
 
-h, w: rows and columns of patches, the last of which may be cut by the image's edge.
+h, w: rows and columns of patches, the last of which may reach beyond the image.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -31,21 +32,29 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("page.html")
 LOSSLESS_PIXELS = 256 * 256  # larger images are JPEG
 FEATURE_AXES = 64
-FEATURE_CELLS = 128  # a side of the grid of features; finer ones are pooled
+FEATURE_BLOCKS = 128  # on a side of the grid of features; finer grids are pooled
 LEVELS = 65535
+TINY = np.finfo(float).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exhibit:
-    """An image with its maps."""
+    """An image with its maps.
 
-    name: str  # name of the file, may hold any character
-    image: np.ndarray  # uint8 (H, W, 3), as shown
-    patch: int  # side of a patch, pixels
-    attention: (
-        np.ndarray
-    )  # float (heads, h, w): softmax weights of the class token; a head sums to at most 1
-    features: np.ndarray | None = None  # float (C, h, w), for similarities of patches
+    Raises:
+        UserError: the maps or features are not finite.
+    """
+
+    name: str
+    """of the file, may contain any character"""
+    image: np.ndarray
+    """uint8 (H, W, 3)"""
+    patch: int
+    """side of a patch in pixels"""
+    attention: np.ndarray
+    """float (heads, h, w): softmax weights of the class token; a head sums to at most 1"""
+    features: np.ndarray | None = None
+    """float (C, h, w), for similarities of patches"""
 
     def __post_init__(self) -> None:
         grid = tuple(-(-side // self.patch) for side in self.image.shape[:2])
@@ -57,7 +66,8 @@ class Exhibit:
             )
             if not np.isfinite(values).all():
                 raise UserError(
-                    f"{printable(self.name)}: attention or features are not finite numbers"
+                    f"{printable(self.name)}: attention or features are not finite; "
+                    "expected finite --weights, or --precision 32-true"
                 )
 
 
@@ -72,43 +82,48 @@ def write_page(
     colours: Sequence[tuple[float, float, float]],
     subtitle: str = "",
 ) -> None:
-    """threshold: share of the mass that masks keep, in (0, 1). clip: share of patches beyond either end of a map's colours.
-    colours: one for each head at least, in [0, 1]."""
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        exhibits: one at least.
+        title: heading of the page.
+        threshold: share of the mass that masks keep, in (0, 1).
+        clip: share of patches beyond either end of a map's colours.
+        colormap: matplotlib's name.
+        colours: of the heads, RGB in [0, 1].
+        subtitle: line below the heading.
+    """
     assert exhibits, "a page shows at least one image"
     assert 0 < threshold < 1, threshold
-    assert len(colours) >= max(len(exhibit.attention) for exhibit in exhibits), (
-        "each head needs a colour"
-    )
+    heads = max(len(exhibit.attention) for exhibit in exhibits)
+    assert len(colours) >= heads, "each head needs a colour"
+    scale = matplotlib.colormaps.get_cmap(colormap)(np.linspace(0, 1, 256), bytes=True)
     data = {
         "threshold": threshold,
         "clip": clip,
-        "lut": matplotlib.colormaps.get_cmap(colormap)(np.linspace(0, 1, 256), bytes=True)[
-            :, :3
-        ].tolist(),
+        "lut": scale[:, :3].tolist(),
         "colours": [[round(255 * channel) for channel in colour] for colour in colours],
         "exhibits": [encode(exhibit) for exhibit in exhibits],
     }
-    block = json.dumps(data, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )  # no </script> in a name ends it
-    filled = {
+    block = json.dumps(data, separators=(",", ":"))
+    texts = {
         "title": html.escape(printable(title)),
         "subtitle": html.escape(printable(subtitle)),
-        "data": block,
+        "data": block.replace("<", "\\u003c"),  # a name may contain </script>
     }
-    page = re.sub(
-        r"\{\{(\w+)\}\}", lambda place: filled[place[1]], TEMPLATE.read_text(encoding="utf-8")
-    )
+    template = TEMPLATE.read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: texts[place[1]], template)
     with replacing(path) as beside:
         beside.write_text(page, encoding="utf-8")
 
 
 def encode(exhibit: Exhibit) -> dict[str, Any]:
-    """What page.html reads of an image."""
+    """An image as page.html reads it."""
     (H, W), (heads, h, w) = exhibit.image.shape[:2], exhibit.attention.shape
     maps = exhibit.attention.astype(np.float64).reshape(heads, -1)  # (heads, h w)
     top = maps.max(1)
-    levels = np.round(LEVELS * maps / np.maximum(top, np.finfo(float).tiny)[:, None]).astype("<u2")
+    levels = np.round(LEVELS * maps / np.maximum(top, TINY)[:, None]).astype("<u2")
     encoded: dict[str, Any] = {
         "name": printable(exhibit.name),
         "image": data_url(exhibit.image),
@@ -116,52 +131,61 @@ def encode(exhibit: Exhibit) -> dict[str, Any]:
         "patch": exhibit.patch,
         "grid": [h, w],
         "top": top.tolist(),
-        "attention": text_of(levels),
+        "attention": base64_text(levels),
     }
     if exhibit.features is not None:
-        values, side, energy = compress(exhibit.features)
+        compressed = compress(exhibit.features)
         encoded["features"] = {
-            "grid": list(values.shape[:2]),
-            "side": side,
-            "energy": energy,
-            "values": text_of(values),
+            "grid": list(compressed.values.shape[:2]),
+            "side": compressed.side,
+            "energy": compressed.energy,
+            "values": base64_text(compressed.values),
         }
     return encoded
 
 
 def data_url(image: np.ndarray) -> str:
-    """uint8 (H, W, 3) -> PNG if small, else JPEG, as a URL."""
+    """uint8 (H, W, 3) as a URL: PNG if it is small, else JPEG."""
     kind = "png" if image.shape[0] * image.shape[1] <= LOSSLESS_PIXELS else "jpeg"
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, quality=90)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def text_of(values: np.ndarray) -> str:
+def base64_text(values: np.ndarray) -> str:
+    """The bytes of an array in base64."""
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
-def compress(features: np.ndarray) -> tuple[np.ndarray, int, float]:
-    """Features (C, h, w) -> int8 (rows, columns, axes) with nearly the same cosines, patches on a cell's side, energy kept.
+class CompressedFeatures(NamedTuple):
+    """Features whose cosines are nearly those of the original ones."""
 
-    The axes are leading right singular vectors, uncentred: of all projections theirs keeps most of the inner products.
+    values: np.ndarray
+    """int8 (rows, columns, axes)"""
+    side: int
+    """patches on the side of the block that shares one feature"""
+    energy: float
+    """share of the squared norms that the axes keep"""
+
+
+def compress(features: np.ndarray) -> CompressedFeatures:
+    """Pool, normalise, project and quantise features (C, h, w).
+
+    The axes are the leading right singular vectors, uncentred: the projection that keeps most of
+    the inner products.
     """
     C, h, w = features.shape
-    side = -(-max(h, w) // FEATURE_CELLS)
-    # A sum has the direction of the mean, also in the last cells, which may hold fewer patches.
-    cells = np.add.reduceat(
-        np.add.reduceat(features.astype(np.float64), range(0, h, side), 1), range(0, w, side), 2
-    )
-    unit = np.moveaxis(cells, 0, -1)  # (rows, columns, C)
-    unit /= np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), np.finfo(float).tiny)
+    side = -(-max(h, w) // FEATURE_BLOCKS)
+    # A sum has the direction of the mean, also in the last blocks, which may hold fewer patches.
+    sums = np.add.reduceat(features.astype(np.float64), range(0, h, side), 1)
+    sums = np.add.reduceat(sums, range(0, w, side), 2)
+    unit = np.moveaxis(sums, 0, -1)  # (rows, columns, C)
+    unit /= np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), TINY)
     energy = 1.0
     if C > FEATURE_AXES:
         flat = unit.reshape(-1, C)
-        values, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
-        energy = float(values[-FEATURE_AXES:].sum() / max(values.sum(), np.finfo(float).tiny))
+        squares, vectors = np.linalg.eigh(flat.T @ flat)  # ascending
+        energy = float(squares[-FEATURE_AXES:].sum() / max(squares.sum(), TINY))
         unit = unit @ vectors[:, -FEATURE_AXES:]
-    return (
-        np.round(127 * unit / max(np.abs(unit).max(), np.finfo(float).tiny)).astype(np.int8),
-        side,
-        energy,
-    )
+    values = np.round(127 * unit / max(np.abs(unit).max(), TINY)).astype(np.int8)
+    return CompressedFeatures(values, side, energy)

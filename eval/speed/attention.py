@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from common import circumstances, peak
 
-from dino_xcit.figures.maps import bytes_per_pixel, look
+from dino_xcit.figures.maps import attention_maps, bytes_per_pixel
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.runtime import keep_freed_memory
 
@@ -33,12 +33,14 @@ def measure(arch: str, side: int, repeats: int) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     backbone = XCiT(arch).to(device).eval()
-    look(backbone, torch.randn(1, 3, backbone.patch_size, backbone.patch_size, device=device))
+    attention_maps(
+        backbone, torch.randn(1, 3, backbone.patch_size, backbone.patch_size, device=device)
+    )
     image = torch.randn(1, 3, side, side, device=device)
     before, times = peak(device), []
     for _ in range(repeats):
         start = time.perf_counter()
-        attention = look(backbone, image).attention
+        attention = attention_maps(backbone, image).attention
         assert bool(attention.isfinite().all())  # also waits for the GPU
         times.append(time.perf_counter() - start)
     return {

@@ -39,7 +39,7 @@ from dino_xcit.data.framing import EvalDataset, Transform
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate.feature_store import FeatureStore, extract
 from dino_xcit.evaluate.features import FeatureExtractor
-from dino_xcit.figures.maps import look
+from dino_xcit.figures.maps import attention_maps
 from dino_xcit.model.architectures import timm_name
 from dino_xcit.runtime import keep_freed_memory
 from dino_xcit.weights.load import save_backbone
@@ -113,7 +113,7 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def only_look() -> object:
-        return look(backbone, pixels)
+        return attention_maps(backbone, pixels)
 
     def figure() -> object:
         with contextlib.redirect_stdout(io.StringIO()):
