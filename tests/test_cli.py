@@ -1,4 +1,4 @@
-"""What a user types and what the terminal answers."""
+"""Help, errors, exit codes and side effects of the command line, and its functions for Python."""
 
 from __future__ import annotations
 
@@ -7,87 +7,185 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import numpy as np
 import pytest
 
-from dino_xcit.cli import join_lists, main, parse
-from dino_xcit.config.attention import AttentionConfig
+import dino_xcit
+from dino_xcit import cli
+from dino_xcit.cli import COMMANDS, main
+from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import NotFiniteError, RunFailedError, UserError
+
+MODULE = [sys.executable, "-m", "dino_xcit.cli"]
+NEEDED = {name: [] if name == "pretrain" else ["--weights", "W"] for name in COMMANDS}
 
 
-def config(*arguments: str) -> PretrainConfig:
-    return parse("pretrain", PretrainConfig, list(arguments))
+@pytest.fixture
+def function(monkeypatch):
+    """Replace the function of every command."""
+
+    def replace(new):
+        monkeypatch.setattr(cli, "load_function", lambda command: new)
+
+    return replace
 
 
-def test_help_answers_within_a_second_and_without_torch():
-    start = time.perf_counter()
-    for arguments in (["--help"], ["pretrain", "--help"]):
-        code = (
-            "import sys; from dino_xcit.cli import main\n"
-            f"try: main({arguments})\nexcept SystemExit: pass\n"
-            "assert not {'torch', 'lightning', 'timm', 'numpy'} & set(sys.modules), 'a heavy import'"
-        )
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert answer.returncode == 0, answer.stderr
-        assert "usage: dino-xcit" in answer.stdout
-    assert time.perf_counter() - start < 2
+def raises(error):
+    def function(config):
+        raise error
+
+    return function
 
 
-def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit):
-        main(["pretrain", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(PretrainConfig):
-        assert f"--{field.name} " in text
-    assert text.count("(type:") >= len(dataclasses.fields(PretrainConfig))
-    assert "peak learning rate for a total batch of 256 images" in text
+# -- help --------------------------------------------------------------------------------------
 
 
-def test_importing_the_package_imports_no_torch():
-    code = "import sys, dino_xcit as d; dir(d); assert 'torch' not in sys.modules; d.XCiT; assert 'torch' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("words", [["0.25", "1"], ["[0.25, 1]"], ["[0.25,", "1]"]])
-def test_lists_are_typed_as_official_dino_takes_them_and_as_yaml(words):
-    assert config("--global_crops_scale", *words, "--lr", "1").global_crops_scale == (0.25, 1.0)
-
-
-def test_a_switch_needs_no_value():
-    assert config("--dry_run", "--compile", "--seed", "3").dry_run is True
-    assert config("--seed", "3", "--dry_run").dry_run is True
-    assert config("--dry_run", "false", "--compile").compile is True
-    assert config("--dry_run", "false").dry_run is False
-
-
-def test_a_list_ends_at_the_next_flag():
-    joined, _ = join_lists(
-        ["--mean", "0.1", "0.2", "0.3", "--seed", "3", "--std=[1, 1, 1]"], PretrainConfig
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_slow(arguments):
+    code = (
+        "import sys; from dino_xcit.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'lightning', 'timm', 'numpy'} & set(sys.modules), 'a slow import'"
     )
-    assert joined == ["--mean=[0.1, 0.2, 0.3]", "--seed", "3", "--std=[1, 1, 1]"]
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "usage: dino-xcit" in answer.stdout
+    assert "--debug shows the traceback of every error" in answer.stdout
 
 
-def test_a_flag_wins_over_the_config_file_and_print_config_shows_the_result(tmp_path, capsys):
-    file = tmp_path / "c.yaml"
-    file.write_text("lr: 0.25\nseed: 7\nglobal_crops_scale: [0.3, 1.0]\n")
-    merged = config("--config", str(file), "--seed", "8")
-    assert (merged.lr, merged.seed, merged.global_crops_scale) == (0.25, 8, (0.3, 1.0))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option(name, capsys):
     with pytest.raises(SystemExit):
-        config("--config", str(file), "--seed", "8", "--print_config")
-    printed = capsys.readouterr().out
-    assert "lr: 0.25" in printed
-    assert "seed: 8" in printed
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    fields = dataclasses.fields(COMMANDS[name].config)
+    for field in fields:
+        assert f"--{field.name} " in text
+    assert text.count("(type:") >= len(fields)  # each has its help and its type
 
 
-def test_other_trainer_options_are_reachable():
-    assert config("--trainer.profiler", "simple").trainer == {"profiler": "simple"}
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 128 + signal.SIGPIPE),
+        (["pretrain", "--help"], 0),  # argparse ignores it
+    ],
+)
+def test_a_reader_of_stdout_that_is_gone_ends_the_command_quietly(arguments, code):
+    process = subprocess.Popen(
+        [*MODULE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == code
+
+
+# -- errors and exit codes ---------------------------------------------------------------------
+
+
+def numpys_error() -> ValueError:
+    with pytest.raises(ValueError, match="broadcast") as caught:
+        np.zeros(2) + np.zeros(3)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("--lr is -1; expected 0 or more"), 2),
+        (FileNotFoundError(2, "No such file or directory", "gone.png"), 2),
+        (RunFailedError("the loss is not finite; try a lower --lr"), 1),
+        (NotFiniteError("the loss is not finite; try a lower --lr"), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_expected_error_is_one_line(error, code, function, capsys):
+    function(raises(error))
+    assert main(["export", "--weights", "W"]) == code
+    assert capsys.readouterr().err == f"dino-xcit export: {error}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        numpys_error(),
+        RuntimeError("size mismatch"),
+        KeyError("name"),
+        OSError("no file"),
+        BrokenPipeError(32, "Broken pipe"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_other_error_is_a_fault_with_its_traceback(error, function, capsys):
+    function(raises(error))
+    assert main(["export", "--weights", "W"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == f"dino-xcit export: {cli.FAULT}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_debug_shows_the_traceback_of_every_error(name, function, capsys):
+    function(raises(UserError("--lr is -1")))
+    assert main([name, *NEEDED[name], "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == f"dino-xcit {name}: --lr is -1"
+    assert main([name, "--no_such_option", "1", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_the_first_process_prints_a_users_error(function, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    function(raises(UserError("--lr is -1")))
+    assert main(["export", "--weights", "W"]) == 2
+    assert capsys.readouterr().err == ""
+    function(raises(RunFailedError("this process failed")))
+    assert main(["export", "--weights", "W"]) == 1
+    assert "this process failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_tells_which_commands_continue(name, function, capsys):
+    function(raises(KeyboardInterrupt()))
+    assert main([name, *NEEDED[name]]) == 130
+    message = capsys.readouterr().err
+    assert f"dino-xcit {name}: stopped" in message
+    assert ("the same command continues from there" in message) == COMMANDS[name].resumes
+
+
+def test_the_exit_code_is_what_the_function_returns(function):
+    @dataclasses.dataclass
+    class Outcome:
+        exit_code: int = 143
+
+    function(lambda config: Outcome())
+    assert main(["pretrain"]) == 143
+    function(lambda config: {"results": []})
+    assert main(["pretrain"]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pretain"], ["'pretain'", "pretrain"]),
+        (["pretain"], ["unknown command 'pretain'", "did you mean pretrain", "knn-eval"]),
+        (["knn"], ["did you mean knn-eval"]),
+    ],
+)
+def test_an_unknown_command_names_the_closest(arguments, words, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["pretrain", "--learning_rat", "1"], ["--learning_rat"]),
         (["pretrain", "--warmup_epoch", "1"], ["--warmup_epoch", "did you mean --warmup_epochs"]),
         (["pretrain", "--lr", "fast"], ["--lr", "float", "fast"]),
@@ -133,121 +231,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
         assert word in err
 
 
-def attention(*arguments: str) -> AttentionConfig:
-    return parse("attention", AttentionConfig, list(arguments))
-
-
-def test_images_are_the_words_that_belong_to_no_flag():
-    config = attention(
-        "a.png",
-        "--weights",
-        "W",
-        "b c.png",
-        "--layer",
-        "-2",
-        "d",
-        "--html",
-        "e.png",
-        "--titles",
-        "false",
-        "f",
-    )
-    assert config.images == ("a.png", "b c.png", "d", "e.png", "f")
-    assert (config.weights, config.layer, config.html, config.titles) == (("W",), -2, True, False)
-
-
-def test_lists_before_images_end_where_the_words_are_no_items_of_theirs():
-    config = attention(
-        "--weights",
-        "W",
-        "--figures",
-        "similarity",
-        "pca",
-        "a.png",
-        "--point",
-        "0.5",
-        "1e-1",
-        "b.png",
-        "--format",
-        "pdf",
-        "c",
-        "--dpi",
-        "72",
-        "d",
-    )
-    assert config.images == ("a.png", "b.png", "c", "d")
-    assert (config.figures, config.point, config.format, config.dpi) == (
-        ("similarity", "pca"),
-        (0.5, 0.1),
-        ("pdf",),
-        72,
-    )
-
-
-def test_a_word_list_takes_one_word_a_flag():
-    config = attention(
-        "--weights",
-        "A",
-        "a.png",
-        "--weights",
-        "B",
-        "--names",
-        "the first",
-        "--names=second",
-        "b.png",
-    )
-    assert (config.weights, config.names) == (("A", "B"), ("the first", "second"))
-    assert config.images == ("a.png", "b.png")
-
-
-@pytest.mark.parametrize("words", [["--weights"], ["--weights", "--html"], ["--layer"]])
-def test_a_flag_without_its_value_is_an_error(words, capsys):
-    assert main(["attention", *words]) == 2
-    assert words[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["epochs:\nseed: 1", "mean: null", "arch: ~"])
-def test_an_option_without_a_value_is_told(text, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(text)
-    assert main(["pretrain", "--config", str(tmp_path / "config.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert (
-        said
-        == f"dino-xcit pretrain: --{text.split(':')[0]} has no value; leave it out for its default, or give it one\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        (
-            "x0: &x0 [1, 1]\n"
-            + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40)),
-            "more than 1000000",
-        ),
-        ("mean: " + "[" * 5000 + "]" * 5000, "nested too deep"),
-        ("mean: &a [*a]", "more than 1000000"),
-        ("seed: !!int x", "is not readable as YAML: invalid literal"),
-        ("seed: !!bool x", "is not readable as YAML: "),
-        (
-            "arch: !!python/object/apply:os.mkdir [hacked]",
-            "could not determine a constructor for the tag",
-        ),
-        ("arch: \xff", "is not readable as YAML: 'utf-8' codec"),
-    ],
-)
-def test_files_that_are_no_options_are_told_in_a_line(text, problem, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_bytes(text.encode("latin-1"))
-    assert main(["pretrain", "--config", "config.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert problem in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "hacked").exists()
-
-
+@pytest.mark.slow
 def test_ctrl_c_while_modules_load_ends_at_once(tmp_path):
-    """Raised in the middle of an import, it may be swallowed: here by torch's, made to swallow it."""
+    """An import may swallow KeyboardInterrupt; here torch's is made to swallow it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.abc, os, signal, sys\n"
         "class Swallow(importlib.abc.MetaPathFinder):\n"
@@ -276,3 +262,73 @@ def test_ctrl_c_while_modules_load_ends_at_once(tmp_path):
     )
     assert run.returncode == -signal.SIGINT, run.stderr
     assert run.stderr == ""
+
+
+# -- the caller's process ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_only_a_process_of_the_command_keeps_freed_memory(name, own_process, function, monkeypatch):
+    called = []
+    monkeypatch.setattr("dino_xcit.runtime.keep_freed_memory", lambda: called.append(name))
+    function(lambda config: None)
+    assert main([name, *NEEDED[name]], own_process=own_process) == 0
+    assert bool(called) == (own_process and COMMANDS[name].large_tensors)
+
+
+def test_the_handler_of_ctrl_c_is_as_before(function):
+    before = signal.getsignal(signal.SIGINT)
+    function(lambda config: None)
+    main(["pretrain"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- functions for Python ----------------------------------------------------------------------
+
+
+def knn_eval(config: KnnConfig) -> KnnConfig:
+    return config
+
+
+def pretrain(config: PretrainConfig, callbacks: tuple[object, ...] = ()) -> object:
+    """What it does."""
+    return config, callbacks
+
+
+def test_options_as_keywords_are_those_of_the_config():
+    call = cli.with_options(knn_eval, KnnConfig)
+    expected = KnnConfig(weights="W", nb_knn=(5, 10), temperature=0.1)
+    assert call(weights="W", nb_knn=[5, 10], temperature=0.1) == expected
+    assert call(expected) is expected
+
+
+def test_other_keywords_are_passed_to_the_function():
+    call = cli.with_options(pretrain, PretrainConfig)
+    assert call(epochs=20, callbacks=["mine"]) == (PretrainConfig(epochs=20), ["mine"])
+    assert call(PretrainConfig(), callbacks=["mine"]) == (PretrainConfig(), ["mine"])
+    assert call.__doc__ == "What it does."
+
+
+def test_an_unknown_keyword_is_a_type_error_that_names_the_closest():
+    call = cli.with_options(knn_eval, KnnConfig)
+    with pytest.raises(TypeError, match=r"knn_eval\(\) has no option 'wieghts'; .* mean weights\?"):
+        call(wieghts="W")
+    with pytest.raises(TypeError, match=r"has no option 'callbacks'$"):
+        call(KnnConfig(weights="W"), callbacks=[])
+
+
+def test_a_config_and_options_together_are_a_type_error():
+    with pytest.raises(TypeError, match=r"a config or its options, not both: temperature given"):
+        cli.with_options(knn_eval, KnnConfig)(KnnConfig(weights="W"), temperature=1.0)
+
+
+def test_the_public_functions_are_those_of_the_commands(function, monkeypatch):
+    dino_xcit._function.cache_clear()
+    function(knn_eval)
+    try:
+        assert dino_xcit.knn_eval(weights="W") == KnnConfig(weights="W")
+        with pytest.raises(UserError, match="--temperature is 0; expected a positive number"):
+            dino_xcit.knn_eval(weights="W", temperature=0)
+    finally:
+        dino_xcit._function.cache_clear()

@@ -1,53 +1,43 @@
-"""Imports run downward only: each room may import the rooms before it."""
+"""The public names of the package, and what importing it costs."""
 
 from __future__ import annotations
 
-import ast
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 import dino_xcit
-
-FLOORS = (
-    ("config", "shapes"),
-    ("schedules", "xcit", "dino", "photometric", "run_folder", "machine", "watch"),
-    ("formats", "dense"),
-    ("crops", "attention", "figure", "video", "page"),
-    ("data",),
-    ("module", "weights"),
-    ("features", "report"),
-    ("knn", "linear", "segmentation", "plan", "views", "saving", "takeover"),
-    ("layouts", "masks"),
-    ("strip", "probe", "show", "export"),
-    ("pretrain",),
-    ("cli",),
-)
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FOLDER = Path(dino_xcit.__file__).parent
+from dino_xcit.cli import COMMANDS
 
 
-def imported_rooms(room: str) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse((FOLDER / f"{room}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dino_xcit"):
-            found |= (
-                {node.module.removeprefix("dino_xcit.")}
-                if node.module != "dino_xcit"
-                else {a.name for a in node.names}
-            )
-    return found - {"__version__"}
-
-
-def test_every_room_stands_on_a_floor():
-    assert {path.stem for path in FOLDER.glob("*.py")} - {"__init__"} == set(FLOOR_OF)
-
-
-def test_every_public_name_loads_and_is_no_rooms_name():
+def test_every_public_name_loads():
     for name in dino_xcit.__all__:
         assert getattr(dino_xcit, name) is not None
-        assert name not in FLOOR_OF, "importing the room would hide the name"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        dino_xcit.nothing  # noqa: B018
 
 
-def test_imports_run_downward():
-    for room, floor in FLOOR_OF.items():
-        for imported in imported_rooms(room):
-            assert FLOOR_OF[imported] < floor, f"{room} imports {imported}"
+def test_no_public_name_is_a_submodules_name():
+    """Importing that submodule would replace the public name."""
+    folder = Path(dino_xcit.__file__).parent
+    submodules = {path.stem for path in folder.iterdir()}
+    assert not submodules & {*dino_xcit.__all__} - {"__version__"}
+
+
+def test_every_command_is_a_public_function():
+    functions = [command.replace("-", "_") for command in COMMANDS]
+    assert set(functions) <= set(dir(dino_xcit))
+    assert [getattr(dino_xcit, name).__name__ for name in functions] == functions
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, dino_xcit\n"
+        "dir(dino_xcit); dino_xcit.KnnConfig(weights='W'); dino_xcit.UserError\n"
+        "assert not {'torch', 'numpy', 'lightning', 'timm'} & set(sys.modules)\n"
+        "dino_xcit.XCiT\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
