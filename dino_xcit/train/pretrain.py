@@ -203,8 +203,10 @@ def _fit(run: Run, module: DINOModule, checkpoint: Path | None) -> Outcome:
     data = CropData(run.config, run.images, module.student.backbone.path_shape)
     signals.listen()
     with warnings.catch_warnings(), compiling(KEPT_FOR_BACKWARD):
-        # The loader has a worker for every core; the other warning is of Lightning's own code.
+        # The loader has a worker for every core; a finished run has no more batches; the last
+        # warning is of Lightning's own code.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
