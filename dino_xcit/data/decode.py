@@ -6,107 +6,128 @@ import contextlib
 import io
 import signal
 import threading
+import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dino_xcit.errors import UserError
+from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 try:
     from torchvision.io import ImageReadMode, decode_image
-except (
-    ImportError
-):  # torchvision 0.29 announces their removal; PIL then reads everything, more slowly
+except ImportError:  # announced for torchvision 0.29: PIL then decodes everything, more slowly
     decode_image = None
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-JPEG = b"\xff\xd8"
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Those of the extensions: PIL goes by the content, and would start Ghostscript for a file that holds PostScript.
+# PIL's names of the formats with these extensions. PIL looks at the content, not at the extension:
+# without this list it would start Ghostscript for a file that holds PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SECONDS_TO_READ = 60  # an image, after which it counts as unreadable: a file system that hangs must not hang the run
+JPEG = b"\xff\xd8"  # first bytes
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+SECONDS_TO_READ = 60  # after which an image counts as unreadable, so a hanging file system ends
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """The bytes of an image file -> uint8 (C, H, W), upright, in the channels asked for.
+    """Decode an image file to upright pixels.
 
-    torchvision decodes JPEG, PIL the rest: some damaged PNGs crash torchvision's decoder, and it is no faster. Raises
-    ValueError if neither can, or if there are more than 179 million pixels, which is PIL's limit.
+    torchvision decodes JPEG, PIL the rest: some damaged PNGs crash torchvision's decoder, and it is
+    no faster for them.
+
+    Returns:
+        uint8 (channels, H, W).
+
+    Raises:
+        ImageError: Neither decoder can read it, or it has more than 179 million pixels, PIL's
+            limit.
+        UserError: Files cannot be read with this number of channels.
     """
     if decode_image is not None and channels in (1, 3) and data.startswith(JPEG):
-        _open(data).close()  # reads the size alone: torchvision would take the memory for any
+        _open(data).close()  # checks the size: torchvision would allocate memory for any
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
         with contextlib.suppress(RuntimeError):
-            return decode_image(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                mode,
-                apply_exif_orientation=True,
-            )
+            pixels: Tensor = decode_image(encoded, mode, apply_exif_orientation=True)
+            return pixels
     with reading_images(), _open(data) as file:
         return from_pil(ImageOps.exif_transpose(file), channels)
 
 
 def _open(data: bytes) -> Image.Image:
-    """Raises ValueError if these are not the bytes of an image, or of too large a one."""
     with reading_images():
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-@contextlib.contextmanager
-def reading_images() -> Iterator[None]:
-    """Raises ValueError in one line for whatever PIL lets through of the readers of its formats."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of odd metadata, and of sizes that are half of what is refused
-            yield
-    except ValueError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError("not an image") from None
-    except Exception as error:
-        raise UserError(one_line(error)) from error
-
-
-@contextlib.contextmanager
-def in_time(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError if this takes longer. Elsewhere than in the main thread, where no signal comes: no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError(f"not read within {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def from_pil(image: Image.Image, channels: int) -> Tensor:
+    """Convert a PIL image to uint8 (channels, H, W)."""
+    require_readable(channels)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip instead of scale
-        image = Image.fromarray(
-            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        )
-    if channels not in PIL_MODES:
-        raise UserError(
-            f"images of {channels} channels cannot be read from files; --in_chans takes 1, 3 or 4 here"
-        )
+        levels = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     array = np.array(image.convert(PIL_MODES[channels]))
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
 
 
+def require_readable(channels: int) -> None:
+    """Raise UserError if image files cannot be read with this number of channels."""
+    if channels not in PIL_MODES:
+        raise UserError(
+            f"image files cannot be read with --in_chans {channels}; expected 1, 3 or 4"
+        )
+
+
+@contextlib.contextmanager
+def reading_images() -> Iterator[None]:
+    """Raise ImageError, in one line, for whatever PIL raises.
+
+    PIL lets through any exception of the readers of its formats. Its warnings are ignored: they are
+    about odd metadata, and about sizes over half of its limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image") from None
+    except Exception as error:
+        raise ImageError(one_line(error)) from error
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise TimeoutError, an OSError, if reading takes more than `SECONDS_TO_READ`.
+
+    It needs a signal, so there is no limit outside the main thread. The caller's handler and timer
+    of that signal are restored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"not read within {SECONDS_TO_READ:g} s")
+
+    start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_READ)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if remaining:
+            remaining = max(1e-6, remaining - (time.monotonic() - start))
+            signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+
+
 def one_line(error: BaseException) -> str:
+    """Return the error's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import EXTENSIONS, SECONDS_TO_READ, decode, from_pil, in_time, one_line
+from dino_xcit.data.decode import EXTENSIONS, decode, from_pil, one_line, time_limit
 from dino_xcit.errors import UserError
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
@@ -101,7 +101,7 @@ class TimmSet:
         return len(self.dataset)
 
     def read(self, index: int) -> Tensor:
-        with in_time(SECONDS_TO_READ):
+        with time_limit():
             if self.reader is None:  # torchvision's sets hand out PIL images
                 return from_pil(self.dataset[index][0], self.channels)
             with self.reader[index][0] as file:

@@ -1,49 +1,73 @@
-"""Which images each step sees, and the loader that hands out their crops."""
+"""Which images each step sees, and the loader that delivers their crops."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dino_xcit.data.crops import MultiCrop, Views
 from dino_xcit.data.decode import one_line
-from dino_xcit.errors import UserError
+from dino_xcit.errors import ImageError, UserError
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from multiprocessing.process import BaseProcess
 
     from torch import Tensor
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.images import ImageSet
 
-REPLACEMENTS_TRIED = 20
-T = TypeVar("T")
+REPLACEMENTS_TRIED = 20  # for an unreadable image, before the run ends
 WORKER_DEATHS = 5  # without a batch between them, after which the run ends
+SECONDS_TO_DIE = 1.0  # a worker's connections close a moment before it counts as dead
+
+
+# -- samples and batches -----------------------------------------------------------------------
 
 
 class BadImage(NamedTuple):
-    """An image that could not be read and what was wrong with it."""
+    """An image that could not be read, and why."""
 
     name: str
     reason: str
 
 
+class Sample(NamedTuple):
+    """The views of one image, and the unreadable images that were tried before it."""
+
+    views: Views
+    bad_images: list[BadImage]
+
+
 class Batch(NamedTuple):
-    """What a step trains on: `Views` with a batch axis in front, and the unreadable images met on the way."""
+    """Input of one forward pass.
+
+    `views` holds the fields of `Views` with a batch axis in front.
+    """
 
     views: dict[str, Tensor]
     bad_images: list[BadImage]
 
 
+Position: TypeAlias = tuple[int, int]
+"""Epoch, and index of an image."""
+
+
 class CropDataset(Dataset[Any]):
-    """(epoch, index) -> the views of that image in that epoch."""
+    """Samples by position, (epoch, index of the image).
+
+    A sample depends on the seed and its position alone, so workers have no state.
+    """
 
     def __init__(
         self, images: ImageSet, config: PretrainConfig, path_shape: tuple[int, int]
@@ -54,147 +78,220 @@ class CropDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[Views, list[BadImage]]:
-        epoch, index = position
-        key = (self.config.seed, epoch, index)
+    def __getitem__(self, position: Position) -> Sample | UserError:
+        """Return the sample, or what the user has to put right.
+
+        The error is returned because torch puts a traceback into the message of one that a worker
+        raises. `CropLoader` and `batch` raise it.
+        """
+        key = (self.config.seed, *position)
+        rng = np.random.default_rng((*key, 1))
+        replacements = rng.integers(len(self.images), size=REPLACEMENTS_TRIED).tolist()
         bad: list[BadImage] = []
-        for candidate in (
-            index,
-            *np.random.default_rng((*key, 1)).integers(len(self.images), size=REPLACEMENTS_TRIED),
-        ):
+        for candidate in (position[1], *replacements):
             try:
-                return self.crop(self.images.read(int(candidate)), key), bad
-            except (OSError, ValueError) as error:
-                bad.append(BadImage(name=self.images.name(int(candidate)), reason=one_line(error)))
+                image = self.images.read(candidate)
+            except (ImageError, OSError) as error:
+                bad.append(BadImage(self.images.name(candidate), one_line(error)))
                 if self.config.on_bad_image == "raise":
                     break
+            else:
+                return Sample(self.crop(image, key), bad)
         problem = f"cannot read {bad[0].name}: {bad[0].reason}"
         if self.config.on_bad_image == "raise":
-            raise UserError(f"{problem}; --on_bad_image replace would go on without it")
-        raise UserError(
+            return UserError(f"{problem}; --on_bad_image replace continues with another image")
+        return UserError(
             f"{problem}, nor {len(bad) - 1} others picked in its place; is --data_path right?"
         )
 
+    def batch(self, positions: Sequence[Position]) -> Batch:
+        """Load a batch in this process.
 
-class StepBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Which images each forward pass of this process sees, over the whole run: lists of (epoch, index).
+        Raises:
+            UserError: An image could not be read or replaced.
+        """
+        batch = collate([self[position] for position in positions])
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
-    Each epoch is a permutation drawn from (seed, epoch), cut into optimizer steps, each step into passes, each pass into
-    the shares of the processes. What does not fill a step is left out, as official DINO drops its last batch.
+
+def collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    """Stack the samples of a batch; return the first error if there is one."""
+    whole: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        whole.append(sample)
+    return Batch(
+        views=default_collate([vars(sample.views) for sample in whole]),
+        bad_images=[bad for sample in whole for bad in sample.bad_images],
+    )
+
+
+# -- order -------------------------------------------------------------------------------------
+
+
+class StepBatchSampler(Sampler[list[Position]]):
+    """Positions of the images of each forward pass of this process, from `first_step` to the end.
+
+    Each epoch is a permutation of the images, a function of (seed, epoch). It is cut into optimizer
+    steps, each step into forward passes, each pass into the shares of the processes. Images that do
+    not fill a step are left out, as official DINO drops its last batch.
     """
+
+    first_step: int
+    """Optimizer steps that are done, over the whole run; to be set before iteration."""
+    steps_per_epoch: int
+    """Optimizer steps of an epoch."""
+    total_batch: int
+    """Images of a step, of all processes together."""
 
     def __init__(
         self, config: PretrainConfig, images: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.config, self.images, self.rank, self.world_size = config, images, rank, world_size
-        self.passes_done = 0
+        self.config, self.images, self.rank = config, images, rank
+        self.first_step = 0
         self.pass_batch = config.batch_size_per_gpu * world_size
         self.total_batch = self.pass_batch * config.accumulate_grad_batches
         self.steps_per_epoch = images // self.total_batch
         if not self.steps_per_epoch:
             raise UserError(
-                f"{images} images are fewer than one step takes ({self.total_batch}: --batch_size_per_gpu "
-                f"{config.batch_size_per_gpu} x {world_size} processes x --accumulate_grad_batches "
-                f"{config.accumulate_grad_batches}); lower --batch_size_per_gpu"
+                f"{images} images are fewer than one step takes ({self.total_batch}: "
+                f"--batch_size_per_gpu {config.batch_size_per_gpu} x {world_size} processes x "
+                f"--accumulate_grad_batches {config.accumulate_grad_batches}); "
+                "lower --batch_size_per_gpu"
             )
-        self.passes_per_epoch = self.steps_per_epoch * config.accumulate_grad_batches
 
     def __len__(self) -> int:
-        return self.config.epochs * self.passes_per_epoch
+        """Forward passes from `first_step` to the end of the run."""
+        steps = self.config.epochs * self.steps_per_epoch - self.first_step
+        return steps * self.config.accumulate_grad_batches
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.config.batch_size_per_gpu
-        for epoch in range(self.passes_done // self.passes_per_epoch, self.config.epochs):
+    def __iter__(self) -> Iterator[list[Position]]:
+        return self.passes()
+
+    def passes(self, skipped: int = 0) -> Iterator[list[Position]]:
+        """Iterate the passes from `first_step` on, without the first `skipped` of them."""
+        share, accumulated = self.config.batch_size_per_gpu, self.config.accumulate_grad_batches
+        per_epoch = self.steps_per_epoch * accumulated
+        first_epoch, first_pass = divmod(self.first_step * accumulated + skipped, per_epoch)
+        for epoch in range(first_epoch, self.config.epochs):
             permutation = np.random.default_rng((self.config.seed, epoch)).permutation(self.images)
-            first = max(0, self.passes_done - epoch * self.passes_per_epoch)
-            for number in range(first, self.passes_per_epoch):
+            for number in range(first_pass if epoch == first_epoch else 0, per_epoch):
                 start = number * self.pass_batch + self.rank * share
                 yield [(epoch, int(index)) for index in permutation[start : start + share]]
 
 
-def surviving(loaded_from: Callable[[int], Iterator[T]]) -> Iterator[T]:
-    """The items of a loader that can start at any of them. A worker that dies takes nothing with it: others start where the
-    items stopped. Raises ValueError if they die too."""
-    done = deaths = 0
-    while True:
-        try:
-            items = loaded_from(done)
-            if threading.current_thread() is threading.main_thread():
-                # torch would tell of the death by an exception in the middle of whatever runs; so it is told by the loader.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for item in items:
-                done, deaths = done + 1, 0
-                yield item
-            return
-        except (
-            RuntimeError,
-            ConnectionError,
-            EOFError,
-        ) as error:  # the latter two: it died while handing over a batch
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise
-            deaths += 1
-            reason = (
-                one_line(error).rstrip(".")
-                if isinstance(error, RuntimeError)
-                else "a loader worker died"
-            )
-            if deaths > WORKER_DEATHS:
-                raise UserError(
-                    f"{deaths} loader workers died one after the other ({reason}); if the machine is out of memory, "
-                    "lower --num_workers, else look for an image that a decoder cannot bear with --num_workers 0"
-                ) from error
-            say(f"{reason}; others start in its place")
+# -- worker processes --------------------------------------------------------------------------
 
 
-class CropLoader(DataLoader[Batch]):
-    """Loads the run's batches in order. Lightning saves and restores how many were handed out."""
+class CropLoader:
+    """Iterates the run's batches in the sampler's order; dead workers are replaced.
+
+    Raises UserError while iterating if an image can be neither read nor replaced.
+    """
 
     def __init__(
-        self, dataset: CropDataset, order: StepBatchSampler, num_workers: int, pin_memory: bool
+        self, dataset: CropDataset, sampler: StepBatchSampler, num_workers: int, pin_memory: bool
     ) -> None:
-        self.order = order
-        self.handed_out = 0
-        super().__init__(
-            dataset,
-            batch_sampler=order,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+        self.dataset, self.sampler = dataset, sampler
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batch: Batch | UserError
+        for batch in restartable(self._from):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def _from(self, skipped: int) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler.passes(skipped),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
             collate_fn=collate,
             worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),  # else the loader would sample from the caller's
         )
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.handed_out = self.order.passes_done
-        try:
-            for batch in surviving(self._from):
-                self.handed_out += 1
-                yield batch
-        except ValueError as error:  # from a worker it comes with the traceback in its text
-            raise UserError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from error
 
-    def _from(self, number: int) -> Iterator[Batch]:
-        self.order.passes_done = self.handed_out
-        return super().__iter__()
+def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
+    """Iterate a restartable loader; when a worker dies, restart at the next item.
 
-    def state_dict(self) -> dict[str, int]:
-        return {"passes": self.handed_out}
+    SIGCHLD has its default action meanwhile: torch's handler would raise a worker's death in the
+    middle of whatever the main process is doing. The caller's handler is back at the end.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.passes_done = self.handed_out = state["passes"]
+    Args:
+        loader_from: Returns a loader of the items from this number on.
+
+    Raises:
+        UserError: Workers died more than `WORKER_DEATHS` times without an item between.
+    """
+    done = deaths = 0
+    callers_handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        while True:
+            loader, others = loader_from(done), multiprocessing.active_children()
+            workers: list[BaseProcess] = []
+            try:
+                items = iter(loader)
+                workers = [one for one in multiprocessing.active_children() if one not in others]
+                if loader.num_workers:
+                    _handle_sigchld(signal.SIG_DFL)  # torch installs its own with the first workers
+                for item in items:
+                    done, deaths = done + 1, 0
+                    yield item
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                death = _death(workers, loader.num_workers, error)
+                if death is None:
+                    raise
+                deaths += 1
+                if deaths > WORKER_DEATHS:
+                    raise UserError(
+                        f"{deaths} loader workers died one after the other (the last: {death}); "
+                        "if the machine is out of memory, lower --num_workers, else look for an "
+                        "image that crashes the decoder with --num_workers 0"
+                    ) from error
+                say(f"{death}; starting others in its place")
+    finally:
+        _handle_sigchld(callers_handler)
 
 
-def collate(samples: list[tuple[Views, list[BadImage]]]) -> Batch:
-    return Batch(
-        views=default_collate([vars(views) for views, _ in samples]),
-        bad_images=[bad for _, bads in samples for bad in bads],
-    )
+def _handle_sigchld(handler: Any) -> None:
+    """Set the handler, where that is allowed; None stands for one that Python did not install."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Of Ctrl-C, SIGTERM and SIGUSR1, which a terminal or a scheduler sends to all, the run makes its own end.
+def _death(workers: list[BaseProcess], num_workers: int, error: Exception) -> str | None:
+    """Say how a worker died, or return None if all of them live, so the error is not its death.
 
-    A second SIGTERM is Python's, which ends its children by it when it ends.
+    torch has no type of error for it; a worker that died has an exit code.
+    """
+    sentinels = [worker.sentinel for worker in workers]
+    ended = connection.wait(sentinels, SECONDS_TO_DIE) if workers else []
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join()  # its exit code comes a moment after its end
+            code = worker.exitcode or 0
+            how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
+            return f"loader worker {worker.pid} died ({how})"
+    if len(workers) < num_workers:
+        return f"a loader worker died as it started ({one_line(error)})"
+    return None
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """Ignore Ctrl-C and SIGUSR1, and the first SIGTERM; the main process stops the workers.
+
+    A terminal or a scheduler sends these signals to the whole process group. The second SIGTERM is
+    the main process's own, which ends its children with it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -202,8 +299,9 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 
 def default_workers() -> int:
-    """Cores that this process may use, less one for itself, at most 16."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Return the number of cores that this process may use, less one for itself, at most 16."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     return max(1, min(16, cores - 1))
