@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.run_folder import LAST, METRICS
@@ -54,6 +56,25 @@ def as_flags(config: PretrainConfig) -> list[str]:
             flags.append(f"--{field.name}")
             flags += [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
     return flags
+
+
+# -- image files --------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+
+
+def make_folder(root: Path, names: list[str]) -> Path:
+    """Write an image of 40 x 60 pixels under each name; each is another."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(RAMP, 5 * i, axis=1)).save(root / name)
+    return root
+
+
+def folder_config(root: Path, **options: object) -> PretrainConfig:
+    """Return `TINY` on the images of a folder."""
+    source = {"dataset": None, "data_path": str(root), "num_images": None}
+    return dataclasses.replace(TINY, **{**source, **options})
 
 
 # -- runs ---------------------------------------------------------------------------------------

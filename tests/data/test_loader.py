@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from helpers import PICO_PATHS, TINY
+from helpers import PICO_PATHS, RAMP, TINY, folder_config, make_folder
 from PIL import Image
 
 from dino_xcit.data.decode import decode
@@ -22,24 +22,11 @@ from dino_xcit.errors import UserError
 if TYPE_CHECKING:
     from dino_xcit.config.pretrain import PretrainConfig
 
-RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
-
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
-
-
-def make_folder(root: Path, names: list[str]) -> Path:
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.roll(RAMP, 5 * i, axis=1)).save(root / name)
-    return root
-
-
-def folder_config(root: Path, **options) -> PretrainConfig:
-    return dataclasses.replace(TINY, dataset=None, data_path=str(root), num_images=None, **options)
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Faults in data: files that vanish, hang, lie about their size or run code, and loader workers that die."""
+"""Faults in data: files that vanish, hang, lie about their size or run code."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -14,102 +13,18 @@ import zlib
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import PICO_PATHS, TINY
-from test_loader import folder_config, make_folder
+from helpers import PICO_PATHS, folder_config, make_folder
 
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.data import decode as decode_module
 from dino_xcit.data.decode import decode
-from dino_xcit.data.images import ShapeSet, open_images
-from dino_xcit.data.loader import (
-    WORKER_DEATHS,
-    CropDataset,
-    CropLoader,
-    StepBatchSampler,
-    surviving,
-)
+from dino_xcit.data.images import open_images
+from dino_xcit.data.loader import CropDataset
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.figures.command import attention
 from dino_xcit.run_folder import read_bad_images, read_metrics
 from dino_xcit.train.pretrain import pretrain
-
-# -- workers that die ------------------------------------------------------------------------------------------------
-
-
-class Deadly(ShapeSet):
-    """Reading an image kills the process that reads it: at the first time, or always."""
-
-    def __init__(self, marker: Path | None, *args) -> None:
-        super().__init__(*args)
-        self.marker = marker
-
-    def read(self, index):
-        if index == 37:
-            if self.marker is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif not self.marker.exists():
-                self.marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index)
-
-
-def batches(images, workers: int):
-    config = dataclasses.replace(TINY, epochs=2)
-    return list(
-        CropLoader(
-            CropDataset(images, config, PICO_PATHS),
-            StepBatchSampler(config, len(images)),
-            workers,
-            pin_memory=False,
-        )
-    )
-
-
-def test_a_worker_that_dies_takes_no_batch_with_it(tmp_path, capsys):
-    calm = batches(ShapeSet(0, "train", 64, 3), workers=0)
-    shaken = batches(Deadly(tmp_path / "died", 0, "train", 64, 3), workers=2)
-    assert (tmp_path / "died").exists()
-    assert "others start in its place" in capsys.readouterr().err
-    assert len(shaken) == len(calm)
-    for one, other in zip(calm, shaken, strict=True):
-        torch.testing.assert_close(one.views, other.views, rtol=0, atol=0)
-
-
-def test_workers_that_keep_dying_end_the_run_in_one_line():
-    with pytest.raises(
-        ValueError, match=r"6 loader workers died one after the other .*--num_workers 0"
-    ):
-        batches(Deadly(None, 0, "train", 64, 3), workers=1)
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()]
-)
-def test_a_worker_may_die_while_it_hands_over_a_batch(error, capsys):
-    starts = []
-
-    def loaded_from(number):
-        starts.append(number)
-        yield from range(number, 3)
-        if len(starts) <= WORKER_DEATHS:
-            raise error
-        yield 3
-
-    assert list(surviving(loaded_from)) == [0, 1, 2, 3]
-    assert starts == [0] + [3] * WORKER_DEATHS
-    assert "a loader worker died; others start in its place" in capsys.readouterr().err
-
-
-def test_other_errors_of_a_loader_are_not_taken_for_a_death():
-    def loaded_from(number):
-        raise RuntimeError("stack expects each tensor to be equal size")
-        yield
-
-    with pytest.raises(RuntimeError, match="equal size"):
-        list(surviving(loaded_from))
-
 
 # -- files that vanish or hang ---------------------------------------------------------------------------------------
 
