@@ -1,117 +1,172 @@
-"""Any timm network with one feature vector an image (ViT, ResNet, ConvNeXt) as a `Backbone`.
+"""Any timm network with one feature vector per image (ViT, ResNet, ConvNeXt) as a `Backbone`.
 
-Differs from the network by itself in one point: stochastic depth comes with the images, as for
-XCiT, at the same rate in every layer, instead of from the device's random numbers.
+It differs from the network itself in one point: the factors of stochastic depth come with the
+images, as for XCiT, instead of being sampled on the device. The drop rate is the same in all layers
+to which timm gives stochastic depth (usually all but the first), instead of rising with depth.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import timm
-from timm.layers import DropPath
+import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from dino_xcit.errors import UserError
 from dino_xcit.model.backbone import HUB, TIMM, Backbone
 
-PATCH = 16  # pixels, of networks that do not say
+PATCH_SIZE = 16
+"""for networks that do not state the stride of their last features"""
 PREFIX = "network."
 
 
 class SampledDropPath(nn.Module):
-    """Stochastic depth whose factors, one a sample, are set before the pass."""
+    """Stochastic depth of one residual branch with factors that are set before the forward pass."""
 
-    factors: Tensor | None = None  # (B,)
+    factors: Tensor | None = None
+    """one per sample, (B,); None: 1"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, ...) times its sample's factor."""
+        """Multiply each sample of x, (B, ...), by its factor."""
         if self.factors is None:
             return x
         return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class TimmBackbone(Backbone):
-    """A timm network without its classifier. Names of its tensors are timm's own.
+    """A timm network without its classifier. Its state dict has timm's names.
 
     Args:
         network: made by `timm.create_model(..., num_classes=0)`.
-        arch: its name, with `timm:` or `hf-hub:` before it.
-        sampled_paths: whether stochastic depth is to come with the images.
+        arch: its name, with the prefix `timm:` or `hf-hub:`.
+        in_chans: channels of the images that it was made for.
+        sampled_paths: whether `forward` takes `paths`. False: the network samples stochastic depth
+            by itself, if it has any.
+
+    Raises:
+        UserError: the network does not return one feature vector per image.
     """
 
-    def __init__(self, network: nn.Module, arch: str, *, sampled_paths: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, arch: str, *, in_chans: int, sampled_paths: bool = False
+    ) -> None:
         super().__init__()
-        self.network: Any = network
+        self.network = network
         self.arch = arch
         self.metadata = {}
-        self.in_chans = timm.data.resolve_data_config({}, model=self.network)["input_size"][0]
-        self.embed_dim = getattr(network, "head_hidden_size", self.network.num_features)
-        patch = getattr(getattr(network, "patch_embed", None), "patch_size", PATCH)
-        self.patch_size = patch if isinstance(patch, int) else patch[0]
-        self._drop_paths = _sample_drop_paths(network) if sampled_paths else []
+        self.in_chans = in_chans
+        # The head of some networks (MobileNetV3) widens the pooled features.
+        width = getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
+        if not hasattr(network, "forward_features") or not isinstance(width, int):
+            raise UserError(f"{arch} does not return one feature vector per image")
+        self.embed_dim = width
+        stages = getattr(network, "feature_info", None)
+        self.patch_size = int(stages[-1]["reduction"]) if stages else PATCH_SIZE
+        self._drop_paths = _replace_drop_paths(network) if sampled_paths else []
         self.path_shape = (len(self._drop_paths), 1) if self._drop_paths else (0, 0)
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
+        self.register_state_dict_post_hook(_remove_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return repr(self.network)
 
     def forward(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """See `Backbone.forward`."""
-        for layer, drop_path in enumerate(self._drop_paths):
-            drop_path.factors = None if paths is None else paths[:, layer, 0]
-        return cast("Tensor", self.network(images))
+        self._set_paths(paths)
+        features: Tensor = self.network(images)
+        return features
 
     def patch_tokens(self, images: Tensor) -> Tensor:
-        """See `Backbone.patch_tokens`; the grid of a convolutional network counts as patches."""
-        tokens: Tensor = self.network.forward_features(images)
-        if tokens.ndim == 4:
-            channels = getattr(self.network, "num_features", None)
-            channels_last = tokens.shape[-1] == channels != tokens.shape[1]
-            return tokens.flatten(1, 2) if channels_last else tokens.flatten(2).mT
-        return tokens[:, getattr(self.network, "num_prefix_tokens", 0) :]
+        """See `Backbone.patch_tokens`; a cell of a convolutional network's grid is a patch."""
+        self._set_paths(None)
+        network: Any = self.network
+        tokens: Tensor = network.forward_features(images)
+        if tokens.ndim == 3:  # (B, prefix + N, C)
+            return tokens[:, getattr(network, "num_prefix_tokens", 0) :]
+        if getattr(network, "output_fmt", "NCHW") == "NHWC":  # Swin
+            return tokens.flatten(1, 2)
+        return tokens.flatten(2).mT
+
+    def check_image_size(self, size: int, flag: str) -> None:
+        """See `Backbone.check_image_size`; computes the feature of one image."""
+        device = next(self.parameters()).device
+        image = torch.zeros(1, self.in_chans, size, size, device=device)
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                shape = tuple(self.network(image).shape)
+        except (AssertionError, RuntimeError, ValueError) as error:  # each network has its own
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--{flag} {size}: {self.arch} does not take images of this size ({reason}); "
+                f"set --{flag} to a multiple of {self.patch_size}, or larger"
+            ) from error
+        finally:
+            self.train(was_training)
+        if shape != (1, self.embed_dim):
+            raise UserError(
+                f"--arch {self.arch} returns features of the shape {shape} for one image; expected "
+                f"a network that returns one vector, (1, {self.embed_dim})"
+            )
+
+    def _set_paths(self, paths: Tensor | None) -> None:
+        """Set the factors of the coming forward pass, (B, layers, 1)."""
+        for layer, drop_path in enumerate(self._drop_paths):
+            drop_path.factors = None if paths is None else paths[:, layer, 0]
 
 
 def build_timm(arch: str, *, in_chans: int, image_size: int, sampled_paths: bool) -> TimmBackbone:
-    """A timm network with new weights.
+    """Build a timm network with random weights.
 
     Args:
         arch: `timm:NAME` or `hf-hub:ORG/NAME`.
         in_chans: channels of the images.
-        image_size: side of the largest images it will see, in pixels.
-        sampled_paths: whether stochastic depth is to come with the images.
+        image_size: side of the largest images in pixels.
+        sampled_paths: whether stochastic depth comes with the images. A network that has none
+            keeps `path_shape` (0, 0).
 
     Raises:
-        UserError: timm has no such network, or it does not give one vector an image.
+        UserError: timm cannot build it, or it does not return one feature vector per image.
     """
-    options: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans, "pretrained": False}
-    # Each network takes its own options: those of positions and of stochastic depth, or fewer.
-    depth = {"drop_path_rate": 0.1} if sampled_paths else {}  # only that the layers are there
-    sizes = {"img_size": image_size}
-    for more in ({**sizes, "dynamic_img_size": True, **depth}, {**sizes, **depth}, depth, {}):
-        try:
-            network = timm.create_model(arch.removeprefix(TIMM), **options, **more)
-        except TypeError:
-            continue
-        except (RuntimeError, ValueError) as error:  # of unknown names and sizes
-            raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from error
-        break
-    else:
-        raise UserError(f"--arch {arch} takes no in_chans or num_classes; expected another network")
-    backbone = TimmBackbone(network, arch, sampled_paths=sampled_paths)
-    if not hasattr(network, "forward_features") or not isinstance(backbone.embed_dim, int):
-        raise UserError(f"--arch {arch} does not give one feature vector an image")
-    return backbone
+    try:
+        network = _create(arch.removeprefix(TIMM), in_chans, image_size, sampled_paths)
+    except (OSError, RuntimeError, ValueError) as error:  # of the hub, of unknown names, of sizes
+        raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from error
+    if network is None:
+        raise UserError(
+            f"--arch {arch} takes no in_chans or num_classes; expected another network of timm"
+        )
+    return TimmBackbone(network, arch, in_chans=in_chans, sampled_paths=sampled_paths)
 
 
 def is_timm(arch: str) -> bool:
-    """Whether the name is of a timm network: `timm:NAME` or `hf-hub:ORG/NAME`."""
+    """Whether the name is `timm:NAME` or `hf-hub:ORG/NAME`."""
     return arch.startswith((TIMM, HUB))
 
 
-def _sample_drop_paths(network: nn.Module) -> list[SampledDropPath]:
-    """Replace the network's stochastic depth, in the order of its modules."""
+def _create(name: str, in_chans: int, image_size: int, drop_paths: bool) -> nn.Module | None:
+    """Build the network with all options that it takes; None if it lacks a necessary one.
+
+    A network refuses an option that it does not know by a TypeError. Those with learned positions
+    know `img_size`, and some of them `dynamic_img_size`, which local crops need.
+    """
+    necessary: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans, "pretrained": False}
+    # Any rate above 0 creates the layers that `_replace_drop_paths` replaces.
+    depth: dict[str, Any] = {"drop_path_rate": 0.1} if drop_paths else {}
+    size: dict[str, Any] = {"img_size": image_size}
+    for optional in ({**size, "dynamic_img_size": True, **depth}, {**size, **depth}, depth, {}):
+        try:
+            return timm.create_model(name, **necessary, **optional)
+        except TypeError:
+            continue
+    return None
+
+
+def _replace_drop_paths(network: nn.Module) -> list[SampledDropPath]:
+    """Replace the network's stochastic depth; the new modules in the order of the old."""
     replaced: list[SampledDropPath] = []
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
@@ -121,16 +176,13 @@ def _sample_drop_paths(network: nn.Module) -> list[SampledDropPath]:
     return replaced
 
 
-def _without_prefix(
-    module: nn.Module, tensors: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    """Save the tensors under timm's names."""
+def _remove_prefix(_: nn.Module, tensors: dict[str, Any], prefix: str, __: dict[str, Any]) -> None:
+    """Hook of `state_dict`: rename the network's tensors to timm's names."""
     for name in [name for name in tensors if name.startswith(prefix + PREFIX)]:
         tensors[prefix + name.removeprefix(prefix + PREFIX)] = tensors.pop(name)
 
 
-def _with_prefix(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: object) -> None:
-    """Load tensors that have timm's names."""
-    of_network = [name for name in tensors if name.startswith(prefix)]
-    for name in of_network:
+def _add_prefix(_: nn.Module, tensors: dict[str, Any], prefix: str, *__: object) -> None:
+    """Hook of `load_state_dict`: rename tensors with timm's names to the module's."""
+    for name in [name for name in tensors if name.startswith(prefix)]:
         tensors[prefix + PREFIX + name.removeprefix(prefix)] = tensors.pop(name)
