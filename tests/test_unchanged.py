@@ -26,7 +26,7 @@ from dino_xcit.config.evaluation import KnnConfig, LinearConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data import shapes
 from dino_xcit.evaluate.feature_store import FeatureStore
-from dino_xcit.evaluate.inputs import subjects
+from dino_xcit.evaluate.inputs import open_inputs
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.evaluate.linear import linear_eval
 from dino_xcit.evaluate.probe import load_head
@@ -136,9 +136,10 @@ def evaluation(old: Path) -> dict[str, Any]:
 
 def test_an_old_feature_cache_is_found_and_holds_these_features(old, monkeypatch):
     config = KnnConfig(nb_knn=(5,), **evaluation(old))
-    with subjects(config, launch(config)) as (_, evaluated, _):
-        found = {split: evaluated[0]._described(split) for split in ("train", "validation")}
-        features = evaluated[0].split("train").features
+    with open_inputs(config, launch(config)) as inputs:
+        (frozen,) = inputs.features
+        found = {split: frozen.description(split) for split in ("train", "validation")}
+        features = frozen.split("train").features
     described = [
         json.loads(path.read_text()) for path in sorted((old / "cache").glob("*/about.json"))
     ]

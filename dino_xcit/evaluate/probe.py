@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,74 +15,92 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dino_xcit.errors import UserError
-from dino_xcit.evaluate.features import Split, part_slice
+from dino_xcit.evaluate.features import Split, choose_parts, select_parts
 from dino_xcit.evaluate.report import TOP
+from dino_xcit.evaluate.torch_file import DamagedFileError, read_torch_file
 from dino_xcit.files import replacing
 from dino_xcit.weights.formats import write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from lightning.fabric import Fabric
 
     from dino_xcit.config.evaluation import LinearConfig
+    from dino_xcit.evaluate.features import Features
 
-ROWS = 8192  # features turned into numbers of the working precision at a time
-SAVING_SHARE = 0.05  # of the time, at most, goes into saving what has been learned
+BLOCK = 8192  # features that are converted to another dtype at a time
+SAVING_SHARE = 0.05  # of the time, at most, is spent on saving state
 
 
 class FeatureChoice(NamedTuple):
-    """Which features a head sees."""
+    """Which parts of a feature a head takes."""
 
     n_last_blocks: int
     avgpool: bool
 
-    def of(self, features: Tensor) -> Tensor:
+    @classmethod
+    def of_options(cls, config: LinearConfig) -> FeatureChoice:
+        """Return the choice of a protocol that tries only one."""
+        return cls(config.n_last_blocks or 1, bool(config.avgpool_patchtokens))
+
+    def select(self, features: Tensor) -> Tensor:
         """(B, P, C) -> (B, D)."""
-        return features[:, part_slice(*self, features.shape[1])].flatten(1)
+        return select_parts(features, choose_parts(*self, features.shape[1]))
+
+    def dim(self, features: Features) -> int:
+        """D."""
+        return self.select(torch.zeros(1, *features.shape)).shape[1]
+
+    def options(self) -> dict[str, Any]:
+        """Return the choice as options of the command line."""
+        return {"n_last_blocks": self.n_last_blocks, "avgpool_patchtokens": self.avgpool}
 
 
-class Head(NamedTuple):
-    """A trained linear classifier."""
+# -- the task ----------------------------------------------------------------------------------
 
-    weight: Tensor
-    """(K, D)"""
-    bias: Tensor
-    """(K,)"""
-    choice: FeatureChoice
-    chosen: dict[str, Any]
-    """what was chosen, and what for"""
 
-    def rank(self, features: Tensor, device: torch.device) -> Tensor:
-        """Features (n, P, C) -> the classes of each row by falling logit: int64 (n, 5), -1 if classes run out."""
-        weight, bias = self.weight.to(device), self.bias.to(device)
-        top = min(TOP, len(bias))
-        parts = [
-            F.linear(self.choice.of(part.to(device)).to(weight.dtype), weight, bias)
-            .topk(top)
-            .indices.cpu()
-            for part in features.split(ROWS)
-        ]
-        return F.pad(torch.cat(parts), (0, TOP - top), value=-1)
+class Scratch:
+    """Files in which a command keeps its progress; the same command, started again, continues.
+
+    Args:
+        folder: Is created with the first file. Other commands may keep files there too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: set[Path] = set()
+
+    def file(self, name: str) -> Path:
+        """Path of a file of this command."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / name
+        self.files.add(path)
+        return path
+
+    def remove(self) -> None:
+        """Delete this command's files, and the folder if it is empty."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or another process was faster
+            self.folder.rmdir()
 
 
 class ProbeTask(NamedTuple):
-    """One classifier to train: on these rows of a subject's training images, with this seed."""
+    """One classifier to train."""
 
     config: LinearConfig
-    subject: Any
+    features: Features
     fabric: Fabric
     rows: np.ndarray
+    """training images to use"""
     seed: int
     classes: int
-    folder: Path
-    """where what has been learned is kept until the command ends"""
-    kept: set[Path]
-    """the files there that are this command's"""
+    scratch: Scratch
 
-    def path(self, *stage: Any) -> Path:
-        """A file for this stage of this work: another for any other options, rows, images or weights."""
+    def file(self, *stage: object) -> Path:
+        """File for a stage of this task; differs for other options, rows, images or weights."""
         c = self.config
         options = [
             c.protocol,
@@ -92,84 +111,47 @@ class ProbeTask(NamedTuple):
             c.n_last_blocks,
             c.avgpool_patchtokens,
         ]
-        key = repr([self.subject.key, options, self.seed, *stage]).encode() + self.rows.tobytes()
-        path = self.folder / f"{hashlib.sha256(key).hexdigest()[:20]}.pt"
-        self.kept.add(path)
-        return path
+        key = repr([self.features.key, options, self.seed, *stage]).encode() + self.rows.tobytes()
+        return self.scratch.file(f"{hashlib.sha256(key).hexdigest()[:20]}.pt")
 
 
-# -- which images ----------------------------------------------------------------------------------------------------
+# -- which images ------------------------------------------------------------------------------
 
 
-def stratified(labels: Tensor, share: float, key: tuple[int, ...]) -> np.ndarray:
-    """Rows of a share of each class, at least one of each, picked by the key; in order."""
-    rng = np.random.default_rng(key)
-    taken = []
+def stratified(labels: Tensor, share: float, seed: tuple[int, ...]) -> np.ndarray:
+    """Sample a share of each class, at least one image each; return the rows, sorted."""
+    rng = np.random.default_rng(seed)
+    sampled = []
     for label in torch.unique(labels).tolist():
         rows = np.flatnonzero(labels.numpy() == label)
-        taken.append(rng.permutation(rows)[: max(1, round(share * len(rows)))])
-    return np.sort(np.concatenate(taken))
+        sampled.append(rng.permutation(rows)[: max(1, round(share * len(rows)))])
+    return np.sort(np.concatenate(sampled))
 
 
-def hold_out(work: ProbeTask) -> tuple[np.ndarray, np.ndarray]:
-    """The work's rows to train on and those to choose on: a share of each class that has at least two."""
-    labels = work.subject.labels("train").numpy()[work.rows]
-    rng = np.random.default_rng((work.seed, 1))
-    held = []
+def hold_out(task: ProbeTask) -> tuple[np.ndarray, np.ndarray]:
+    """Split the task's rows into those to train on and those to select hyperparameters on.
+
+    A share of each class is held out; classes with one image keep it for training.
+
+    Raises:
+        UserError: All classes have one image.
+    """
+    labels = task.features.labels("train").numpy()[task.rows]
+    rng = np.random.default_rng((task.seed, 1))
+    held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         if len(rows) > 1:
-            held.append(
-                rng.permutation(rows)[
-                    : min(len(rows) - 1, max(1, round(work.config.held_out * len(rows))))
-                ]
-            )
-    if not held:
+            count = min(len(rows) - 1, max(1, round(task.config.held_out * len(rows))))
+            held_out.append(rng.permutation(rows)[:count])
+    if not held_out:
         raise UserError(
-            f"{len(work.rows)} training images are one of each class, which leaves none to choose on; raise "
-            "--train_fraction or name a single --lr with --n_last_blocks and --avgpool_patchtokens, or a single --c"
+            f"the {len(task.rows)} training images are one of each class, which leaves none to "
+            "select hyperparameters on; raise --train_fraction or name a single --lr with "
+            "--n_last_blocks and --avgpool_patchtokens, or a single --c"
         )
-    chosen = np.sort(np.concatenate(held))
-    return np.delete(work.rows, chosen), work.rows[chosen]
-
-
-# -- what was learned stays ------------------------------------------------------------------------------------------
-
-
-class Saver:
-    """Keeps the state of a training in a file, as often as that costs at most a twentieth of the time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.saved_at = self.cost = 0.0
-
-    def load(self) -> dict[str, Any] | None:
-        if not self.path.exists():
-            return None
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged file: train again
-            return None
-
-    def due(self) -> bool:
-        return time.monotonic() - self.saved_at >= self.cost / SAVING_SHARE
-
-    def save(self, state: dict[str, Any]) -> None:
-        start = time.monotonic()
-        with replacing(self.path) as path:
-            torch.save(state, path)
-        self.saved_at = time.monotonic()
-        self.cost = self.saved_at - start
-
-
-def remembered(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the file holds, else what is computed, which the file then holds."""
-    saver = Saver(path)
-    found = saver.load()
-    if found is None:
-        found = compute()
-        saver.save(found)
-    return found
+    indices = np.sort(np.concatenate(held_out))
+    return np.delete(task.rows, indices), task.rows[indices]
 
 
 @torch.no_grad()
@@ -181,31 +163,106 @@ def held_out_accuracy(
     rows: np.ndarray,
     device: torch.device,
 ) -> Tensor:
-    """Share of these rows that each head has right (H,); 0 for a head that diverged."""
-    right = torch.zeros(len(weight), device=device)
-    for part in torch.from_numpy(rows).split(ROWS // 8):
-        x = choice.of(split.features[part].to(device)).to(weight.dtype)
+    """Accuracy of each head on these rows, (H,); 0 for a head that diverged.
+
+    Args:
+        weight: Of all heads, (H, K, D).
+        bias: (H, K).
+        choice: Parts of the features.
+        split: Features and labels.
+        rows: To test on.
+        device: Where to compute.
+    """
+    correct = torch.zeros(len(weight), device=device)
+    for block in torch.split(torch.from_numpy(rows), BLOCK // 8):
+        x = choice.select(split.features[block].to(device)).to(weight.dtype)
         logits = torch.einsum("bd,hkd->bhk", x, weight) + bias
-        right += (logits.argmax(2) == split.labels[part].to(device)[:, None]).sum(0)
+        correct += (logits.argmax(2) == split.labels[block].to(device)[:, None]).sum(0)
     finite = weight.isfinite().flatten(1).all(1)
-    return torch.where(finite, right / len(rows), 0).cpu()
+    return torch.where(finite, correct / len(rows), 0).cpu()
 
 
-# -- the head as a file ----------------------------------------------------------------------------------------------
+# -- saved state -------------------------------------------------------------------------------
 
 
-def choice_options(choice: FeatureChoice) -> dict[str, Any]:
-    return {"n_last_blocks": choice.n_last_blocks, "avgpool_patchtokens": choice.avgpool}
+class Saver:
+    """Keeps state in a file, as often as saving takes at most a twentieth of the time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saved_at = self.cost = 0.0  # seconds
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the saved state; None if there is none, or the file is damaged."""
+        if not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = read_torch_file(self.path)
+        except DamagedFileError:  # the work is done again
+            return None
+        return state
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return time.monotonic() - self.saved_at >= self.cost / SAVING_SHARE
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the saved state."""
+        start = time.monotonic()
+        with replacing(self.path) as path:
+            torch.save(state, path)
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - start
 
 
-def save_head(head: Head, config: LinearConfig, names: dict[int, str], path: Path) -> None:
-    """weight (K, D) and bias (K,) as safetensors; metadata `dino_xcit`: which features, how framed, the classes' names."""
+def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Load the cached result, or compute and cache it."""
+    saver = Saver(path)
+    result = saver.load()
+    if result is None:
+        result = compute()
+        saver.save(result)
+    return result
+
+
+# -- the head ----------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A trained linear classifier."""
+
+    weight: Tensor
+    """(K, D)"""
+    bias: Tensor
+    """(K,)"""
+    choice: FeatureChoice
+    chosen: dict[str, Any]
+    """hyperparameters selected on held-out images, and how many were tried"""
+
+    def rank(self, features: Tensor, device: torch.device) -> Tensor:
+        """Features (n, P, C) -> classes by descending logit, int64 (n, 5), -1 beyond K classes."""
+        weight, bias = self.weight.to(device), self.bias.to(device)
+        top = min(TOP, len(bias))
+        ranked = [
+            F.linear(self.choice.select(block.to(device)).to(weight.dtype), weight, bias)
+            .topk(top)
+            .indices.cpu()
+            for block in torch.split(features, BLOCK)
+        ]
+        return F.pad(torch.cat(ranked), (0, TOP - top), value=-1)
+
+
+def save_head(head: Head, config: LinearConfig, names: Mapping[int, str], path: Path) -> None:
+    """Write weight (K, D) and bias (K,) as safetensors.
+
+    Metadata `dino_xcit`: choice of features, sizes of the framed image, names of the classes.
+    """
     about = {
         "chosen": head.chosen,
         "weights": config.weights,
         "image_size": config.image_size,
         "resize_size": config.resize_size,
-        "classes": names,
+        "classes": dict(names),
     }
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
     with replacing(path) as beside:
@@ -213,17 +270,20 @@ def save_head(head: Head, config: LinearConfig, names: dict[int, str], path: Pat
 
 
 def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
-    """The head and what `save_head` says about it. Raises ValueError if the file is not one of these."""
+    """Return a head and its file's metadata, as `save_head` writes them.
+
+    Raises:
+        UserError: The file is not such a head.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["dino_xcit"])
             weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
         about["classes"] = {int(label): name for label, name in about["classes"].items()}
-        choice = FeatureChoice(
-            about["chosen"]["n_last_blocks"], about["chosen"]["avgpool_patchtokens"]
-        )
-        return Head(weight, bias, choice, about["chosen"]), about
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        chosen = about["chosen"]
+        choice = FeatureChoice(chosen["n_last_blocks"], chosen["avgpool_patchtokens"])
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"--evaluate {path} is not a head that linear-eval wrote: {error}"
         ) from None
+    return Head(weight, bias, choice, chosen), about

@@ -1,4 +1,9 @@
-"""Protocol `heads`: a head for each learning rate and choice of features, trained together by SGD."""
+"""Protocol `heads`: a head for each learning rate and choice of features, trained by SGD.
+
+All learning rates are trained together. The best head on held-out images is trained again on all
+training images (DINOv2's `eval/linear.py`, on features that are extracted once).
+Axes: B images of a batch, P parts and D channels of a feature, H heads, K classes.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_xcit.evaluate.features import part_slice
+from dino_xcit.evaluate.features import choose_parts
 from dino_xcit.evaluate.probe import (
     FeatureChoice,
     Head,
     ProbeTask,
-    Saver,
-    choice_options,
     held_out_accuracy,
     hold_out,
 )
+from dino_xcit.evaluate.probe_sgd import SavedSGD, cosine_decay, initial_heads
 from dino_xcit.runtime import progress, say, summed
 
 if TYPE_CHECKING:
@@ -28,168 +32,128 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.evaluation import LinearConfig
 
+# DINOv2's, and three larger ones for networks with few channels.
 HEADS_LR = (
-    1e-5,
-    2e-5,
-    5e-5,
-    1e-4,
-    2e-4,
-    5e-4,
-    1e-3,
-    2e-3,
-    5e-3,
-    1e-2,
-    2e-2,
-    5e-2,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-)  # DINOv2's, and three larger ones for narrow networks
+    *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+    *(0.2, 0.5, 1.0),
+)
 HEADS_STEPS, HEADS_LEAST_STEPS, HEADS_MOST_EPOCHS = 12_500, 1000, 100
-MOMENTUM = 0.9
-INITIAL_STD = 0.01
-
-
-# -- heads: many at once on features ---------------------------------------------------------------------------------
 
 
 def choices(config: LinearConfig, parts: int) -> list[FeatureChoice]:
-    """Choices of features that the options leave open."""
+    """All choices of features that the options allow.
+
+    Args:
+        config: Options.
+        parts: Number of parts P of a feature.
+
+    Raises:
+        UserError: The network does not have the parts that an option names.
+    """
     blocks = [config.n_last_blocks] if config.n_last_blocks else range(1, max(2, parts))
-    pooled = (
-        [config.avgpool_patchtokens]
-        if config.avgpool_patchtokens is not None
-        else [False, True][: min(2, parts)]
-    )
-    found = [FeatureChoice(n, avgpool) for n, avgpool in itertools.product(blocks, pooled)]
-    for choice in found:
-        part_slice(*choice, parts)  # raises for what the network does not have
-    return found
+    if config.avgpool_patchtokens is not None:
+        avgpool = [config.avgpool_patchtokens]
+    else:
+        avgpool = [False, True] if parts > 1 else [False]
+    allowed = [FeatureChoice(*pair) for pair in itertools.product(blocks, avgpool)]
+    for choice in allowed:
+        choose_parts(*choice, parts)
+    return allowed
 
 
-def heads_protocol(work: ProbeTask) -> Head:
-    """The best head on held-out images, trained again on all."""
-    split, fabric = work.subject.split("train"), work.fabric
-    of = choices(work.config, split.features.shape[1])
-    rates = work.config.lr or HEADS_LR
-    accuracy = torch.zeros(len(of), len(rates))
+def heads_protocol(task: ProbeTask) -> Head:
+    """Return the best head on held-out images, trained again on all of the task's images."""
+    tried = choices(task.config, task.features.split("train").features.shape[1])
+    rates = task.config.lr or HEADS_LR
+    accuracy = torch.zeros(len(tried), len(rates))
     if accuracy.numel() > 1:
-        train, held = hold_out(work)
-        for number in range(fabric.global_rank, len(of), fabric.world_size):
-            weight, bias = train_heads(
-                work, train, of[number], rates, f"heads of choice {number + 1}/{len(of)}"
-            )
-            accuracy[number] = held_out_accuracy(
-                weight, bias, of[number], split, held, fabric.device
-            )
-        accuracy = summed(fabric, accuracy)
-    best, rate = divmod(int(accuracy.argmax()), len(rates))
-    if rate == len(rates) - 1 and len(rates) > 1:
-        say(
-            f"the best learning rate is the largest tried, {rates[rate]:g}; try larger ones with --lr"
-        )
+        accuracy = _accuracies(task, tried, rates)
+    best, best_rate = divmod(int(accuracy.argmax()), len(rates))
+    choice, rate = tried[best], rates[best_rate]
+    if best_rate == len(rates) - 1 and len(rates) > 1:
+        say(f"the best learning rate is the largest tried, {rate:g}; try larger ones with --lr")
     trained: Any = None
-    if fabric.is_global_zero:
-        weight, bias = train_heads(work, work.rows, of[best], rates[rate : rate + 1], "chosen head")
+    if task.fabric.is_global_zero:
+        weight, bias = train_heads(task, task.rows, choice, [rate], "chosen head")
         trained = weight[0].cpu(), bias[0].cpu()
-    weight, bias = fabric.broadcast(trained)
-    chosen = {"lr": rates[rate], **choice_options(of[best])}
+    weight, bias = task.fabric.broadcast(trained)
+    chosen = {"lr": rate, **choice.options()}
     if accuracy.numel() > 1:
-        chosen |= {
-            "held_out_top1": round(100 * float(accuracy.max()), 3),
-            "tried": accuracy.numel(),
-        }
-    return Head(weight, bias, of[best], chosen)
+        percent = round(100 * float(accuracy.max()), 3)
+        chosen |= {"held_out_top1": percent, "tried": accuracy.numel()}
+    return Head(weight, bias, choice, chosen)
+
+
+def _accuracies(task: ProbeTask, tried: Sequence[FeatureChoice], rates: Sequence[float]) -> Tensor:
+    """Held-out accuracy of each choice and learning rate; the processes share the choices."""
+    split, fabric = task.features.split("train"), task.fabric
+    train, held_out = hold_out(task)
+    accuracy = torch.zeros(len(tried), len(rates))
+    for number in range(fabric.global_rank, len(tried), fabric.world_size):
+        choice, label = tried[number], f"heads of choice {number + 1}/{len(tried)}"
+        weight, bias = train_heads(task, train, choice, rates, label)
+        accuracy[number] = held_out_accuracy(weight, bias, choice, split, held_out, fabric.device)
+    return summed(fabric, accuracy)
 
 
 def train_heads(
-    work: ProbeTask,
+    task: ProbeTask,
     rows: np.ndarray,
     choice: FeatureChoice,
     rates: Sequence[float],
-    description: str,
+    label: str,
 ) -> tuple[Tensor, Tensor]:
-    """A head for each learning rate, trained together by SGD on these rows -> weights (H, K, D) and biases (H, K).
+    """Train a head for each learning rate on these rows.
 
-    One step serves all heads: without weight decay, SGD on a loss times a learning rate is SGD with that learning rate.
+    One step serves all heads: without weight decay, SGD on a loss times a learning rate equals SGD
+    with that learning rate.
+
+    Args:
+        task: Features, options and seed.
+        rows: Training images to use.
+        choice: Parts of the features.
+        rates: Learning rates for 256 images per step.
+        label: Of the progress bar.
+
+    Returns:
+        Weights (H, K, D) and biases (H, K).
     """
-    features, labels = work.subject.split("train")
-    device, config = work.fabric.device, work.config
-    batch = min(config.batch_size, len(rows))
+    features, labels = task.features.split("train")
+    device = task.fabric.device
+    batch = min(task.config.batch_size, len(rows))
     per_epoch = math.ceil(len(rows) / batch)
-    steps = (
-        config.epochs * per_epoch
-        if config.epochs
-        else min(HEADS_STEPS, max(HEADS_LEAST_STEPS, HEADS_MOST_EPOCHS * per_epoch))
-    )
+    steps = _steps(task.config, per_epoch)
     scale = torch.tensor(rates, device=device) * batch / 256
-    weight, bias = initial_heads(
-        len(rates), work.classes, choice.of(features[:1]).shape[1], work.seed, device
-    )
-    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=MOMENTUM)
-    saver = Saver(work.path("heads", len(rows), choice, rates))
-    step = restore(saver, [weight, bias], optimizer)
-    with progress(
-        steps,
-        f"{work.subject.name}: {description}",
-        "steps",
-        work.fabric.is_global_zero,
-        initial=step,
-    ) as bar:
-        while step < steps:
-            epoch, number = divmod(step, per_epoch)
-            if number == 0 or step == bar.initial:
-                order = np.random.default_rng((work.seed, 2, epoch)).permutation(rows)
-            picked = torch.from_numpy(order[number * batch : (number + 1) * batch])
-            x, y = choice.of(features[picked].to(device)).float(), labels[picked].to(device)
-            logits = torch.einsum("bd,hkd->bkh", x, weight) + bias.T
-            loss = (
-                F.cross_entropy(logits, y[:, None].expand(-1, len(rates)), reduction="none").mean(0)
-                @ scale
-            )
-            optimizer.param_groups[0]["lr"] = cosine(step / steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-            if saver.due():
-                saver.save(training_state(step, [weight, bias], optimizer))
+    dim = choice.dim(task.features)
+    weight, bias = initial_heads(len(rates), task.classes, dim, task.seed, device)
+    sgd = SavedSGD([weight, bias], task.file("heads", len(rows), choice, tuple(rates)))
+    title, shown = f"{task.features.name}: {label}", task.fabric.is_global_zero
+    with progress(steps, title, "steps", shown, initial=sgd.step) as bar:
+        order_epoch, order = -1, rows
+        while sgd.step < steps:
+            epoch, number = divmod(sgd.step, per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng((task.seed, 2, epoch)).permutation(rows)
+                order_epoch = epoch
+            index = torch.from_numpy(order[number * batch : (number + 1) * batch])
+            x, y = choice.select(features[index].to(device)).float(), labels[index].to(device)
+            loss = _losses(x, y, weight, bias) @ scale
+            sgd.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            sgd.update(cosine_decay(sgd.step / steps))
+            sgd.save_if_due()
             bar.update()
     return weight.detach(), bias.detach()
 
 
-def initial_heads(
-    heads: int, classes: int, dim: int, seed: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Official initialisation, the same for every head: weights (H, K, D) and biases (H, K)."""
-    weight = INITIAL_STD * torch.randn(classes, dim, generator=torch.Generator().manual_seed(seed))
-    weights = weight.expand(heads, -1, -1).contiguous().to(device).requires_grad_()
-    return weights, torch.zeros(heads, classes, device=device, requires_grad=True)
+def _steps(config: LinearConfig, per_epoch: int) -> int:
+    if config.epochs:
+        return config.epochs * per_epoch
+    return min(HEADS_STEPS, max(HEADS_LEAST_STEPS, HEADS_MOST_EPOCHS * per_epoch))
 
 
-def training_state(
-    step: int, tensors: list[Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "tensors": [t.detach().cpu() for t in tensors],
-        "optimizer": optimizer.state_dict(),
-    }
-
-
-def restore(saver: Saver, tensors: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put back what the file holds, if there is one -> the steps done."""
-    state = saver.load()
-    if state is None:
-        return 0
-    with torch.no_grad():
-        for tensor, saved in zip(tensors, state["tensors"], strict=True):
-            tensor.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def cosine(done: float) -> float:
-    """From 1 to 0."""
-    return (1 + math.cos(math.pi * done)) / 2
+def _losses(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean cross-entropy of each head, (H,); x (B, D), y (B,)."""
+    logits = torch.einsum("bd,hkd->bkh", x, weight) + bias.T
+    target = y[:, None].expand(-1, len(weight))  # (B, H)
+    return F.cross_entropy(logits, target, reduction="none").mean(0)

@@ -1,0 +1,125 @@
+"""What all evaluations share: processes, inputs, report, table.
+
+To add an evaluation, write
+
+1. a config class that extends `EvalConfig` (any images) or `ClassificationConfig` (one class an
+   image), with a field for each further option;
+2. a function `score(evaluation, features)` that returns the rows of results for the features of
+   one network;
+3. a function for the command that passes both to `evaluate`, and its row in `cli.COMMANDS`.
+
+`tests/evaluate/test_frame.py` contains a complete one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+
+from dino_xcit.config.evaluation import EvalConfig
+from dino_xcit.evaluate.inputs import CLASSIFICATION, open_inputs
+from dino_xcit.evaluate.report import Report, Result, output_folder, provenance, table
+from dino_xcit.files import write_json
+from dino_xcit.runtime import launch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from lightning.fabric import Fabric
+
+    from dino_xcit.evaluate.features import Features
+    from dino_xcit.evaluate.inputs import Task
+
+Config = TypeVar("Config", bound=EvalConfig)
+
+
+@dataclasses.dataclass
+class Evaluation(Generic[Config]):
+    """An evaluation in progress: what its `score` function needs beside the features."""
+
+    config: Config
+    """options, with defaults of the weights filled in"""
+    fabric: Fabric
+    """the processes; `score` runs in all of them"""
+    folder: Path
+    """where results are written"""
+    class_names: dict[int, str]
+    """by label; classes may have no names"""
+    weights: Features
+    """features of the weights; `score` gets these first, then those of the baselines"""
+    files: list[str] = dataclasses.field(default_factory=list)
+    """names of the files written so far"""
+    classes: int | None = None
+    """number of classes, if the images' labels do not show it"""
+
+    def writes(self, features: Features) -> bool:
+        """Whether to write files about these features: the first process, not for baselines."""
+        return features is self.weights and self.fabric.is_global_zero
+
+    def file(self, name: str) -> Path:
+        """Path of a file to write; its name is printed at the end."""
+        if name not in self.files:
+            self.files.append(name)
+        return self.folder / name
+
+
+def evaluate(
+    config: Config,
+    score: Callable[[Evaluation[Config], Features], list[Result]],
+    *,
+    name: str,
+    protocol: str,
+    title: str,
+    columns: Mapping[str, Callable[[Result], str]],
+    task: Task = CLASSIFICATION,
+) -> Report:
+    """Run one evaluation of the weights and the baselines, and write and print its results.
+
+    Args:
+        config: Options as typed.
+        score: Computes the rows of results for one network. Called in every process.
+        name: Stem of the JSON file.
+        protocol: One line about the method, for the report.
+        title: Header of the table's first column, which names the network.
+        columns: The table's other columns: header, and text for a row of results.
+        task: Which images and features are evaluated.
+
+    Returns:
+        The content of `NAME.json`.
+
+    Raises:
+        UserError: Input that the user can put right; the message names the flag.
+    """
+    folder = output_folder(config)
+    fabric = launch(config)
+    start = time.perf_counter()
+    # Loading weights initialises a network first, which uses torch's global random numbers.
+    with torch.random.fork_rng(devices=[]), open_inputs(config, fabric, task) as inputs:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = inputs.features[0]
+        evaluation = Evaluation(inputs.config, fabric, folder, inputs.class_names, weights)
+        results = {features.name: score(evaluation, features) for features in inputs.features}
+        report = {
+            "protocol": protocol,
+            "results": results[weights.name],
+            "baselines": {key: rows for key, rows in results.items() if key != weights.name},
+            "seconds": round(time.perf_counter() - start, 2),
+            **provenance(inputs.config, inputs.features),
+        }
+        if evaluation.classes is not None:
+            report["data"]["classes"] = evaluation.classes
+        if fabric.is_global_zero:
+            write_json(folder / f"{name}.json", report)
+    if fabric.is_global_zero:
+        rows = [
+            [key, *(text(row) for text in columns.values())]
+            for key, rows in results.items()
+            for row in rows
+        ]
+        print(table([title, *columns], rows))
+        print(f"{folder}: {', '.join([f'{name}.json', *evaluation.files])}")
+    return report
