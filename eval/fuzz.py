@@ -39,7 +39,7 @@ import dino_xcit
 from dino_xcit.cli import COMMANDS, parse
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.data.decode import decode
-from dino_xcit.evaluate.features import OFFICIAL_FILES, FileFeatures
+from dino_xcit.evaluate.feature_files import OFFICIAL_FILES, FileFeatures
 from dino_xcit.figures.object_masks import read_mask
 from dino_xcit.figures.video import is_video
 from dino_xcit.files import plain
