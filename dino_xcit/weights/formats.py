@@ -1,10 +1,12 @@
-"""Checkpoint files of ours and of others -> tensors under our names, which are timm's, and their network; and back.
+"""Checkpoint files of this toolkit and of others: tensors under our names, and back.
 
-Read without being told which: safetensors; files of torch.save, whether of this toolkit's Lightning module, of official DINO
-(backbone alone, or student and teacher with their heads), of official XCiT (supervised), or of anyone who kept timm's names.
-Tensors and plain values alone are read (`weights_only`), never code.
+Our names are timm's. These files are recognised by their content: safetensors; files of torch.save
+from this toolkit's Lightning module, from official DINO (the backbone alone, or student and teacher
+with their heads), from official XCiT (supervised), and from anyone else who kept timm's names.
+Only tensors and plain values are read (`weights_only`), never code.
 
-The official names differ in two places: `pos_embeder`, and class attention's query, key and value in one `qkv`.
+Official names differ from timm's in two places: `pos_embeder` for `pos_embed`, and one `qkv` for
+class attention's query, key and value (`q`, `k`, `v`).
 """
 
 from __future__ import annotations
@@ -34,75 +36,107 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, Tensor]
 KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
-NETWORKS = ("teacher", "student")  # of a DINO checkpoint, ours or official
-WRAPPERS = re.compile(
-    r"(module\.|_orig_mod\.|backbone\.)+"
-)  # DistributedDataParallel, torch.compile, DINO's multi-crop
-NESTED = (
-    "model_ema",
-    "state_dict_ema",
-    "model",
-    "state_dict",
-)  # where others keep weights; the average first, as timm
-STEM = re.compile(
-    r"patch_embed\.proj\.\d+\.0\.weight"
-)  # a convolution for each halving of the image
-LISTED = 4  # names that a message tells
+NETWORKS = ("teacher", "student")  # in a DINO checkpoint, ours or official
+# Prefixes of DistributedDataParallel, of torch.compile, and of DINO's multi-crop wrapper.
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.|backbone\.)+")
+# Keys under which others keep weights; averaged weights first, as timm.
+NESTED = ("model_ema", "state_dict_ema", "model", "state_dict")
+# XCiT's stem has a convolution for each halving of the image.
+STEM = re.compile(r"patch_embed\.proj\.\d+\.0\.weight")
+CLASS_QKV = re.compile(r"cls_attn_blocks\.\d+\.attn\.qkv\.(weight|bias)")
+CLASS_Q_K_V = re.compile(r"(cls_attn_blocks\.\d+\.attn)\.([qkv])\.(weight|bias)")
+LISTED = 4  # names in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a file holds of one network."""
+    """One network of a file."""
 
     backbone: Tensors
     """under our names"""
     head: Tensors = field(default_factory=dict)
-    """DINO's projection head under the names of `DINOHead`, where the file has it"""
+    """DINO's projection head under the names of `DINOHead`; empty if the file has none"""
     center: Tensor | None = None
-    """DINO's center (1, K), where the file has it"""
+    """DINO's center, (1, K), if the file has it"""
     metadata: dict[str, Any]
-    """architecture, channels, ablations; of our own files also how images were normalised. Plain values"""
+    """plain values: architecture, channels, ablations; in our own files also the normalisation"""
 
 
 def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
-    """What a reader of the weights needs to know: plain values."""
+    """Return what `build` needs and how images are normalised, as plain values."""
     return {
         "arch": config.arch if is_timm(config.arch) else resolve_architecture(config.arch)[0],
         **{name: getattr(config, name) for name in KEPT_OPTIONS},
     }
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: Path, networks: Sequence[str] = ("teacher",)) -> Checkpoint:
-    """networks: which to take where the file holds a teacher and a student: the first of these that is there.
+def read_checkpoint(
+    path: Path, networks: Sequence[str] = ("teacher",), arch: str | None = None
+) -> Checkpoint:
+    """Read one network of a file.
 
-    Raises ValueError that says what the file is instead, if it does not hold an XCiT.
+    Args:
+        path: the file.
+        networks: names of networks in order of preference, for files with teacher and student.
+        arch: architecture; default: as the file's metadata or its tensors' shapes give it.
+
+    Raises:
+        UserError: the file holds no backbone; the message is what it is instead.
     """
-    content, metadata = read_file(path)
+    return select_network(*read_file(path), networks, arch)
+
+
+def select_network(
+    content: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    networks: Sequence[str],
+    arch: str | None = None,
+) -> Checkpoint:
+    """Return one network of what `read_file` read; see `read_checkpoint`."""
     tensors = _choose(content, networks)
     if "config" in content and "pytorch-lightning_version" in content:
-        metadata = backbone_metadata(from_plain(content["config"]))
-    if is_timm(metadata.get("arch", "")):
+        try:
+            metadata = backbone_metadata(from_plain(content["config"]))
+        except UserError as error:
+            raise UserError(f"is a checkpoint of another version: {error}") from None
+    if is_timm(arch or metadata.get("arch", "")):
         backbone, head = split_head(tensors)
-        about = {}
+        described: dict[str, Any] = {}
     else:
         backbone, head = to_our_names(tensors)
-        about = describe(backbone)
-    center = content.get("dino_loss", {}).get(
-        "center", content.get("state_dict", {}).get("loss.center")
-    )
+        described = describe(backbone)
+    given = {"arch": arch} if arch else {}
     return Checkpoint(
         backbone=backbone,
         head=head if "last_layer.weight_v" in head else {},
-        center=center,
-        metadata={**about, **metadata},
+        center=_center(content),
+        metadata={**described, **metadata, **given},
     )
 
 
+def _center(content: Mapping[str, Any]) -> Tensor | None:
+    """Return DINO's center from an official checkpoint, or from ours."""
+    for key, name in (("dino_loss", "center"), ("state_dict", "loss.center")):
+        part = content.get(key)
+        if isinstance(part, Mapping) and isinstance(part.get(name), Tensor):
+            center: Tensor = part[name]
+            return center
+    return None
+
+
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of a file, and what a safetensors file of ours says beside. Raises ValueError that says what is wrong."""
+    """Read a file of tensors.
+
+    Returns:
+        Its content, and the metadata of our own safetensors files.
+
+    Raises:
+        UserError: it is something else; the message is what.
+        OSError: it cannot be read.
+    """
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -113,144 +147,164 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError("is a web page, not weights: download it again")
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
+    return _read_torch(path), {}
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    broken = "is cut off, or no file of torch.save or safetensors"
     try:
-        # Official DINO keeps its command line beside the tensors, which is of this class.
+        # Official DINO keeps its command line beside the tensors, in this class.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+)", str(error))
-        if code:
-            raise UserError(
-                f"holds code ({code[1]}), which is never run; save its tensors alone"
-            ) from None
-        raise UserError("is cut off, or no file of torch.save or safetensors") from None
-    except Exception:  # each way of being broken has its own
-        raise UserError("is cut off, or no file of torch.save or safetensors") from None
+        if code is None:
+            raise UserError(broken) from None
+        raise UserError(
+            f"holds code ({code[1]}), which is never run; save its tensors alone"
+        ) from None
+    except Exception:  # damaged files raise errors of many types
+        raise UserError(broken) from None
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {type(content).__name__}; expected tensors by their names")
-    return dict(content), {}
+    return dict(content)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get("dino_xcit", "{}")
-            names: list[str] = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(described)
+            metadata = json.loads((file.metadata() or {}).get("dino_xcit", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"is not a readable safetensors file: {error}") from None
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def write_safetensors(tensors: Tensors, path: Path, about: dict[str, Any]) -> None:
-    """Tensors and, as JSON under `dino_xcit`, what is known beside them. Raises OSError if they cannot be written."""
+    """Write tensors, with `about` as JSON in the metadata under `dino_xcit`.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
-    except SafetensorError as error:  # by which it tells of a full disk, too
+    except SafetensorError as error:  # also of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def _choose(content: dict[str, Any], networks: Sequence[str]) -> Tensors:
-    """The tensors of one network, under whatever names."""
-    found = next(
-        (content[name] for name in NESTED if isinstance(content.get(name), Mapping)), content
-    )
-    there = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
-    for name in NETWORKS:  # in a Lightning module's state dict they are prefixes
-        of_module = {
-            key.removeprefix(f"{name}."): found[key] for key in found if key.startswith(f"{name}.")
-        }
-        there.update({name: of_module} if of_module else {})
-    chosen = next((there[name] for name in networks if name in there), None)
-    if there and chosen is None:
+def _choose(content: Mapping[str, Any], networks: Sequence[str]) -> Tensors:
+    """Return the tensors of the first of these networks that the file has, under the file's names.
+
+    A file without teacher and student has one network.
+    """
+    nested = (content[key] for key in NESTED if isinstance(content.get(key), Mapping))
+    outer = next(nested, content)
+    of_networks = {
+        name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)
+    }
+    for name in NETWORKS:  # in a Lightning module's state dict the networks are prefixes
+        prefix = f"{name}."
+        tensors = {key.removeprefix(prefix): outer[key] for key in outer if key.startswith(prefix)}
+        if tensors:
+            of_networks[name] = tensors
+    if not of_networks:
+        return _tensors(outer)
+    chosen = next((of_networks[name] for name in networks if name in of_networks), None)
+    if chosen is None:
         raise UserError(
-            f"has no {networks[0]}, only the {' and '.join(there)}; name it with --checkpoint_key"
+            f"has no {networks[0]}, only the {' and '.join(of_networks)}; "
+            "name it with --checkpoint_key"
         )
-    return _tensors(found if chosen is None else chosen)
+    return _tensors(chosen)
 
 
 def _tensors(content: Mapping[str, Any]) -> Tensors:
     others = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if others or not content:
-        raise UserError(
-            f"holds no network: {listed(others) or 'nothing'} beside {len(content) - len(others)} tensors"
-        )
+        count = len(content) - len(others)
+        raise UserError(f"holds no network: {listed(others) or 'nothing'} beside {count} tensors")
     return dict(content)
 
 
-# -- names -----------------------------------------------------------------------------------------------------------
+# -- names -------------------------------------------------------------------------------------
 
 
 def to_our_names(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Tensors of anyone's XCiT -> backbone and head, DINO's or a classifier, under our names."""
+    """Rename the tensors of anyone's XCiT.
+
+    Returns:
+        The backbone, and the head: DINO's or a classifier.
+    """
     backbone: Tensors = {}
     head: Tensors = {}
-    for name, tensor in tensors.items():
-        name = WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
+    for full_name, tensor in tensors.items():
+        name = WRAPPERS.sub("", full_name, count=1) if WRAPPERS.match(full_name) else full_name
         if name.startswith("head."):
             head[name.removeprefix("head.")] = tensor
-        elif re.fullmatch(r"cls_attn_blocks\.\d+\.attn\.qkv\.(weight|bias)", name):
-            for part, of_three in zip("qkv", tensor.chunk(3), strict=True):
-                backbone[name.replace("qkv", part)] = of_three.clone()
+        elif CLASS_QKV.fullmatch(name):
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                backbone[name.replace("qkv", part)] = third.clone()
         else:
             backbone[name.replace("pos_embeder.", "pos_embed.")] = tensor
-    for new, old in (
-        ("parametrizations.weight.original0", "weight_g"),
-        ("parametrizations.weight.original1", "weight_v"),
-    ):
-        if f"last_layer.{new}" in head:
-            head[f"last_layer.{old}"] = head.pop(f"last_layer.{new}")
+    # The new weight norm of torch has other names than the old one.
+    for new, old in (("original0", "weight_g"), ("original1", "weight_v")):
+        parametrized = f"last_layer.parametrizations.weight.{new}"
+        if parametrized in head:
+            head[f"last_layer.{old}"] = head.pop(parametrized)
     return backbone, head
 
 
-def split_head(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Tensors of a network on another backbone, or of that backbone alone -> backbone and DINO's head."""
-    parts: dict[str, Tensors] = {"backbone.": {}, "head.": {}}
-    if not any(name.startswith("backbone.") for name in tensors):
-        return tensors, {}
-    for prefix, part in parts.items():
-        part |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return parts["backbone."], parts["head."]
-
-
 def to_official_names(backbone: Tensors) -> Tensors:
-    """The inverse, for official DINO's and XCiT's code."""
+    """Rename a backbone's tensors for the code of official DINO and XCiT."""
     official: Tensors = {}
     for name, tensor in backbone.items():
-        part = re.fullmatch(r"(cls_attn_blocks\.\d+\.attn)\.([qkv])\.(weight|bias)", name)
+        part = CLASS_Q_K_V.fullmatch(name)
         if part is None:
             official[name.replace("pos_embed.", "pos_embeder.")] = tensor
         elif part[2] == "q":
-            official[f"{part[1]}.qkv.{part[3]}"] = torch.cat(
-                [backbone[f"{part[1]}.{p}.{part[3]}"] for p in "qkv"]
-            )
+            parts = [backbone[f"{part[1]}.{letter}.{part[3]}"] for letter in "qkv"]
+            official[f"{part[1]}.qkv.{part[3]}"] = torch.cat(parts)
     return official
 
 
-def describe(backbone: Tensors) -> dict[str, Any]:
-    """Architecture, channels and ablations, by names and shapes; without `arch` if no architecture of ours has the shapes.
+def split_head(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Split the tensors of a timm network, or of one with DINO's head, into backbone and head."""
+    if not any(name.startswith("backbone.") for name in tensors):
+        return tensors, {}
+    backbone, head = (
+        {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
+        for part in ("backbone.", "head.")
+    )
+    return backbone, head
 
-    Raises ValueError if these are not the tensors of an XCiT.
+
+def describe(backbone: Tensors) -> dict[str, Any]:
+    """Derive architecture, channels and ablations from names and shapes.
+
+    Returns:
+        Metadata; without `arch` if not exactly one of our architectures has these shapes.
+
+    Raises:
+        UserError: these are not the tensors of an XCiT.
     """
     stem = [name for name in backbone if STEM.fullmatch(name)]
     layers = {int(name.split(".")[1]) for name in backbone if re.match(r"blocks\.\d+\.", name)}
-    if (
-        "cls_token" not in backbone
-        or not stem
-        or not layers
-        or "cls_attn_blocks.0.attn.q.weight" not in backbone
-    ):
+    has_class_attention = {"cls_token", "cls_attn_blocks.0.attn.q.weight"} <= backbone.keys()
+    if not (stem and layers and has_class_attention):
         raise UserError(
-            f"is not of an XCiT: its {len(backbone)} tensors are {listed(list(backbone))}"
+            f"is not of an XCiT: its {len(backbone)} tensors are {listed(list(backbone))} "
+            "(of a timm network: name it with --arch timm:NAME)"
         )
     dim, depth, patch = backbone["cls_token"].shape[-1], max(layers) + 1, 2 ** len(stem)
     temperature = backbone.get("blocks.0.attn.temperature")
+    has_xca = "blocks.0.attn.qkv.weight" in backbone
     about = {
         "in_chans": backbone[stem[0]].shape[1],
-        "xca": "blocks.0.attn.qkv.weight" in backbone,
+        "xca": has_xca,
         "lpi": "blocks.0.local_mp.conv1.weight" in backbone,
+        "learned_temperature": temperature is not None or not has_xca,
     }
-    about["learned_temperature"] = temperature is not None or not about["xca"]
-    # Whether class attention normalises all tokens shows in no shape: it follows from the name.
+    # No shape shows whether class attention normalises all tokens; it follows from the name.
     named = [
         short
         for short, a in ARCHITECTURES.items()
@@ -260,6 +314,6 @@ def describe(backbone: Tensors) -> dict[str, Any]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
+    """Return the first names of a list, and how many more there are."""
     more = len(names) - LISTED
     return ", ".join(map(str, names[:LISTED])) + (f" and {more} more" if more > 0 else "")

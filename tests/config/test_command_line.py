@@ -65,9 +65,9 @@ def test_images_are_the_words_that_belong_to_no_flag():
 
 def test_a_list_before_images_ends_at_the_first_word_that_is_no_item_of_it():
     config = attention(
-        "--weights W --figures similarity pca a.png --point 0.5 1e-1 b.png --format pdf c --dpi 72 d"
+        "--weights W --figures similarity pca a.png --point 0.5 1e-1 b --format pdf c --dpi 72 d"
     )
-    assert config.images == ("a.png", "b.png", "c", "d")
+    assert config.images == ("a.png", "b", "c", "d")
     assert config.figures == ("similarity", "pca")
     assert (config.point, config.format, config.dpi) == ((0.5, 0.1), ("pdf",), 72)
 
