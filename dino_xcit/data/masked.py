@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,42 +13,47 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import EXTENSIONS, FORMATS, decode, reading_images
+from dino_xcit.data.decode import EXTENSIONS, FORMATS, decode, reading_images, require_readable
 from dino_xcit.data.framing import Transform, centre_crop
-from dino_xcit.data.images import SPLITS, ImageSet, ShapeSet, Subset
-from dino_xcit.errors import UserError
+from dino_xcit.data.images import SPLITS, ImageSet, ShapeSet, Subset, require_images, shape_counts
+from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
     from dino_xcit.config.evaluation import SegConfig
 
-IMAGE_FOLDERS, MASK_FOLDERS = (
-    ("images", "JPEGImages"),
-    ("masks", "annotations", "labels", "SegmentationClass"),
-)
+IMAGE_FOLDERS = ("images", "JPEGImages")
+MASK_FOLDERS = ("masks", "annotations", "labels", "SegmentationClass")
 VOC_LISTS = "ImageSets/Segmentation"
-VOID = 255  # in framed masks
+VOID = 255
+"""Value of the pixels without a class in framed masks."""
 
 
-# -- images with masks -----------------------------------------------------------------------------------------------
+# -- sets --------------------------------------------------------------------------------------
 
 
 class MaskedSet(ImageSet, Protocol):
-    """Images with a mask each. The label of an image is its number, by which its mask is found."""
+    """Images with a mask each. An image's label is its index, by which its mask is found."""
 
     def mask(self, index: int) -> np.ndarray:
-        """uint8 (H, W), the class of each pixel; raises OSError or ValueError if it cannot be read."""
+        """Return the class of each pixel, uint8 (H, W).
+
+        Raises:
+            ImageError: The file is no mask that can be decoded.
+            OSError: The file cannot be read.
+        """
 
 
 class MaskedShapes(ShapeSet):
-    """The embedded images: the plain ground, and the ten textures."""
+    """The embedded images; the classes are the plain ground, 0, and the ten textures."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.labels = np.arange(self.count)
+    def __init__(self, seed: int, split: str, count: int, channels: int) -> None:
+        super().__init__(seed, split, count, channels)
+        self.labels = np.arange(count)
 
     def mask(self, index: int) -> np.ndarray:
+        """See `MaskedSet`."""
         shape = shapes.draw_shape(self.seed, self.split, index, self.channels)
-        return shape.mask * np.uint8(shape.label + 1)
+        return np.where(shape.mask, shape.label + 1, 0).astype(np.uint8)
 
 
 class MaskedFiles:
@@ -57,6 +62,7 @@ class MaskedFiles:
     classes = None
 
     def __init__(self, images: list[Path], masks: list[Path], channels: int) -> None:
+        require_readable(channels)
         self.images, self.masks, self.channels = images, masks, channels
         self.labels = np.arange(len(images))
 
@@ -64,12 +70,15 @@ class MaskedFiles:
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
+        """See `ImageSet`."""
         return decode(self.images[index].read_bytes(), self.channels)
 
     def name(self, index: int) -> str:
+        """See `ImageSet`."""
         return str(self.images[index])
 
     def identity(self) -> list[Any]:
+        """See `ImageSet`."""
         stats = [path.stat() for path in (*self.images, *self.masks)]
         return [
             list(map(str, self.images)),
@@ -78,108 +87,141 @@ class MaskedFiles:
         ]
 
     def mask(self, index: int) -> np.ndarray:
-        with reading_images(), Image.open(self.masks[index], formats=FORMATS) as file:
+        """See `MaskedSet`."""
+        path = self.masks[index]
+        with reading_images(), Image.open(path, formats=FORMATS) as file:
             if file.mode not in ("P", "L", "1"):
-                raise UserError(
-                    f"mask {self.masks[index]} is in colour or of 16 bits; expected the number of a class a pixel"
+                raise ImageError(
+                    f"mask {path} is in colour or of 16 bits; expected the number of a class in "
+                    "each pixel"
                 )
             return np.array(file).astype(np.uint8)
 
 
-def open_masked(config: SegConfig) -> tuple[dict[str, MaskedSet], dict[str, int]]:
-    """Both splits with their masks, and the classes by name where they have names.
+# -- sources -----------------------------------------------------------------------------------
 
-    Raises ValueError, naming the flag, if there is nothing to open.
+
+def open_masked(config: SegConfig) -> tuple[dict[str, MaskedSet], dict[str, int]]:
+    """Open both splits with their masks.
+
+    Returns:
+        The images of each split, and the number of each class by its name (none for files).
+
+    Raises:
+        UserError: There are no images with masks; the message names the flag.
     """
     channels = config.in_chans or 3
     if config.dataset == "shapes":
-        counts = {"train": config.num_images or shapes.COUNT, "validation": shapes.VALIDATION_COUNT}
         classes = {"ground": 0, **{name: label for label, name in enumerate(shapes.CLASSES, 1)}}
-        drawn: dict[str, MaskedSet] = {
-            s: MaskedShapes(config.seed, s, count, channels) for s, count in counts.items()
+        embedded: dict[str, MaskedSet] = {
+            split: MaskedShapes(config.seed, split, count, channels)
+            for split, count in shape_counts(config).items()
         }
-        return drawn, classes
+        return embedded, classes
     if config.dataset is not None or config.data_path is None:
         raise UserError(
-            f"--dataset {config.dataset} has no masks; expected shapes, or --data_path with images and masks"
+            f"--dataset {config.dataset} has no masks; expected shapes, or --data_path with images "
+            "and masks"
         )
-    root = Path(config.data_path)
-    found: dict[str, Any] = {split: MaskedFiles(*_pairs(root, split), channels) for split in SPLITS}
+    train, validation = (
+        MaskedFiles(*_images_and_masks(Path(config.data_path), split), channels) for split in SPLITS
+    )
     if config.num_images:
-        if config.num_images > len(found["train"]):
-            raise UserError(
-                f"--num_images {config.num_images} is more than the {len(found['train'])} images found"
-            )
-        chosen = Subset(found["train"], config.num_images, config.seed).indices
-        train = found["train"]
-        found["train"] = MaskedFiles(
+        require_images(config.num_images, len(train))
+        chosen = Subset(train, config.num_images, config.seed).indices
+        train = MaskedFiles(
             [train.images[i] for i in chosen], [train.masks[i] for i in chosen], channels
         )
-    return found, {}
+    return {"train": train, "validation": validation}, {}
 
 
-def _pairs(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The images of a split that have a mask, and their masks. Raises ValueError if there are none."""
-    images = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), None)
-    masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
-    expected = f"expected images/ and masks/ with train/ and val/ in each, or {VOC_LISTS}/train.txt and val.txt beside"
+class SplitFiles(NamedTuple):
+    """Where the images and masks of a split lie."""
+
+    images: Path
+    masks: Path
+    listed: set[str] | None
+    """names of the split's images, without their extension; None if all belong to it"""
+
+
+def _images_and_masks(root: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """Return the images of a split that have a mask, and their masks.
+
+    A mask has the path of its image, from the folder of masks on, but for the extension.
+    """
+    images_folder, masks_folder, listed = _find_split(root, split)
+    images, masks = _files_by_name(images_folder), _files_by_name(masks_folder)
+    names = [name for name in images if name in masks and (listed is None or name in listed)]
+    if not names:
+        raise UserError(f"no image in {images_folder} has a mask of its name in {masks_folder}")
+    return [images[name] for name in names], [masks[name] for name in names]
+
+
+def _find_split(root: Path, split: str) -> SplitFiles:
+    """Find the split as subfolders of the images and masks (ADE20K) or as a list (VOC)."""
+    images, masks = _first_folder(root, IMAGE_FOLDERS), _first_folder(root, MASK_FOLDERS)
+    expected = (
+        "expected images/ and masks/ with train/ and val/ in each, or "
+        f"{VOC_LISTS}/train.txt and val.txt beside"
+    )
     if images is None or masks is None:
-        raise UserError(
-            f"--data_path {root} has no {'images' if images is None else 'masks'}/; {expected}"
-        )
-    named = None
+        missing = "images" if images is None else "masks"
+        raise UserError(f"--data_path {root} has no {missing}/; {expected}")
     for name in SPLITS[split]:
         if (images / name).is_dir() and (masks / name).is_dir():
-            images, masks = images / name, masks / name
-            break
-        if (listed := root / VOC_LISTS / f"{name}.txt").is_file():
-            named = set(listed.read_text().split())
-            break
-    else:
-        raise UserError(f"--data_path {root} has no {split} images; {expected}")
-    of_masks = {
-        path.relative_to(masks).with_suffix(""): path
-        for path in sorted(masks.rglob("*"))
+            return SplitFiles(images / name, masks / name, None)
+        names = root / VOC_LISTS / f"{name}.txt"
+        if names.is_file():
+            return SplitFiles(images, masks, set(names.read_text().split()))
+    raise UserError(f"--data_path {root} has no {split} images; {expected}")
+
+
+def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _files_by_name(folder: Path) -> dict[str, Path]:
+    """Return the image files below the folder by their path in it, without the extension."""
+    return {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*"))
         if is_image(path)
     }
-    of_images = {
-        path.relative_to(images).with_suffix(""): path
-        for path in sorted(images.rglob("*"))
-        if is_image(path)
-    }
-    both = [key for key in of_images if key in of_masks and (named is None or str(key) in named)]
-    if not both:
-        raise UserError(f"no image in {images} has a mask of its name in {masks}")
-    return [of_images[key] for key in both], [of_masks[key] for key in both]
 
 
 def is_image(path: Path) -> bool:
+    """Whether this is a file with the extension of an image."""
     return path.suffix.lower() in EXTENSIONS and path.is_file()
 
 
+# -- framed masks ------------------------------------------------------------------------------
+
+
 class MaskDataset(Dataset[tuple[Tensor, bool]]):
-    """Masks by number, framed as their images: uint8 (S, S), and whether the mask could be read."""
+    """Masks by index, framed as their images."""
 
     def __init__(self, images: MaskedSet, transform: Transform, ignored: tuple[int, ...]) -> None:
         self.images, self.transform = images, transform
-        self.ignored = list(ignored)
+        self.ignored = torch.tensor(ignored, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, bool]:
-        size = self.transform.image_size
+        """Return the mask, uint8 (size, size), and whether it could be read and fits its image.
+
+        The values to ignore are `VOID`.
+        """
+        size, resize_size = self.transform.image_size, self.transform.resize_size
         try:
-            mask = torch.from_numpy(self.images.mask(index))
-            if (shape := tuple(self.images.read(index).shape[1:])) != tuple(mask.shape):
-                raise UserError(
-                    f"{self.images.name(index)}: image of {shape} pixels, mask of {tuple(mask.shape)}"
-                )
-            mask = centre_crop(mask[None], size, self.transform.resize_size, _nearest)[0]
-        except (OSError, ValueError):
+            mask, image = self.images.mask(index), self.images.read(index)
+        except (ImageError, OSError):
             return torch.zeros(size, size, dtype=torch.uint8), False
-        mask[torch.isin(mask, torch.tensor(self.ignored, dtype=torch.uint8))] = VOID
-        return mask, True
+        if mask.shape != image.shape[1:]:
+            return torch.zeros(size, size, dtype=torch.uint8), False
+        framed = centre_crop(torch.from_numpy(mask)[None], size, resize_size, _nearest)[0]
+        framed[torch.isin(framed, self.ignored)] = VOID
+        return framed, True
 
 
 def _nearest(masks: Tensor, height: int, width: int) -> Tensor:

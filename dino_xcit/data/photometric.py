@@ -1,12 +1,19 @@
-"""uint8 views and the numbers drawn for them -> normalised float views: a batch at a time, on whichever device.
+"""uint8 views and the params sampled for them -> normalised float views, a batch at a time.
 
-The same function as official DINO's per-image augmentation (torchvision's operations on PIL images): flip, colour jitter in
-random order, grayscale, Gaussian blur, solarize, normalise. It differs in that values stay float32 between operations
-instead of being rounded to 8 bits, and that the blur is the Gaussian itself, which PIL approximates by three boxes.
+It computes the same function as official DINO's per-image augmentation (torchvision's operations on
+PIL images): flip, colour jitter in random order, grayscale, Gaussian blur, solarize, normalise. It
+differs in that values stay float32 between operations instead of being rounded to 8 bits, and that
+the blur is the Gaussian itself, which PIL approximates by three box filters.
 
-Nothing here is random: every view has its own row of drawn numbers (columns: `Draw`). On a GPU every operation runs on the
-whole batch and does nothing to the views that were not drawn for it, so nothing waits for the device; on CPU only the drawn
-views are touched. Axes: N views, C channels, H x W pixels.
+Nothing here is random: every view has a row of sampled params (columns: `PhotometricParam`), which
+`MultiCrop` samples. On a GPU every operation runs on the whole batch and leaves a view unchanged
+where its param says so, because choosing views would wait for the device. On CPU an operation runs
+on the views that it changes.
+
+To add an augmentation, append its column to `PhotometricParam`, sample it in `MultiCrop` from
+`crops.own_generator`, and apply it in `_augment` with `_on_rows`. Runs without it do not change.
+
+Axes: N views, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -25,94 +32,102 @@ if TYPE_CHECKING:
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in PIL and torchvision
 BLUR_REACH = 3.0  # standard deviations after which the Gaussian is cut off
-
-
-FLOATS_IN_CACHE = 2**20  # 4 MiB: on a CPU so many are taken through all operations before the next
+FLOATS_IN_CACHE = 2**20  # 4 MiB: on a CPU all operations run on so many before the next ones
 
 
 class PhotometricParam(IntEnum):
-    """Columns of the drawn numbers, float32."""
+    """Columns of the sampled params, float32."""
 
     FLIP = 0  # 1: mirror left and right
-    BRIGHTNESS = 1  # factor; 1 leaves the view alone
+    BRIGHTNESS = 1  # factor; 1 leaves the view unchanged
     CONTRAST = 2  # factor
     SATURATION = 3  # factor
-    HUE = 4  # shift in turns of the colour circle, -0.5 to 0.5; 0 leaves the view alone
-    BRIGHTNESS_RANK = 5  # which of the four jitter operations this is: 0 first, 3 last
+    HUE = 4  # shift in turns of the colour circle, -0.5 to 0.5; 0 leaves the view unchanged
+    BRIGHTNESS_RANK = 5  # position among the four jitter operations: 0 first, 3 last
     CONTRAST_RANK = 6
     SATURATION_RANK = 7
     HUE_RANK = 8
-    GRAYSCALE = 9  # 1: drop colour
+    GRAYSCALE = 9  # 1: remove colour
     SIGMA = 10  # standard deviation of the blur in pixels; 0: none
-    SOLARIZE = 11  # 1: invert what is at least as bright as half
+    SOLARIZE = 11  # 1: invert values of at least 128 of 255
 
 
 def photometric(
-    views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
+    views: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
 ) -> Tensor:
-    """uint8 (N, C, H, W), draws (N, len(Draw)) -> float32 (N, C, H, W).
+    """Augment and normalise views, on their device.
 
-    max_sigma: largest blur that can be drawn; sets the size of the kernel. Hue, saturation and grayscale need colour, so
-    they are skipped unless C is 3.
+    Hue, saturation and grayscale need colour, so they are skipped unless C is 3.
+
+    Args:
+        views: uint8 (N, C, H, W); not written to.
+        params: (N, len(PhotometricParam)).
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
+        max_sigma: Largest sigma that can be sampled, in pixels; sets the size of the kernel.
+
+    Returns:
+        float32 (N, C, H, W).
     """
     if views.device.type != "cpu":
-        return _photometric(views, draws, mean, std, max_sigma)
+        return _augment(views, params, mean, std, max_sigma)
     x = torch.empty(views.shape)
-    # By the rank of their hue, those without last: so the views that a step of `color_jitter` touches lie side by side.
-    order = (
-        draws[:, PhotometricParam.HUE_RANK] + 4 * (draws[:, PhotometricParam.HUE] == 0)
-    ).argsort()
-    for rows in order.split(max(1, FLOATS_IN_CACHE // views[0].numel())):
-        _put(x, rows, _photometric(views.index_select(0, rows), draws[rows], mean, std, max_sigma))
+    # Sorted by the rank of their hue, those without hue last: so the views that one step of
+    # `color_jitter` changes are adjacent.
+    hue_rank, without_hue = (
+        params[:, PhotometricParam.HUE_RANK],
+        params[:, PhotometricParam.HUE] == 0,
+    )
+    order = (hue_rank + 4 * without_hue).argsort()
+    rows_in_cache = max(1, FLOATS_IN_CACHE // views[0].numel())
+    for rows in torch.split(order, rows_in_cache):
+        part = _augment(views.index_select(0, rows), params[rows], mean, std, max_sigma)
+        _put(x, rows, part)
     return x
 
 
-def _photometric(
-    views: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
+def _augment(
+    views: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
 ) -> Tensor:
-    views = _on_rows(views, draws[:, PhotometricParam.FLIP] > 0, lambda x, rows: x.flip(-1))
-    x = color_jitter(views.float().div_(255), draws)
+    sigma = params[:, PhotometricParam.SIGMA]
+    views = _on_rows(views, params[:, PhotometricParam.FLIP] > 0, lambda x, _: x.flip(-1))
+    x = color_jitter(views.float().div_(255), params)
     if x.shape[1] == 3:
-        x = _on_rows(
-            x, draws[:, PhotometricParam.GRAYSCALE] > 0, lambda x, rows: gray(x).repeat(1, 3, 1, 1)
-        )
-    x = _on_rows(
-        x,
-        draws[:, PhotometricParam.SIGMA] > 0,
-        lambda x, rows: gaussian_blur(x, draws[rows, PhotometricParam.SIGMA], max_sigma),
-    )
-    x = _on_rows(x, draws[:, PhotometricParam.SOLARIZE] > 0, lambda x, rows: solarize(x))
+        to_gray = params[:, PhotometricParam.GRAYSCALE] > 0
+        x = _on_rows(x, to_gray, lambda x, _: gray(x).repeat(1, 3, 1, 1))
+    x = _on_rows(x, sigma > 0, lambda x, rows: gaussian_blur(x, sigma[rows], max_sigma))
+    x = _on_rows(x, params[:, PhotometricParam.SOLARIZE] > 0, lambda x, _: solarize(x))
     return x.sub_(_constant(mean, x.device)).div_(_constant(std, x.device))
 
 
-def color_jitter(x: Tensor, draws: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each view's own order. Float (N, C, H, W) in [0, 1], overwritten.
+def color_jitter(x: Tensor, params: Tensor) -> Tensor:
+    """Apply brightness, contrast, saturation and hue to each view, in the view's own order.
 
-    Brightness, contrast and saturation are one operation with three sets of coefficients (`_blend`). So the batch takes
-    three blends, hue, three blends; each view takes part in those that its order puts before or after its hue.
+    Brightness, contrast and saturation are one operation with three sets of coefficients
+    (`_blend`). So the batch takes three blends, hue, and three blends; each view takes part in
+    those that its order puts before or after its hue.
+
+    Args:
+        x: float (N, C, H, W) in [0, 1]; overwritten.
+        params: (N, len(PhotometricParam)).
     """
-    hue_rank = draws[:, PhotometricParam.HUE_RANK]
-    ranks = draws[
-        :, PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.SATURATION_RANK + 1
-    ]  # (N, 3)
-    factors = draws[:, PhotometricParam.BRIGHTNESS : PhotometricParam.SATURATION + 1]  # (N, 3)
+    hue, hue_rank = params[:, PhotometricParam.HUE], params[:, PhotometricParam.HUE_RANK]
+    first, last = PhotometricParam.BRIGHTNESS_RANK, PhotometricParam.SATURATION_RANK
+    ranks = params[:, first : last + 1]  # (N, 3)
+    factors = params[:, PhotometricParam.BRIGHTNESS : PhotometricParam.SATURATION + 1]  # (N, 3)
     for rank in (0, 1, 2):
         _blend_at(x, rank, ranks, factors, rank < hue_rank)
     if x.shape[1] == 3:
-        x = _on_rows(
-            x,
-            draws[:, PhotometricParam.HUE] != 0,
-            lambda x, rows: shift_hue(x, draws[rows, PhotometricParam.HUE]),
-        )
+        x = _on_rows(x, hue != 0, lambda x, rows: shift_hue(x, hue[rows]))
     for rank in (1, 2, 3):
         _blend_at(x, rank, ranks, factors, rank > hue_rank)
     return x
 
 
-def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, on_this_side: Tensor) -> None:
-    """Apply to each view the operation (of brightness, contrast, saturation) that has this rank, if it has one. In place."""
-    chosen = (ranks == rank) & on_this_side[:, None]  # (N, 3), at most one True per row
-    factor = torch.where(chosen, factors, 1.0)  # which leaves a view as it is
+def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, active: Tensor) -> None:
+    """Apply to each active view the blend that has this rank in its order, if one has. In place."""
+    chosen = (ranks == rank) & active[:, None]  # (N, 3), at most one True per row
+    factor = torch.where(chosen, factors, 1.0)  # 1 leaves a view unchanged
     if x.shape[1] != 3:
         factor[:, 2] = 1.0  # no saturation without colour
     if x.device.type == "cpu":
@@ -122,9 +137,14 @@ def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, on_this_side
 
 
 def _blend(x: Tensor, factor: Tensor) -> Tensor:
-    """x * f + (1 - f) * other, in [0, 1], in place: other is black, the view's mean gray, or each pixel's gray.
+    """Return x * f + (1 - f) * other, clamped to [0, 1], in place.
 
-    factor: (N, 3), of brightness, contrast and saturation.
+    `other` is black for brightness, the view's mean gray for contrast and each pixel's gray for
+    saturation.
+
+    Args:
+        x: (N, C, H, W).
+        factor: (N, 3), of brightness, contrast and saturation.
     """
     brightness, contrast, saturation = factor[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1) each
     if x.device.type == "cpu" and bool((factor[:, 1:] == 1).all()):
@@ -139,79 +159,79 @@ def gray(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     red, green, blue = x.unbind(1)
-    return (
-        (red * GRAY_WEIGHTS[0])
-        .add_(green, alpha=GRAY_WEIGHTS[1])
-        .add_(blue, alpha=GRAY_WEIGHTS[2])[:, None]
-    )
+    luma = red * GRAY_WEIGHTS[0]
+    return luma.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])[:, None]
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of RGB views (N, 3, H, W) by `turns` (N,), keeping value and chroma (the HSV model)."""
+    """Shift the hue of RGB views (N, 3, H, W) by `turns` (N,), keeping value and chroma (HSV)."""
     red, green, blue = x.unbind(1)
     top, low = red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
     chroma = top - low
-    # Hue in sixths of the circle, from red (0) over green (2) and blue (-2) to cyan (3 or -3). Its size is a sum that has no
-    # cases; a comparison with `where` costs a CPU as much as twenty sums.
-    hue = (
-        (green - red).add_(blue - low).div_(chroma.clamp_min(1e-12)).add_(1).copysign_(green - blue)
-    )
+    # Hue in sixths of the circle, from red (0) over green (2) and blue (-2) to cyan (3 or -3). Its
+    # absolute value is a sum without cases: on a CPU one `where` costs as much as twenty sums.
+    hue = (green - red).add_(blue - low).div_(chroma.clamp_min(1e-12)).add_(1)
+    hue.copysign_(green - blue)
     hue.add_(6 * turns[:, None, None])
     hue.sub_((hue / 6).floor_(), alpha=6)  # 0 to 6
-    # How far below the top, in units of the chroma: red 2 - |hue - 3|, green |hue - 2| - 1, blue |hue - 4| - 1.
-    centre, sign, start = (
-        _constant(values, x.device)
-        for values in ((3.0, 2.0, 4.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0))
-    )
+    # Distance below the top in units of the chroma, clamped to [0, 1]:
+    # red 2 - |hue - 3|, green |hue - 2| - 1, blue |hue - 4| - 1.
+    centre = _constant((3.0, 2.0, 4.0), x.device)
+    sign = _constant((-1.0, 1.0, 1.0), x.device)
+    start = _constant((2.0, -1.0, -1.0), x.device)
     below = (hue[:, None] - centre).abs_().mul_(sign).add_(start).clamp_(0, 1)
     return below.mul_(-chroma[:, None]).add_(top[:, None])
 
 
 def solarize(x: Tensor) -> Tensor:
-    """Invert what is at least as bright as half."""
+    """Invert values of at least 128 / 255."""
     return torch.lerp(x, 1 - x, (x >= 128 / 255).float())
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """Blur each view (N, C, H, W) with its own standard deviation (N,), mirrored at the borders, cut off at 3 deviations
-    of the largest."""
+    """Blur each view with its own standard deviation, reflecting at the borders.
+
+    Args:
+        x: (N, C, H, W).
+        sigma: (N,), in pixels.
+        max_sigma: The kernel of all views is cut off at three times this, or at the view's side.
+    """
     N, C, H, W = x.shape
     reach = min(math.ceil(BLUR_REACH * max_sigma), H - 1, W - 1)
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)  # (N, taps)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)  # (N * C, taps)
-    x = F.pad(x, (reach, reach, reach, reach), mode="reflect").reshape(
-        1, N * C, H + 2 * reach, W + 2 * reach
-    )
+    x = F.pad(x, (reach, reach, reach, reach), mode="reflect")
+    x = x.reshape(1, N * C, H + 2 * reach, W + 2 * reach)
     x = F.conv2d(x, kernel[:, None, :, None], groups=N * C)
     return F.conv2d(x, kernel[:, None, None, :], groups=N * C).reshape(N, C, H, W)
 
 
 @functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One value per channel (C, 1, 1); made once, since copying it to a device waits for the device."""
+    """One value per channel, (C, 1, 1); cached, because copying to a device waits for it."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
 def _on_rows(
     x: Tensor, active: Tensor, operation: Callable[[Tensor, Tensor | slice], Tensor]
 ) -> Tensor:
-    """Apply the operation to the active views, on CPU in place. It gets them and their rows."""
+    """Apply `operation(views, their rows)` to the active views; on CPU in place."""
     if x.device.type != "cpu":  # choosing rows would wait for the device
         return torch.where(active[:, None, None, None], operation(x, slice(None)), x)
     rows = active.nonzero()[:, 0]
     if len(rows) == len(x):
         return operation(x, slice(None))
     if len(rows):
-        first, beyond = rows[0].item(), rows[-1].item() + 1
-        if beyond - first == len(rows):
-            x[first:beyond] = operation(x[first:beyond], slice(first, beyond))
+        first, end = int(rows[0]), int(rows[-1]) + 1
+        if end - first == len(rows):
+            x[first:end] = operation(x[first:end], slice(first, end))
         else:
             _put(x, rows, operation(x.index_select(0, rows), rows))
     return x
 
 
 def _put(x: Tensor, rows: Tensor, changed: Tensor) -> None:
-    """x[rows] = changed, in a quarter of the time that this takes."""
+    """Assign x[rows] = changed, which written like this takes four times as long."""
     for row, view in zip(rows.tolist(), changed, strict=True):
         x[row] = view
