@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from fractions import Fraction
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dino_xcit.cli import main
+from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.figures import command
+from dino_xcit.figures.drawing import Sheet, as_cell
 from dino_xcit.figures.maps import class_attention
-from dino_xcit.figures.video import write_video
+from dino_xcit.figures.sheets import FIGURES, FigureRow
+from dino_xcit.figures.video import VideoFile, write_video
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.weights.load import load_backbone, save_backbone
@@ -61,7 +67,7 @@ def summary() -> dict:
     return json.loads(Path("figures/attention.json").read_text())
 
 
-def test_images_become_figures_with_their_numbers_beside(here, capsys):
+def test_images_become_figures_with_their_arrays_beside_them(here, capsys):
     assert attention("--image_size", 0, "photos/wide.png", "photos/tall.png") == 0
     files = {
         f"{name}.{kind}"
@@ -74,18 +80,18 @@ def test_images_become_figures_with_their_numbers_beside(here, capsys):
     pixels = torch.from_numpy(numbers["image_0"]).permute(2, 0, 1)[None] / 255
     expected = class_attention(load_backbone("w.safetensors"), (pixels - 0.5) / 0.25)[0].numpy()
     np.testing.assert_allclose(numbers["attention_0"], expected, atol=1e-6)
-    told = summary()
-    assert [one["name"] for one in told["images"]] == ["wide", "tall"]
-    assert told["images"][0]["patches"] == [16, 10]
+    content = summary()
+    assert [one["name"] for one in content["images"]] == ["wide", "tall"]
+    assert content["images"][0]["patches"] == [16, 10]
     share = expected / expected.sum((1, 2), keepdims=True)
-    assert told["images"][1]["entropy"] == pytest.approx(
+    assert content["images"][1]["entropy"] == pytest.approx(
         (-share * np.log(share)).sum((1, 2)), abs=1e-4
     )
-    assert told["options"]["image_size"] == 0
+    assert content["options"]["image_size"] == 0
     assert "long side as it is, crop to multiples of 4 pixels" in capsys.readouterr().out
 
 
-def test_words_that_belong_to_no_flag_are_images_wherever_they_stand(here):
+def test_words_without_a_flag_are_images_wherever_they_stand(here):
     words = [
         "photos/wide.png",
         "--figures",
@@ -151,15 +157,13 @@ def test_without_images_the_runs_own_are_shown(tiny, monkeypatch, tmp_path):
     )  # as large as the run's crops
 
 
-def test_without_images_and_without_a_run_images_are_asked_for(here, capsys):
+def test_without_images_and_without_a_run_the_message_names_images(here, capsys):
     assert attention() == 2
     assert "expected images" in capsys.readouterr().err
     assert not Path("figures").exists()
 
 
 def test_checkpoints_over_training(tiny, monkeypatch, tmp_path):
-    import dataclasses
-
     monkeypatch.chdir(tmp_path)
     folder = pretrain(dataclasses.replace(tiny, saveckp_freq=1)).folder
     assert main(["attention", "--weights", str(folder), "--figures", "training"]) == 0
@@ -177,12 +181,12 @@ def test_checkpoints_over_training(tiny, monkeypatch, tmp_path):
         np.testing.assert_allclose(numbers[f"attention_0_of_epoch {epoch}"], expected, atol=1e-6)
 
 
-def test_a_run_that_kept_no_checkpoints_is_told_which_flag_keeps_them(here, capsys):
+def test_without_kept_checkpoints_the_message_names_the_flag_that_keeps_them(here, capsys):
     assert attention("--figures", "training", "photos/wide.png") == 2
     assert "--saveckp_freq" in capsys.readouterr().err
 
 
-def test_models_side_by_side_each_sees_its_own_channels(here):
+def test_models_side_by_side_get_their_own_channels(here):
     more = ["--weights", "colour.safetensors", "--names", "grey", "--names", "a colour one"]
     assert attention(*more, "--image_size", 50, "photos/wide.png") == 0
     numbers = np.load("figures/models.npz")
@@ -196,13 +200,13 @@ def test_models_side_by_side_each_sees_its_own_channels(here):
     assert numbers["attention_0_of_a colour one"].shape == (4, 3, 6)
 
 
-def test_what_cannot_be_shown_is_listed_at_the_end_and_the_others_are_done(here, capsys):
+def test_what_cannot_be_shown_is_listed_and_the_others_are_drawn(here, capsys):
     Path("zero.jpg").touch()
     Path("notes.txt").write_text("hello")
     Path("text.jpg").write_text("hello")
     Path("empty").mkdir()
     (Path("cut.png")).write_bytes(Path("photos/wide.png").read_bytes()[:60])
-    Path("film.mp4").write_bytes(b"not a film")
+    Path("video.mp4").write_bytes(b"not a video")
     Image.fromarray(picture(2, 60)).save("thin.png")
     bad = [
         "zero.jpg",
@@ -210,28 +214,30 @@ def test_what_cannot_be_shown_is_listed_at_the_end_and_the_others_are_done(here,
         "text.jpg",
         "empty",
         "cut.png",
-        "film.mp4",
+        "video.mp4",
         "thin.png",
         "gone.png",
     ]
     assert attention("--figures", "overlay", *bad, "photos/wide.png") == 2
     lines = capsys.readouterr().err.splitlines()
-    told = {line.split(": ")[1]: line for line in lines if line.startswith("dino-xcit attention: ")}
-    assert sorted(told) == sorted(bad)
-    assert "0 bytes" in told["zero.jpg"]
-    assert "not an image" in told["notes.txt"]
-    assert "not an image" in told["text.jpg"]
-    assert "without images" in told["empty"]
-    assert "does not exist" in told["gone.png"]
-    assert "smaller than a patch of 4 x 4" in told["thin.png"]
-    assert "--fit pad" in told["thin.png"]
+    lines_of = {
+        line.split(": ")[1]: line for line in lines if line.startswith("dino-xcit attention: ")
+    }
+    assert sorted(lines_of) == sorted(bad)
+    assert "0 bytes" in lines_of["zero.jpg"]
+    assert "not an image" in lines_of["notes.txt"]
+    assert "not an image" in lines_of["text.jpg"]
+    assert "without images" in lines_of["empty"]
+    assert "does not exist" in lines_of["gone.png"]
+    assert "smaller than a patch of 4 x 4" in lines_of["thin.png"]
+    assert "--fit pad" in lines_of["thin.png"]
     assert [one["name"] for one in summary()["images"]] == ["wide"]
     assert len(summary()["problems"]) == len(bad)
     assert attention("--fit", "pad", "--figures", "overlay", "thin.png") == 0
 
 
-def test_a_panorama_beyond_memory_is_told_what_fits(here, capsys, monkeypatch):
-    monkeypatch.setattr("dino_xcit.views.memory_there", lambda device: 2**20)
+def test_for_a_panorama_beyond_memory_the_message_names_a_size_that_fits(here, capsys, monkeypatch):
+    monkeypatch.setattr("dino_xcit.figures.framing.memory_there", lambda device: 2**20)
     assert attention("--image_size", 4000, "--figures", "overlay", "photos/wide.png") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "4000 x 2500 pixels need about" in line
@@ -274,7 +280,7 @@ def test_a_panorama_beyond_memory_is_told_what_fits(here, capsys, monkeypatch):
         (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
     ],
 )
-def test_options_that_cannot_be_are_refused_in_one_line(here, capsys, arguments, expected):
+def test_options_that_cannot_be_used_are_refused_in_one_line(here, capsys, arguments, expected):
     assert attention(*arguments, "photos/wide.png") == 2
     error = capsys.readouterr().err.strip()
     assert expected in error
@@ -282,7 +288,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(here, capsys, arguments,
 
 
 def test_a_network_without_class_attention_is_refused(here, capsys, monkeypatch):
-    monkeypatch.setattr("dino_xcit.views.load_backbone", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("dino_xcit.figures.model.load_backbone", lambda *_: torch.nn.Linear(1, 1))
     assert attention("photos/wide.png") == 2
     assert (
         "--weights w.safetensors: Linear has no class-attention layers" in capsys.readouterr().err
@@ -294,17 +300,15 @@ def test_no_weights(capsys):
     assert "expected --weights" in capsys.readouterr().err
 
 
-def film(path: str, frames: int = 6) -> list[np.ndarray]:
+def save_video(path: str, frames: int = 6) -> list[np.ndarray]:
     pictures = [np.roll(picture(32, 48), 2 * i, axis=1) for i in range(frames)]
     write_video(Path(path), iter(pictures), Fraction(8))
     return pictures
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "frames"])
-def test_videos_become_films_on_one_scale(here, kind):
-    from dino_xcit.figures.video import Clip
-
-    film("clip.mp4")
+def test_videos_become_videos_on_one_scale(here, kind):
+    save_video("clip.mp4")
     assert attention("--image_size", 48, "--video_format", kind, "clip.mp4") == 0
     numbers = np.load("figures/clip_attention.npz")
     assert numbers["attention"].shape == (6, 4, 8, 12)
@@ -314,20 +318,18 @@ def test_videos_become_films_on_one_scale(here, kind):
             for path in sorted(Path("figures/clip_attention").glob("*.png"))
         ]
     else:
-        clip = Clip(Path(f"figures/clip_attention.{kind}"))
-        assert float(clip.fps) == pytest.approx(8, rel=0.05)
-        frames = list(clip.frames(3))
+        video = VideoFile(Path(f"figures/clip_attention.{kind}"))
+        assert float(video.fps) == pytest.approx(8, rel=0.05)
+        frames = list(video.frames(3))
     assert len(frames) == 6
     height, width = frames[0].shape[:2]
     assert width == pytest.approx(4.5 * height, abs=2)  # image, overlay, heads
     if (
         kind == "frames"
-    ):  # lossless: the hottest patch of the film is the only one at the top of the colours
+    ):  # lossless: the hottest patch of the video is the only one at the top of the colours
         mean = numbers["attention"].mean(1)
         ordered = np.sort(mean.ravel())
         beyond = int(0.01 * (len(ordered) - 1))
-        import matplotlib
-
         low, high = ordered[beyond], ordered[-1 - beyond]
         colours = matplotlib.colormaps["inferno"](((mean - low) / (high - low)).clip(0, 1))[..., :3]
         cell = height // 8
@@ -339,9 +341,9 @@ def test_videos_become_films_on_one_scale(here, kind):
             np.testing.assert_allclose(centre, 0.4 * below + 0.6 * expected, atol=0.01)
 
 
-def test_a_folder_of_frames_is_a_video_when_it_is_said_to_be(here):
+def test_with_frames_a_folder_of_images_is_a_video(here):
     Path("frames").mkdir()
-    for i, frame in enumerate(film("clip.mp4")):
+    for i, frame in enumerate(save_video("clip.mp4")):
         Image.fromarray(frame).save(f"frames/{i:03}.png")
     assert attention("--frames", "--fps", "5", "--image_size", "0", "frames") == 0
     assert np.load("figures/frames_attention.npz")["fps"] == 5
@@ -357,7 +359,7 @@ def test_a_frame_of_another_size_ends_that_video_only(here, capsys):
     assert "overlay.png" in written()
 
 
-def test_the_page_shows_what_the_figures_show(here):
+def test_the_page_holds_the_images_of_the_figures(here):
     assert attention("--html", "--figures", "overlay", "photos") == 0
     page = Path("figures/attention.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
@@ -393,7 +395,8 @@ def test_masks_of_files_and_images_that_have_none(here, capsys):
     assert json.loads(Path("figures/masks.json").read_text())["images"] == 2
 
 
-def test_a_process_of_its_own(here, run_cli):
+@pytest.mark.slow
+def test_the_command_in_its_own_process(here, run_cli):
     done = run_cli(
         "attention",
         "--weights",
@@ -408,12 +411,122 @@ def test_a_process_of_its_own(here, run_cli):
 
 
 def test_the_function_behind_the_command_returns_the_problems(here):
-    from dino_xcit import AttentionConfig
-
     config = AttentionConfig(
         images=("gone.png", "photos/wide.png"),
         weights=("w.safetensors",),
         figures=("overlay",),
         dpi=40,
     )
-    assert command.attention(config).problems == ["gone.png: does not exist"]
+    outcome = command.attention(config)
+    assert outcome.problems == ["gone.png: does not exist"]
+    assert outcome.exit_code == 2
+
+
+@pytest.fixture
+def overlay_config(here):
+    return AttentionConfig(
+        images=("photos/wide.png",), weights=("w.safetensors",), figures=("overlay",), dpi=40
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug")], ids=type)
+def test_an_error_of_a_figures_own_code_keeps_its_traceback(overlay_config, monkeypatch, error):
+    def fail(results, config):
+        raise error
+
+    monkeypatch.setitem(FIGURES, "overlay", FigureRow(draw=fail))
+    with pytest.raises(type(error), match="a bug"):
+        command.attention(overlay_config)
+
+
+def test_an_error_of_the_backbones_code_keeps_its_traceback(overlay_config, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("dino_xcit.figures.model.attention_maps", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        command.attention(overlay_config)
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (MemoryError(), "not enough memory; lower --dpi"),
+        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB; lower --dpi"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_figure_that_does_not_fit_is_a_problem_and_the_others_are_drawn(
+    overlay_config, monkeypatch, error, problem
+):
+    def fail(results, config):
+        raise error
+
+    monkeypatch.setitem(FIGURES, "grid", FigureRow(draw=fail))
+    config = dataclasses.replace(overlay_config, figures=("grid", "overlay"))
+    (line,) = command.attention(config).problems
+    assert line.startswith("grid figure of photos/wide.png: ")
+    assert problem in line
+    assert "overlay.png" in written()
+
+
+def test_a_width_too_narrow_for_one_figure_is_a_problem(overlay_config):
+    config = dataclasses.replace(overlay_config, figures=("grid", "overlay"), width="1")
+    row = FIGURES["grid"]
+    columns = 9
+
+    def wide(results, config):
+        sheet = row.draw(results, config)
+        return dataclasses.replace(sheet, rows=[[sheet.rows[0][0]] * columns])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FIGURES, "grid", dataclasses.replace(row, draw=wide))
+        (line,) = command.attention(config).problems
+    assert "--width 1 is too narrow for 9 pictures side by side" in line
+    assert "overlay.png" in written()
+
+
+def test_a_new_kind_of_figure_is_a_function_and_a_row(overlay_config, monkeypatch):
+    calls = []
+
+    def draw(results, config):
+        calls.append(results)
+        cells = [as_cell(result.image / 255) for result in results]
+        return Sheet(name=f"toy_{results[0].name}", rows=[cells])
+
+    monkeypatch.setitem(
+        FIGURES, "toy", FigureRow(draw=draw, per_image=True, features=True, xca=True)
+    )
+    images = ("photos/wide.png", "photos/tall.png")
+    command.attention(dataclasses.replace(overlay_config, images=images, figures=("toy",)))
+    assert [[result.name for result in results] for results in calls] == [["wide"], ["tall"]]
+    assert all(results[0].features is not None for results in calls)
+    assert all(results[0].covariance is not None for results in calls)
+    assert {"toy_wide.png", "toy_tall.png"} < written()
+
+
+def test_the_callers_process_stays_as_it_was(overlay_config):
+    scored = {"masks": "shapes", "num_images": 2, "images": (), "figures": ()}
+    config = dataclasses.replace(overlay_config, **scored)
+    torch.manual_seed(11)
+    before = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        random.getstate(),
+        dict(matplotlib.rcParams),
+        Image.MAX_IMAGE_PIXELS,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    command.attention(overlay_config)
+    command.attention(config)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    after = (
+        random.getstate(),
+        dict(matplotlib.rcParams),
+        Image.MAX_IMAGE_PIXELS,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+    assert after == before[2:]

@@ -1,6 +1,5 @@
-"""Pictures and sheets, against naive loops, a simulation of colour blindness, and the bytes of the files."""
+"""Sheets: their layout, their text, and the bytes of the files."""
 
-import itertools
 import re
 import zipfile
 import zlib
@@ -12,61 +11,28 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from dino_xcit.config import pretrain
+from dino_xcit.config import attention as attention_options
 from dino_xcit.config.attention import AttentionConfig
+from dino_xcit.errors import UserError
 from dino_xcit.figures.drawing import (
     BAR_INCHES,
     GAP,
-    HEAD_COLOURS,
     STYLE,
     TITLE_INCHES,
     WIDTHS,
-    Bar,
+    ColourBar,
     Sheet,
-    cell,
-    composite,
-    cut_out,
+    as_cell,
     draw,
-    fitted,
-    head_colours,
-    heat,
     inches,
-    overlay,
-    rgb,
-    scaled,
-    spread,
+    shortened,
     text_width,
     write,
 )
 
-# Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
-SIGHT = {
-    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "protanopia": [
-        [0.152286, 1.052583, -0.204868],
-        [0.114503, 0.786281, 0.099216],
-        [-0.003882, -0.048116, 1.051998],
-    ],
-    "deuteranopia": [
-        [0.367322, 0.860646, -0.227968],
-        [0.280085, 0.672501, 0.047413],
-        [-0.01182, 0.04294, 0.968881],
-    ],
-    "tritanopia": [
-        [1.255528, -0.076749, -0.178779],
-        [-0.078411, 0.930809, 0.147602],
-        [0.004733, 0.691367, 0.3039],
-    ],
-}
-GREY = (0.299, 0.587, 0.114)
-
-
-def picture(seed, height, width):
-    return np.random.default_rng(seed).random((height, width, 3)).astype(np.float32)
-
 
 def plain_cell(value, *titles, height=10, width=20):
-    return cell(np.full((height, width, 3), value), *titles)
+    return as_cell(np.full((height, width, 3), value), *titles)
 
 
 def sheet(rows=2, columns=3, *, bar=None, title="head", note="", **shape):
@@ -86,248 +52,10 @@ def pixels_of(path):
         return np.asarray(file.convert("RGB")).astype(int)
 
 
-BAR = Bar(colormap="viridis", low=0.00012, high=0.00034, label="class attention")
+BAR = ColourBar(colormap="viridis", low=0.00012, high=0.00034, label="class attention")
 
 
-# -- colours of heads --------------------------------------------------------------------------------------------------
-
-
-def cielab(colours, sight):
-    """sRGB in [0, 1] (n, 3) -> CIELAB (D65), as an eye of this sight has it."""
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    seen = (linear @ np.array(SIGHT[sight]).T).clip(0, 1)
-    to_xyz = [
-        [0.4124564, 0.3575761, 0.1804375],
-        [0.2126729, 0.7151522, 0.072175],
-        [0.0193339, 0.119192, 0.9503041],
-    ]
-    xyz = seen @ np.array(to_xyz).T / [0.95047, 1, 1.08883]
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack(
-        [116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1
-    )
-
-
-@pytest.mark.parametrize("sight", SIGHT)
-@pytest.mark.parametrize(("heads", "distance"), [(4, 45), (8, 25), (16, 12)])
-def test_colours_of_heads_are_told_apart_with_any_sight(heads, distance, sight):
-    lab = cielab(head_colours(heads), sight)
-    for one, other in itertools.combinations(range(heads), 2):
-        assert np.linalg.norm(lab[one] - lab[other]) >= distance, (
-            HEAD_COLOURS[one],
-            HEAD_COLOURS[other],
-        )
-
-
-def test_beyond_sixteen_heads_colours_repeat():
-    colours = head_colours(19)
-    assert colours.shape == (19, 3)
-    assert len(np.unique(colours, axis=0)) == 16
-    np.testing.assert_array_equal(colours[16:], colours[:3])
-    np.testing.assert_allclose(colours[0] * 255, [0xFF, 0xCC, 0x33])
-
-
-# -- images to draw over -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("channels", "expected"), [(1, (0, 0, 0)), (2, (0, 0, 0)), (3, (0, 1, 2)), (4, (0, 1, 2))]
-)
-def test_any_number_of_channels_becomes_rgb(channels, expected):
-    image = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
-    np.testing.assert_array_equal(rgb(image), np.stack([image[..., i] for i in expected], axis=-1))
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "times"),
-    [(32, 20, 8), (3, 100, 3), (256, 10, 1), (255, 10, 2), (128, 128, 2), (129, 1, 2)],
-)
-def test_small_images_are_magnified_until_the_long_side_has_256_pixels(height, width, times):
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    pixels, patch = scaled(image, 4, 10_000)
-    assert patch == 4 * times
-    assert pixels.shape == (height * times, width * times, 3)
-    for y, x in [(0, 0), (height * times - 1, width * times - 1), (height * times // 2, times)]:
-        np.testing.assert_allclose(
-            pixels[y, min(x, width * times - 1)],
-            image[y // times, min(x // times, width - 1)] / 255,
-        )
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "patch", "largest", "block"),
-    [
-        (300, 400, 8, 400, 1),
-        (300, 400, 8, 399, 2),
-        (301, 403, 8, 202, 2),
-        (301, 403, 8, 201, 4),
-        (403, 301, 8, 10, 8),  # a patch is a pixel at least
-        (303, 260, 4, 10, 4),
-        (303, 260, 6, 10, 2),  # 4 does not divide 6
-        (303, 260, 5, 10, 1),
-        (256, 200, 8, 10, 1),  # not large
-    ],
-)
-def test_of_large_images_the_mean_of_blocks_is_drawn(height, width, patch, largest, block):
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    pixels, drawn_patch = scaled(image, patch, largest)
-    assert drawn_patch == patch // block
-    assert pixels.shape == (-(-height // block), -(-width // block), 3)
-    last = pixels.shape[0] - 1, pixels.shape[1] - 1
-    for y, x in [(0, 0), last, (0, last[1]), (last[0], 0), (7, 11)]:  # the last blocks may be cut
-        of_block = image[y * block : (y + 1) * block, x * block : (x + 1) * block]
-        np.testing.assert_allclose(pixels[y, x], of_block.reshape(-1, 3).mean(0) / 255, rtol=1e-4)
-
-
-# -- maps to pixels ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("patch", [1, 3, 8, 16, 24, 44, 64])
-def test_nearest_repeats_each_patch_exactly(patch):
-    maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
-    values = spread(maps, 3 * patch, 4 * patch, patch, "nearest")
-    np.testing.assert_array_equal(values, maps.repeat(patch, 1).repeat(patch, 2))
-
-
-@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
-def test_patches_beyond_the_image_are_cut(interpolation):
-    maps = np.random.default_rng(0).random((2, 3, 4)).astype(np.float32)
-    whole = spread(maps, 24, 32, 8, interpolation)
-    crop_boxes = spread(maps, 19, 26, 8, interpolation)
-    assert crop_boxes.shape == (2, 19, 26)
-    np.testing.assert_array_equal(crop_boxes, whole[:, :19, :26])
-
-
-def keys_kernel(t):
-    """Keys' cubic convolution with a = -0.75."""
-    t, a = abs(t), -0.75
-    if t <= 1:
-        return (a + 2) * t**3 - (a + 3) * t**2 + 1
-    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
-
-
-def naive_bicubic(one_map, patch):
-    rows, columns = one_map.shape
-    found = np.zeros((rows * patch, columns * patch))
-    for y, x in np.ndindex(found.shape):
-        v, u = (y + 0.5) / patch - 0.5, (x + 0.5) / patch - 0.5
-        for i in range(int(np.floor(v)) - 1, int(np.floor(v)) + 3):
-            for j in range(int(np.floor(u)) - 1, int(np.floor(u)) + 3):
-                neighbour = one_map[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
-                found[y, x] += keys_kernel(v - i) * keys_kernel(u - j) * neighbour
-    return found.clip(one_map.min(), one_map.max())
-
-
-def test_bicubic_is_cubic_convolution_and_never_leaves_the_range_of_the_map():
-    one_map = (
-        np.random.default_rng(0).random((4, 5)).astype(np.float32) ** 6
-    )  # sharp: the cubic overshoots
-    values = spread(one_map, 16, 20, 4, "bicubic")
-    np.testing.assert_allclose(values, naive_bicubic(one_map, 4), atol=1e-5)
-    assert values.min() == one_map.min()
-    assert values.max() == one_map.max()
-    assert len(np.unique(values)) > 100
-
-
-def test_bicubic_keeps_the_symmetry_of_a_map():
-    one_map = np.array([[0, 1, 0], [2, 5, 2], [0, 1, 0]], np.float32)
-    values = spread(one_map, 24, 24, 8, "bicubic")
-    np.testing.assert_allclose(values, values[::-1, ::-1], atol=1e-5)
-    np.testing.assert_allclose(values, values[:, ::-1], atol=1e-5)
-
-
-def test_maps_may_have_any_strides():
-    maps = np.random.default_rng(0).random((4, 3, 2)).transpose(2, 1, 0)[:, ::-1]
-    values = spread(maps, 6, 8, 2, "nearest")
-    np.testing.assert_allclose(values, maps.repeat(2, 1).repeat(2, 2), rtol=1e-6)
-
-
-# -- pictures ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("colormap", ["inferno", "viridis", "gray"])
-def test_heat_is_matplotlibs_colormap_between_the_limits(colormap):
-    values = np.random.default_rng(0).random((5, 6)) * 4 - 1
-    expected = matplotlib.colormaps[colormap](
-        matplotlib.colors.Normalize(0, 2, clip=True)(values).filled()
-    )[..., :3]
-    found = heat(values, 0, 2, colormap)
-    assert found.shape == (5, 6, 3)
-    np.testing.assert_allclose(found, expected)
-    np.testing.assert_array_equal(
-        heat(np.array([0.0, 2.0]), 0, 2, colormap), heat(np.array([-9.0, 9.0]), 0, 2, colormap)
-    )
-
-
-def test_heat_of_a_flat_map_is_one_colour():
-    colours = heat(np.full((3, 4), 0.2), 0.2, 0.2, "viridis")
-    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 1
-    np.testing.assert_allclose(colours[0, 0], matplotlib.colormaps["viridis"](0.0)[:3])
-
-
-def grey_of(pixel):
-    return sum(weight * part for weight, part in zip(GREY, pixel, strict=True))
-
-
-def test_overlay_and_cut_out_pixel_by_pixel():
-    image, colours = picture(0, 4, 5), picture(1, 4, 5)
-    mask = np.random.default_rng(2).random((4, 5)) < 0.5
-    over, kept = overlay(image, colours), cut_out(image, mask)
-    for y, x in np.ndindex(4, 5):
-        np.testing.assert_allclose(
-            over[y, x], 0.4 * grey_of(image[y, x]) + 0.6 * colours[y, x], rtol=1e-5
-        )
-        expected = image[y, x] if mask[y, x] else 3 * [0.25 * grey_of(image[y, x])]
-        np.testing.assert_allclose(kept[y, x], expected, rtol=1e-5)
-
-
-def test_composite_pixel_by_pixel():
-    image = picture(0, 4, 5)
-    values = np.random.default_rng(1).random((3, 4, 5)).astype(np.float32)
-    limits = [(0.1, 0.8), (0.0, 2.0), (0.3, 0.4)]
-    found = composite(image, values, limits)
-    seen = set()
-    for y, x in np.ndindex(4, 5):
-        places = [
-            min(max((values[h, y, x] - low) / (high - low), 0), 1)
-            for h, (low, high) in enumerate(limits)
-        ]
-        strongest = max(range(3), key=lambda h: places[h])
-        seen.add(strongest)
-        colour = matplotlib.colors.to_rgb(HEAD_COLOURS[strongest])
-        expected = [
-            0.6 * (1 - places[strongest]) * grey_of(image[y, x]) + places[strongest] * part
-            for part in colour
-        ]
-        np.testing.assert_allclose(found[y, x], expected, rtol=1e-4, atol=1e-6)
-    assert len(seen) > 1
-
-
-def test_a_head_that_looks_everywhere_alike_has_no_part_in_the_composite():
-    image = picture(0, 2, 2)
-    values = np.stack([np.full((2, 2), 0.25, np.float32), np.array([[0, 1], [0, 1]], np.float32)])
-    found = composite(image, values, [(0.25, 0.25), (0, 1)])
-    np.testing.assert_allclose(
-        found[:, 1], [matplotlib.colors.to_rgb(HEAD_COLOURS[1])] * 2, atol=1e-6
-    )
-    np.testing.assert_allclose(found[0, 0], 3 * [0.6 * grey_of(image[0, 0])], rtol=1e-5)
-
-
-def test_cells_round_to_the_nearest_of_256_and_never_wrap_around():
-    one = cell(np.array([[[0, 1, 0.499 / 255], [0.501 / 255, 1.0000001, 0.5]]]), "title", "note")
-    assert one.picture.tolist() == [[[0, 255, 0], [1, 255, 128]]]
-    assert one.picture.dtype == np.uint8
-    assert (one.title, one.note) == ("title", "note")
-    white, most = np.ones((1, 1, 3), np.float32), np.ones((1, 1), np.float32)
-    for brightest in (
-        overlay(white, white),
-        composite(white, most[None], [(0, 1)]),
-        cut_out(white, most > 0),
-    ):
-        assert cell(brightest).picture.max() == 255
-
-
-# -- widths ------------------------------------------------------------------------------------------------------------
+# -- widths ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,7 +69,7 @@ def test_a_width_is_a_venue_or_inches(asked, expected):
 @pytest.mark.parametrize("asked", ["0.99", "20.1", "-3", "nan", "inf", "nips", "", "3in"])
 def test_other_widths_are_refused_with_every_name(asked):
     with pytest.raises(
-        ValueError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")
+        UserError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")
     ) as refusal:
         inches(asked)
     for name, value in WIDTHS.items():
@@ -349,20 +77,17 @@ def test_other_widths_are_refused_with_every_name(asked):
 
 
 def test_the_help_names_the_venues_that_there_are():
-    source = Path(pretrain.__file__).read_text()
-    (described,) = re.findall(r'\n    width: str = "\w+"\n    """(.*?)"""', source, re.DOTALL)
-    whole, columns = " ".join(described.split()).split("one column:")
-    named = re.findall(r"[a-z]+", whole.split("wide:")[1]) + re.findall(r"[a-z]+-column", columns)
-    assert sorted(named) == sorted(WIDTHS)
-    assert inches(AttentionConfig().width) == WIDTHS["neurips"]
-    assert all(
-        WIDTHS[name] < WIDTHS[name.removesuffix("-column")] / 2
-        for name in WIDTHS
-        if name.endswith("-column")
-    )
+    source = Path(attention_options.__file__).read_text()
+    (text,) = re.findall(r'\n    width: str = "\w+"\n    """(.*?)"""', source, re.DOTALL)
+    named = re.findall(r"[a-z]+(?:-column)?", text)
+    assert [name for name in WIDTHS if name not in named] == []
+    assert {name for name in named if name.endswith("-column")} < set(WIDTHS)
+    assert inches(AttentionConfig.width) == WIDTHS["neurips"]
+    columns = [name for name in WIDTHS if name.endswith("-column")]
+    assert all(WIDTHS[name] < WIDTHS[name.removesuffix("-column")] / 2 for name in columns)
 
 
-# -- sheets ------------------------------------------------------------------------------------------------------------
+# -- sheets ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bar", [None, BAR])
@@ -411,7 +136,7 @@ def test_pixels_of_a_picture_keep_their_places(tmp_path):
     corners = np.zeros((2, 2, 3))
     corners[0, 0], corners[0, 1], corners[1, 0] = (1, 0, 0), (0, 1, 0), (0, 0, 1)
     seen = pixels_of(
-        written(Sheet(name="sheet", rows=[[cell(corners)]]), tmp_path, width=1.0, dpi=100)
+        written(Sheet(name="sheet", rows=[[as_cell(corners)]]), tmp_path, width=1.0, dpi=100)
     )
     assert seen.shape == (100, 100, 3)
     assert seen[10, 10].tolist() == seen[48, 48].tolist() == [255, 0, 0]
@@ -424,12 +149,10 @@ def test_pixels_of_a_picture_keep_their_places(tmp_path):
 def test_titles_take_a_line_above_the_row_and_notes_another(note, lines, tmp_path):
     bare = pixels_of(written(sheet(1, 2, note=note), tmp_path, titles=False))
     titled = pixels_of(written(sheet(1, 2, note=note), tmp_path, titles=True))
-    room = titled.shape[0] - bare.shape[0]
-    assert room == pytest.approx(100 * lines * TITLE_INCHES, abs=1)
-    np.testing.assert_allclose(titled[room + 1 : -1], bare[1:-1], atol=1)
-    for line in range(
-        lines
-    ):  # something is written in each line, in the middle of each cell, and nothing touches the border
+    added = titled.shape[0] - bare.shape[0]
+    assert added == pytest.approx(100 * lines * TITLE_INCHES, abs=1)
+    np.testing.assert_allclose(titled[added + 1 : -1], bare[1:-1], atol=1)
+    for line in range(lines):  # each has text in the middle of each cell; the border stays white
         written_in = (titled[16 * line : 16 * line + 15] < 200).any(-1).any(0)
         for left in (0, 101):
             places = np.flatnonzero(written_in[left : left + 99])
@@ -488,18 +211,18 @@ def test_titles_do_not_touch_pictures_or_each_other(note):
         assert box.y1 <= figure.bbox.height
 
 
-def test_fitted_keeps_both_ends():
+def test_shortened_texts_keep_both_ends():
     name = "abcdefghij"
     whole = text_width(name)
-    assert fitted(name, whole) == name
-    shortened = fitted(name, 0.9 * whole)
-    start, end = shortened.split("…")
+    assert shortened(name, whole) == name
+    short = shortened(name, 0.9 * whole)
+    start, end = short.split("…")
     assert name.startswith(start)
     assert name.endswith(end)
     assert len(start) + len(end) >= 7
-    assert text_width(shortened) <= 0.9 * whole
-    assert fitted(name, 0.001) == "a…"
-    assert fitted("a\udcffb", 10) == "a?b"  # a file's name that is no UTF-8
+    assert text_width(short) <= 0.9 * whole
+    assert shortened(name, 0.001) == "a…"
+    assert shortened("a\udcffb", 10) == "a?b"  # a file's name that is no UTF-8
 
 
 def test_titles_are_no_formulas(tmp_path):
@@ -508,7 +231,7 @@ def test_titles_are_no_formulas(tmp_path):
     written(sheet(1, 1, title=r"$\frac{$"), tmp_path, titles=True)
 
 
-# -- colour bar --------------------------------------------------------------------------------------------------------
+# -- colour bar ------------------------------------------------------------------------------------
 
 
 def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_limits(tmp_path):
@@ -551,7 +274,7 @@ def test_numbers_of_a_colour_bar_are_inside_the_page_and_beside_its_label():
     assert boxes[0].y1 < boxes[1].y0 < boxes[1].y1 < boxes[2].y0
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_a_pdf_is_as_wide_as_asked_and_has_its_fonts_in_it(tmp_path):
@@ -650,13 +373,13 @@ def test_a_picture_of_another_shape_than_its_row_keeps_its_own_in_the_middle_of_
 
 
 def test_a_sheet_too_narrow_for_its_columns_is_refused():
-    with pytest.raises(ValueError, match="--width 1 is too narrow for 9 pictures side by side"):
+    with pytest.raises(UserError, match="--width 1 is too narrow for 9 pictures side by side"):
         draw(sheet(1, 9), 1.0, True)
 
 
 def test_the_label_of_a_colour_bar_is_inside_a_low_sheet():
-    bar = Bar(colormap="inferno", low=0, high=1, label="cosine of query and key")
-    one = Sheet(name="low", rows=[[cell(np.full((8, 8, 3), 0.2), "head")] * 9], bar=bar)
+    bar = ColourBar(colormap="inferno", low=0, high=1, label="cosine of query and key")
+    one = Sheet(name="low", rows=[[as_cell(np.full((8, 8, 3), 0.2), "head")] * 9], bar=bar)
     with matplotlib.rc_context(STYLE):
         figure = draw(one, 5.5, True)
         renderer = FigureCanvasAgg(figure).get_renderer()

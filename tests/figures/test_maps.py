@@ -1,4 +1,4 @@
-"""What a backbone looks at, against timm's own modules and naive loops."""
+"""Attention maps of a backbone, against timm's own modules and naive loops."""
 
 import math
 
@@ -8,14 +8,15 @@ import timm
 import torch
 from timm.models import xcit as timm_xcit
 
+from dino_xcit.errors import UserError
 from dino_xcit.figures import maps as maps_module
 from dino_xcit.figures.maps import (
+    attention_maps,
     bytes_per_pixel,
     check_layer,
     class_attention,
     entropy,
     jaccard,
-    look,
     mass_mask,
     pca_colours,
     similarity,
@@ -28,7 +29,7 @@ CASES = [(NANO, (32, 80)), (TINY, (24, 40)), (PICO, (40, 24))]
 
 
 def filled(theirs):
-    """Random weights, LayerScale, biases and statistics, none of them neutral, so that every one matters."""
+    """Random weights, LayerScale, biases and statistics: none is neutral, so each one matters."""
     generator = torch.Generator().manual_seed(1)
     state = {}
     for name, old in theirs.state_dict().items():
@@ -80,7 +81,7 @@ def timm_tokens(theirs, images, blocks):
 
 
 def naive_class_attention(theirs, images, layer):
-    """softmax(q k^T / sqrt(d)) of the class token's query, image by image, head by head: (B, h, 1 + N), and H, W."""
+    """softmax(q k^T / sqrt(d)) of the class token's query, in loops: (B, h, 1 + N); H and W."""
     tokens, H, W = timm_tokens(theirs, images, len(theirs.blocks))
     x = torch.cat([theirs.cls_token.expand(len(images), -1, -1), tokens], dim=1)
     for block in theirs.cls_attn_blocks[:layer]:
@@ -102,7 +103,7 @@ def naive_class_attention(theirs, images, layer):
 
 
 def naive_queries_and_keys(theirs, images, layer):
-    """Of timm's XCA layer, each channel of unit length over the tokens: two lists [image][head] of (N, d); H, W."""
+    """Queries and keys of timm's XCA layer, channels of unit length: [image][head] (N, d); H, W."""
     tokens, H, W = timm_tokens(theirs, images, layer)
     block = theirs.blocks[layer]
     normed, heads = block.norm1(tokens), block.attn.num_heads
@@ -122,7 +123,7 @@ def naive_queries_and_keys(theirs, images, layer):
     return *found, H, W
 
 
-# -- class attention ---------------------------------------------------------------------------------------------------
+# -- class attention -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_last_class_attention_layer_is_the_default_and_negative_layers_count_fro
     assert torch.equal(class_attention(backbone, images), last)
     assert torch.equal(class_attention(backbone, images, -1), last)
     assert torch.equal(class_attention(backbone, images, -2), first)
-    assert torch.equal(look(backbone, images).attention, last)
+    assert torch.equal(attention_maps(backbone, images).attention, last)
 
 
 @torch.no_grad()
@@ -158,34 +159,36 @@ def test_last_class_attention_layer_is_the_default_and_negative_layers_count_fro
 def test_patch_features_are_timms_and_asking_for_them_changes_no_map(arch, size):
     theirs, ours = pair(arch)
     images = torch.randn(2, 3, *size)
-    sight = look(ours, images, features=True)
-    H, W = sight.attention.shape[2:]
+    maps = attention_maps(ours, images, features=True)
+    H, W = maps.attention.shape[2:]
     expected = theirs.forward_features(images)[:, 1:].transpose(1, 2).reshape(2, -1, H, W)
-    assert sight.features.shape == expected.shape
-    torch.testing.assert_close(sight.features, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sight.attention, look(ours, images).attention, rtol=1e-5, atol=1e-7)
+    assert maps.features.shape == expected.shape
+    torch.testing.assert_close(maps.features, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        maps.attention, attention_maps(ours, images).attention, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_what_is_not_asked_for_is_none():
-    sight = look(pico(), torch.randn(1, 3, 16, 24))
-    assert sight.queries is sight.keys is sight.covariance is sight.features is None
-    sight = look(pico(), torch.randn(1, 3, 16, 24), xca_layer=0)
-    assert None not in (sight.queries, sight.keys, sight.covariance)
-    assert sight.features is None
+    maps = attention_maps(pico(), torch.randn(1, 3, 16, 24))
+    assert maps.queries is maps.keys is maps.covariance is maps.features is None
+    maps = attention_maps(pico(), torch.randn(1, 3, 16, 24), xca_layer=0)
+    assert None not in (maps.queries, maps.keys, maps.covariance)
+    assert maps.features is None
 
 
 def test_an_image_is_seen_alone():
     """What is in the batch besides changes nothing."""
     backbone, images = pico(), torch.randn(3, 3, 16, 24)
-    together = look(backbone, images, xca_layer=1, features=True)
+    together = attention_maps(backbone, images, xca_layer=1, features=True)
     for i in range(3):
-        alone = look(backbone, images[i : i + 1], xca_layer=1, features=True)
+        alone = attention_maps(backbone, images[i : i + 1], xca_layer=1, features=True)
         for of_batch, of_one in zip(together, alone, strict=True):
             torch.testing.assert_close(of_batch[i : i + 1], of_one, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_recorded_for_gradients():
-    for maps in look(
+    for maps in attention_maps(
         pico(), torch.randn(1, 3, 16, 24, requires_grad=True), xca_layer=0, features=True
     ):
         assert not maps.requires_grad
@@ -195,10 +198,10 @@ def test_nothing_is_recorded_for_gradients():
 def test_no_hook_stays_on_the_backbone(fails):
     backbone = pico()
     if fails:
-        with pytest.raises(ValueError, match="patch size 8 must divide"):
-            look(backbone, torch.randn(1, 3, 17, 24), xca_layer=1)
+        with pytest.raises(UserError, match="patch size 8 must divide"):
+            attention_maps(backbone, torch.randn(1, 3, 17, 24), xca_layer=1)
     else:
-        look(backbone, torch.randn(1, 3, 16, 24), xca_layer=1)
+        attention_maps(backbone, torch.randn(1, 3, 16, 24), xca_layer=1)
     assert not any(
         module._forward_pre_hooks or module._forward_hooks for module in backbone.modules()
     )
@@ -206,16 +209,16 @@ def test_no_hook_stays_on_the_backbone(fails):
 
 def test_maps_are_float32_whatever_the_pass_is_in():
     backbone, images = pico(), torch.randn(1, 3, 16, 24)
-    exact = look(backbone, images, xca_layer=0, features=True)
+    exact = attention_maps(backbone, images, xca_layer=0, features=True)
     with torch.autocast("cpu", torch.bfloat16):
-        half = look(backbone, images, xca_layer=0, features=True)
+        half = attention_maps(backbone, images, xca_layer=0, features=True)
     for name in ("attention", "queries", "keys", "features"):
         one, other = getattr(exact, name), getattr(half, name)
         assert other.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.1)
 
 
-# -- queries and keys of XCA -------------------------------------------------------------------------------------------
+# -- queries and keys of XCA -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -225,23 +228,23 @@ def test_magnitudes_and_covariance_are_those_of_timms_blocks(arch, size, layer):
     theirs, ours = pair(arch)
     images = torch.randn(2, 3, *size)
     queries, keys, H, W = naive_queries_and_keys(theirs, images, layer % len(theirs.blocks))
-    sight = look(ours, images, xca_layer=layer)
+    maps = attention_maps(ours, images, xca_layer=layer)
     d = ours.embed_dim // ours.heads
-    assert sight.queries.shape == sight.keys.shape == (2, ours.heads, H, W)
-    assert sight.covariance.shape == (2, ours.heads, d, d)
+    assert maps.queries.shape == maps.keys.shape == (2, ours.heads, H, W)
+    assert maps.covariance.shape == (2, ours.heads, d, d)
     for b in range(2):
         for head in range(ours.heads):
             q, k = queries[b][head], keys[b][head]
-            for maps, vectors in ((sight.queries, q), (sight.keys, k)):
+            for magnitudes, vectors in ((maps.queries, q), (maps.keys, k)):
                 lengths = torch.stack([vector.square().sum().sqrt() for vector in vectors]).view(
                     H, W
                 )
-                torch.testing.assert_close(maps[b, head], lengths, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(sight.covariance[b, head], q.T @ k, rtol=1e-3, atol=1e-4)
-    assert sight.queries.std() > 1e-3
-    assert not torch.allclose(sight.queries, sight.keys, atol=1e-3)
-    assert sight.covariance.abs().max() <= 1 + 1e-5
-    assert sight.covariance.abs().max() > 0.3
+                torch.testing.assert_close(magnitudes[b, head], lengths, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(maps.covariance[b, head], q.T @ k, rtol=1e-3, atol=1e-4)
+    assert maps.queries.std() > 1e-3
+    assert not torch.allclose(maps.queries, maps.keys, atol=1e-3)
+    assert maps.covariance.abs().max() <= 1 + 1e-5
+    assert maps.covariance.abs().max() > 0.3
 
 
 @torch.no_grad()
@@ -254,7 +257,7 @@ def test_covariance_is_what_the_layer_takes_the_softmax_of():
     with_hook = xca.register_forward_hook(
         lambda _, inputs, output: given.append((inputs[0], output))
     )
-    covariance = look(backbone, images, xca_layer=1).covariance
+    covariance = attention_maps(backbone, images, xca_layer=1).covariance
     with_hook.remove()
     tokens, expected = given[0]
     v = xca.qkv(tokens)[..., 2 * 64 :].unflatten(-1, (4, 16))
@@ -265,39 +268,39 @@ def test_covariance_is_what_the_layer_takes_the_softmax_of():
 
 def test_squared_magnitudes_of_a_head_sum_to_its_channels():
     """Each of its d channels has unit length over the patches."""
-    sight = look(pico(), torch.randn(2, 3, 16, 24), xca_layer=0)
-    torch.testing.assert_close(sight.queries.square().sum((2, 3)), torch.full((2, 4), 16.0))
-    torch.testing.assert_close(sight.keys.square().sum((2, 3)), torch.full((2, 4), 16.0))
+    maps = attention_maps(pico(), torch.randn(2, 3, 16, 24), xca_layer=0)
+    torch.testing.assert_close(maps.queries.square().sum((2, 3)), torch.full((2, 4), 16.0))
+    torch.testing.assert_close(maps.keys.square().sum((2, 3)), torch.full((2, 4), 16.0))
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_layers_that_are_not_there_are_refused_by_their_flag():
     backbone, images = pico(), torch.randn(1, 3, 16, 24)
     for layer in (2, -3):
         with pytest.raises(
-            ValueError, match=rf"--layer is {layer}; expected 0 to 1, or -1 for the last"
+            UserError, match=rf"--layer is {layer}; expected 0 to 1, or -1 for the last"
         ):
             class_attention(backbone, images, layer)
     for layer in (len(backbone.blocks), -len(backbone.blocks) - 1):
         with pytest.raises(
-            ValueError,
+            UserError,
             match=rf"--xca_layer is {layer}; expected 0 to {len(backbone.blocks) - 1}, or -1",
         ):
-            look(backbone, images, xca_layer=layer)
+            attention_maps(backbone, images, xca_layer=layer)
     for layer in range(-3, 3):
         check_layer("layer", layer, 3)
-    with pytest.raises(ValueError, match="--layer is 3; expected 0 to 2"):
+    with pytest.raises(UserError, match="--layer is 3; expected 0 to 2"):
         check_layer("layer", 3, 3)
 
 
 def test_a_network_without_class_attention_is_refused_by_its_name():
     with pytest.raises(
-        ValueError, match="Linear has no class-attention layers; expected the weights of an XCiT"
+        UserError, match="Linear has no class-attention layers; expected the weights of an XCiT"
     ):
         with_class_attention(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="Linear has no class-attention"):
+    with pytest.raises(UserError, match="Linear has no class-attention"):
         class_attention(torch.nn.Linear(2, 2), torch.zeros(1, 3, 16, 16))
     with_class_attention(pico())
 
@@ -305,16 +308,16 @@ def test_a_network_without_class_attention_is_refused_by_its_name():
 def test_ablation_without_xca_has_class_attention_but_no_queries():
     backbone, images = pico(xca=False), torch.randn(1, 3, 16, 24)
     assert class_attention(backbone, images).shape == (1, 4, 2, 3)
-    with pytest.raises(ValueError, match=r"ablation without XCA \(--xca false\)"):
-        look(backbone, images, xca_layer=0)
+    with pytest.raises(UserError, match=r"ablation without XCA \(--xca false\)"):
+        attention_maps(backbone, images, xca_layer=0)
 
 
 def test_image_that_the_patch_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="patch size 8 must divide"):
+    with pytest.raises(UserError, match="patch size 8 must divide"):
         class_attention(pico(), torch.zeros(1, 3, 16, 23))
 
 
-# -- masks of mass -----------------------------------------------------------------------------------------------------
+# -- masks of mass ---------------------------------------------------------------------------------
 
 
 def official_mask(flat, threshold):
@@ -369,7 +372,7 @@ def test_mass_mask_of_a_large_flat_map_is_not_moved_by_rounding():
     assert int(mass_mask(flat, 0.6).sum()) == pytest.approx(180_000, abs=1)
 
 
-# -- entropy -----------------------------------------------------------------------------------------------------------
+# -- entropy ---------------------------------------------------------------------------------------
 
 
 def test_entropy_of_uniform_and_one_hot_maps_and_by_hand():
@@ -381,7 +384,7 @@ def test_entropy_of_uniform_and_one_hot_maps_and_by_hand():
     assert entropy(maps[None]).shape == (1, 3)
 
 
-# -- features ----------------------------------------------------------------------------------------------------------
+# -- features --------------------------------------------------------------------------------------
 
 
 def test_similarity_is_scikit_learns_cosine():
@@ -466,7 +469,7 @@ def test_patches_that_are_all_alike_have_a_colour():
     assert (colours <= 1).all()
 
 
-# -- Jaccard index -----------------------------------------------------------------------------------------------------
+# -- Jaccard index ---------------------------------------------------------------------------------
 
 
 def test_jaccard_is_a_count_of_pixels():
@@ -498,7 +501,7 @@ def test_jaccard_of_nothing_with_nothing_is_nan():
     assert jaccard(~nothing, ~nothing).item() == 1
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def test_larger_backbones_and_smaller_patches_need_more_memory_for_a_pixel():

@@ -1,28 +1,30 @@
-"""Sheets of synthetic views: which pictures stand where, on which scale, and whether a reader can draw them again."""
+"""Sheets of synthetic results: which pictures stand where, on which scale, with which arrays."""
 
 import dataclasses
 import json
 import math
+from typing import get_args
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 
-from dino_xcit.config.attention import AttentionConfig
-from dino_xcit.figures import sheets as sheets_module
-from dino_xcit.figures.drawing import HEAD_COLOURS, WIDTHS, write
+from dino_xcit.config.attention import AttentionConfig, FigureKind
+from dino_xcit.figures.canvas import Canvas, clipped_range
+from dino_xcit.figures.drawing import WIDTHS, write
 from dino_xcit.figures.maps import mass_mask, pca_colours
 from dino_xcit.figures.model import AttentionResult
-from dino_xcit.figures.sheets import OF_AN_IMAGE, OF_IMAGES, Canvas, columns_sheet
+from dino_xcit.figures.pictures import HEAD_COLOURS
+from dino_xcit.figures.sheets import FIGURES, columns_sheet
 
 CONFIG = AttentionConfig(weights=("run",), clip=0.0)
-EVERY = {**OF_AN_IMAGE, **OF_IMAGES}
+OF_ONE_MODEL = [kind for kind, row in FIGURES.items() if row.models == "first"]
 GREY = np.array([0.299, 0.587, 0.114])
 
 
-def view(seed=0, *, size=(40, 56), patch=8, heads=3, name="cat", channels=3, d=6, largest=1.0):
-    """A view; where the patch does not divide the size, the grid reaches beyond the image. `largest` scales its maps."""
+def result(seed=0, *, size=(40, 56), patch=8, heads=3, name="cat", channels=3, d=6, largest=1.0):
+    """A synthetic result: its grid covers the image, or more; `largest` scales its maps."""
     rng = np.random.default_rng(seed)
     rows, columns = (-(-side // patch) for side in size)
     attention = rng.random((heads, rows, columns)) ** 3
@@ -45,19 +47,21 @@ def view(seed=0, *, size=(40, 56), patch=8, heads=3, name="cat", channels=3, d=6
 
 
 def with_options(**options):
+    if "point" in options:
+        options["figures"] = ("similarity",)
     return dataclasses.replace(CONFIG, **options)
 
 
-def drawn_image(image):
-    """The image as the sheet has it: small ones magnified to at least 256 pixels; in [0, 1]; and how often."""
+def canvas_image(image):
+    """The image in [0, 1] as sheets show it, at least 256 pixels wide or high, and its factor."""
     times = math.ceil(256 / max(image.shape[:2]))
     image = image if image.shape[-1] == 3 else image.repeat(3, axis=-1)
     return image.repeat(times, 0).repeat(times, 1) / 255, times
 
 
 def drawn_map(one_map, image, patch, limits, colormap="inferno"):
-    """A map from the numbers that a reader has, nearest interpolation: uint8."""
-    pixels, times = drawn_image(image)
+    """A map drawn from the arrays beside the sheet, nearest interpolation: uint8."""
+    pixels, times = canvas_image(image)
     values = one_map.repeat(patch * times, 0).repeat(patch * times, 1)[
         : len(pixels), : pixels.shape[1]
     ]
@@ -91,30 +95,30 @@ def is_blank(cell):
     return bool((cell.picture == 255).all()) and not cell.title and not cell.note
 
 
-# -- every sheet -------------------------------------------------------------------------------------------------------
+# -- every sheet -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", OF_ONE_MODEL)
 @pytest.mark.parametrize(
-    "views",
+    "results",
     [
-        [view()],
-        [view(size=(37, 51), channels=1)],  # padded and grey
-        [view(0), view(1, name="dog")],
+        [result()],
+        [result(size=(37, 51), channels=1)],  # padded and grey
+        [result(0), result(1, name="dog")],
         [
-            view(0),
-            view(1, size=(56, 24), name="dog"),
-            view(2, size=(9, 70), patch=4, name="bird", channels=1),
+            result(0),
+            result(1, size=(56, 24), name="dog"),
+            result(2, size=(9, 70), patch=4, name="bird", channels=1),
         ],  # aspects differ
-        [view(n, heads=8, name=f"image{n}", size=(24, 24)) for n in range(2)],
+        [result(n, heads=8, name=f"image{n}", size=(24, 24)) for n in range(2)],
     ],
     ids=["one", "padded", "two", "aspects", "eight heads"],
 )
-def test_every_sheet_can_be_written_and_its_options_read(kind, views, tmp_path):
+def test_every_sheet_can_be_written_and_its_options_read(kind, results, tmp_path):
     sheets = (
-        [EVERY[kind]([one], CONFIG) for one in views]
-        if kind in OF_AN_IMAGE
-        else [EVERY[kind](views, CONFIG)]
+        [FIGURES[kind].draw([one], CONFIG) for one in results]
+        if FIGURES[kind].per_image
+        else [FIGURES[kind].draw(results, CONFIG)]
     )
     for sheet in sheets:
         assert len({len(row) for row in sheet.rows}) == 1  # as many in each row
@@ -126,8 +130,8 @@ def test_every_sheet_can_be_written_and_its_options_read(kind, views, tmp_path):
         with np.load(numbers, allow_pickle=False) as data:
             assert json.loads(str(data["options"]))["threshold"] == CONFIG.threshold
             assert AttentionConfig(**as_tuples(json.loads(str(data["options"])))) == CONFIG
-            shown = [views[0]] if kind in OF_AN_IMAGE and len(views) == 1 else views
-            if kind in OF_IMAGES:
+            shown = [results[0]] if FIGURES[kind].per_image and len(results) == 1 else results
+            if not FIGURES[kind].per_image:
                 assert data["names"].tolist() == [one.name for one in shown]
                 for number, one in enumerate(shown):
                     np.testing.assert_array_equal(data[f"image_{number}"], one.image)
@@ -136,7 +140,9 @@ def test_every_sheet_can_be_written_and_its_options_read(kind, views, tmp_path):
             else:
                 assert data["names"].tolist() == [sheet.name.removeprefix(f"{kind}_")]
     names = [sheet.name for sheet in sheets]
-    assert names == ([f"{kind}_{one.name}" for one in views] if kind in OF_AN_IMAGE else [kind])
+    assert names == (
+        [f"{kind}_{one.name}" for one in results] if FIGURES[kind].per_image else [kind]
+    )
 
 
 def as_tuples(options):
@@ -145,21 +151,43 @@ def as_tuples(options):
     }
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
+def test_every_kind_of_figure_that_can_be_typed_has_a_row():
+    assert set(FIGURES) == set(get_args(FigureKind))
+
+
+# By image, then by model, as `FigureRow.draw` takes them.
+@pytest.mark.parametrize("kind", ["models", "training"])
+def test_figures_of_several_models_have_a_column_for_each(kind):
+    results = [
+        dataclasses.replace(result(10 * image + number, name=f"image{image}"), model=title)
+        for image in range(2)
+        for number, title in enumerate(("a", "b", "c"))
+    ]
+    sheet = FIGURES[kind].draw(results, CONFIG)
+    expected = columns_sheet(kind, ["a", "b", "c"], [results[:3], results[3:]], CONFIG)
+    assert sheet.name == kind
+    assert titles_of(sheet) == titles_of(expected)
+    for row, other in zip(sheet.rows, expected.rows, strict=True):
+        for one, two in zip(row, other, strict=True):
+            np.testing.assert_array_equal(one.picture, two.picture)
+    np.testing.assert_array_equal(sheet.data["attention_1_of_c"], results[5].attention)
+
+
+# -- heads -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "one",
-    [view(), view(size=(37, 51), channels=1), view(heads=8)],
+    [result(), result(size=(37, 51), channels=1), result(heads=8)],
     ids=["plain", "padded", "eight"],
 )
-def test_heads_are_drawn_from_their_numbers_alone(one):
-    sheet = OF_AN_IMAGE["heads"]([one], CONFIG)
+def test_heads_are_drawn_from_the_arrays_beside_the_sheet(one):
+    sheet = FIGURES["heads"].draw([one], CONFIG)
     heads = len(one.attention)
     cells = [cell for row in sheet.rows for cell in row]
     data = sheet.data
     image, maps, patch = data["image_0"], data["attention_0"], int(data["patch"][0])
-    pixels, times = drawn_image(image)
+    pixels, times = canvas_image(image)
     assert [cell.title for cell in cells][: heads + 4] == [
         *("image", *(f"head {i}" for i in range(heads)), "mean", "60 % mass", "all heads")
     ]
@@ -197,26 +225,26 @@ def test_heads_are_drawn_from_their_numbers_alone(one):
     [(1, 1, 5), (2, 1, 6), (3, 2, 4), (4, 2, 4), (8, 2, 6), (16, 4, 5)],
 )
 def test_heads_are_wrapped_into_rows_as_even_as_can_be(heads, rows, columns):
-    sheet = OF_AN_IMAGE["heads"]([view(heads=heads)], CONFIG)
+    sheet = FIGURES["heads"].draw([result(heads=heads)], CONFIG)
     assert [len(row) for row in sheet.rows] == rows * [columns]
     blank = [is_blank(cell) for row in sheet.rows for cell in row]
     assert blank == (heads + 4) * [False] + (rows * columns - heads - 4) * [True]
 
 
-def test_mask_title_says_the_share():
-    sheet = OF_AN_IMAGE["heads"]([view()], with_options(threshold=0.125))
+def test_the_title_of_a_mask_has_its_share():
+    sheet = FIGURES["heads"].draw([result()], with_options(threshold=0.125))
     assert "12.5 % mass" in [title for row in titles_of(sheet) for title in row]
 
 
-# -- sheets of several images ------------------------------------------------------------------------------------------
+# -- sheets of several images ----------------------------------------------------------------------
 
 
 def test_grid_has_a_row_for_each_image_and_a_column_for_each_head():
-    views = [view(0, heads=6), view(1, heads=6, size=(56, 24), name="dog")]
-    sheet = OF_IMAGES["grid"](views, CONFIG)
+    results = [result(0, heads=6), result(1, heads=6, size=(56, 24), name="dog")]
+    sheet = FIGURES["grid"].draw(results, CONFIG)
     assert titles_of(sheet) == [["image", *(f"head {i}" for i in range(6))], 7 * [""]]
-    for row, one in zip(sheet.rows, views, strict=True):
-        assert_same(row[0].picture, as_uint8(drawn_image(one.image)[0]), share=1)
+    for row, one in zip(sheet.rows, results, strict=True):
+        assert_same(row[0].picture, as_uint8(canvas_image(one.image)[0]), share=1)
         for head, cell in enumerate(row[1:]):
             assert_same(
                 cell.picture,
@@ -226,41 +254,39 @@ def test_grid_has_a_row_for_each_image_and_a_column_for_each_head():
 
 @pytest.mark.parametrize("head", [None, 2])
 def test_overlay_shows_the_map_over_the_image_and_what_holds_the_mass(head):
-    one = view(size=(37, 51))
+    one = result(size=(37, 51))
     chosen = one.attention.mean(0) if head is None else one.attention[head]
-    sheet = OF_IMAGES["overlay"]([one], with_options(head=head, threshold=0.3))
-    ((_, over, crop_boxes, heads),) = sheet.rows
+    sheet = FIGURES["overlay"].draw([one], with_options(head=head, threshold=0.3))
+    ((_, over, cut, heads),) = sheet.rows
     assert titles_of(sheet) == [
         ["image", "mean" if head is None else "head 2", "30 % mass", "all heads"]
     ]
-    pixels, times = drawn_image(one.image)
+    pixels, times = canvas_image(one.image)
     colours = drawn_map(chosen, one.image, 8, ends_of(chosen)) / 255
     assert_same(over.picture, as_uint8(0.4 * (pixels @ GREY)[..., None] + 0.6 * colours))
     mask = (
         mass_mask(torch.from_numpy(chosen), 0.3).numpy().repeat(8 * times, 0).repeat(8 * times, 1)
     )
     mask = mask[: len(pixels), : pixels.shape[1], None]
-    assert_same(
-        crop_boxes.picture, as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None]))
-    )
+    assert_same(cut.picture, as_uint8(np.where(mask, pixels, 0.25 * (pixels @ GREY)[..., None])))
     np.testing.assert_array_equal(heads.picture, as_uint8(Canvas(one, CONFIG).heads(one.attention)))
 
 
 def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
-    views = [
-        [view(10 * i + j, name=f"image{i}", size=(40 + 8 * i, 56)) for j in range(6)]
+    results = [
+        [result(10 * i + j, name=f"image{i}", size=(40 + 8 * i, 56)) for j in range(6)]
         for i in range(2)
     ]
-    for of_image in views:  # backbones see the same pixels
+    for of_image in results:  # backbones see the same pixels
         for j, one in enumerate(of_image):
             of_image[j] = dataclasses.replace(one, image=of_image[0].image)
     titles = [f"epoch {j}" for j in range(6)]
-    sheet = columns_sheet("training", titles, views, with_options(head=1))
+    sheet = columns_sheet("training", titles, results, with_options(head=1))
     assert sheet.name == "training"
     assert titles_of(sheet) == [["image", *titles], 7 * [""]]
     for i, row in enumerate(sheet.rows):
-        assert_same(row[0].picture, as_uint8(drawn_image(views[i][0].image)[0]), share=1)
-        for title, one, cell in zip(titles, views[i], row[1:], strict=True):
+        assert_same(row[0].picture, as_uint8(canvas_image(results[i][0].image)[0]), share=1)
+        for title, one, cell in zip(titles, results[i], row[1:], strict=True):
             assert_same(
                 cell.picture, drawn_map(one.attention[1], one.image, 8, ends_of(one.attention[1]))
             )
@@ -270,7 +296,7 @@ def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
 
 
 def test_backbones_of_different_patches_are_drawn_on_the_same_image():
-    fine, coarse = view(0, size=(48, 64), patch=8), view(1, size=(48, 64), patch=16)
+    fine, coarse = result(0, size=(48, 64), patch=8), result(1, size=(48, 64), patch=16)
     coarse = dataclasses.replace(coarse, image=fine.image)
     sheet = columns_sheet("models", ["fine", "coarse"], [[fine, coarse]], CONFIG)
     for cell, one in zip(sheet.rows[0][1:3], (fine, coarse), strict=True):
@@ -278,13 +304,13 @@ def test_backbones_of_different_patches_are_drawn_on_the_same_image():
         assert_same(cell.picture, drawn_map(mean, one.image, one.patch, ends_of(mean)))
 
 
-# -- queries, keys, covariance -----------------------------------------------------------------------------------------
+# -- queries, keys, covariance ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", [None, 1])
 def test_magnitudes_have_queries_above_keys(head):
-    one = view(size=(37, 51))
-    sheet = OF_AN_IMAGE["magnitude"]([one], with_options(head=head))
+    one = result(size=(37, 51))
+    sheet = FIGURES["magnitude"].draw([one], with_options(head=head))
     heads = range(3) if head is None else [head]
     assert titles_of(sheet) == [["image", *(f"head {h}" for h in heads)]] * 2
     assert [{cell.note for cell in row[1:]} for row in sheet.rows] == [{"queries"}, {"keys"}]
@@ -293,13 +319,13 @@ def test_magnitudes_have_queries_above_keys(head):
         np.testing.assert_array_equal(maps, getattr(one, kind))
         for h, cell in zip(heads, row[1:], strict=True):
             assert_same(cell.picture, drawn_map(maps[h], one.image, 8, ends_of(maps[h])))
-        assert_same(row[0].picture, as_uint8(drawn_image(one.image)[0]), share=1)
+        assert_same(row[0].picture, as_uint8(canvas_image(one.image)[0]), share=1)
 
 
 @pytest.mark.parametrize("scale", ["image", "figure"])
 def test_magnitudes_of_queries_and_keys_share_a_scale_if_asked(scale):
-    one = view()
-    sheet = OF_AN_IMAGE["magnitude"]([one], with_options(scale=scale))
+    one = result()
+    sheet = FIGURES["magnitude"].draw([one], with_options(scale=scale))
     limits = ends_of(one.queries, one.keys)
     for row, maps in zip(sheet.rows, (one.queries, one.keys), strict=True):
         for h, cell in enumerate(row[1:]):
@@ -313,8 +339,8 @@ def test_magnitudes_of_queries_and_keys_share_a_scale_if_asked(scale):
 @pytest.mark.parametrize("head", [None, 2])
 @pytest.mark.parametrize("scale", ["map", "figure"])
 def test_covariance_is_drawn_from_minus_one_to_one(scale, head):
-    one = view()
-    sheet = OF_AN_IMAGE["covariance"](
+    one = result()
+    sheet = FIGURES["covariance"].draw(
         [one], with_options(scale=scale, head=head, colormap="viridis")
     )
     heads = range(3) if head is None else [head]
@@ -327,13 +353,15 @@ def test_covariance_is_drawn_from_minus_one_to_one(scale, head):
 
 
 def test_zero_covariance_is_white_whatever_else_there_is():
-    one = dataclasses.replace(view(), covariance=np.array([[[0, 0.1], [0.05, 0]]] * 3, np.float32))
-    (cells,) = OF_AN_IMAGE["covariance"]([one], CONFIG).rows
+    one = dataclasses.replace(
+        result(), covariance=np.array([[[0, 0.1], [0.05, 0]]] * 3, np.float32)
+    )
+    (cells,) = FIGURES["covariance"].draw([one], CONFIG).rows
     assert (cells[0].picture[0, 0] > 240).all()
     assert (cells[0].picture[1, 0] > 215).all()
 
 
-# -- similarity --------------------------------------------------------------------------------------------------------
+# -- similarity ------------------------------------------------------------------------------------
 
 
 def cosines(features, row, column):
@@ -342,20 +370,20 @@ def cosines(features, row, column):
 
 
 def test_similarity_shares_one_scale_from_at_most_zero_to_one():
-    views = [view(0), view(1, size=(37, 51), name="dog")]
-    sheet = OF_IMAGES["similarity"](views, with_options(point=(0.5, 0.5)))
+    results = [result(0), result(1, size=(37, 51), name="dog")]
+    sheet = FIGURES["similarity"].draw(results, with_options(point=(0.5, 0.5)))
     maps = [sheet.data[f"similarity_{i}"] for i in range(2)]
     low = min(float(one.min()) for one in maps)
     assert low < 0
     assert (sheet.bar.low, sheet.bar.high) == (low, 1)
-    for number, (row, one) in enumerate(zip(sheet.rows, views, strict=True)):
+    for number, (row, one) in enumerate(zip(sheet.rows, results, strict=True)):
         np.testing.assert_allclose(
             maps[number], cosines(one.features, *sheet.data[f"patch_{number}"]), atol=1e-6
         )
         assert_same(row[1].picture, drawn_map(maps[number], one.image, 8, (low, 1)))
     assert titles_of(sheet) == [["image", "similarity"], ["", ""]]
-    alike = dataclasses.replace(view(), features=1 + 0.1 * np.abs(view().features))
-    assert OF_IMAGES["similarity"]([alike], CONFIG).bar.low == 0
+    alike = dataclasses.replace(result(), features=1 + 0.1 * np.abs(result().features))
+    assert FIGURES["similarity"].draw([alike], CONFIG).bar.low == 0
 
 
 @pytest.mark.parametrize(
@@ -371,18 +399,18 @@ def test_similarity_shares_one_scale_from_at_most_zero_to_one():
 )
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
 def test_a_point_is_in_shares_of_the_width_and_of_the_height(point, patch, size):
-    """(0.3, 0.65) of 56 x 40 is pixel (16, 26): column 2, row 3; of 51 x 37 pixel (15, 24): column 1, row 3."""
+    """(0.3, 0.65) is pixel (16, 26) of 56 x 40, and pixel (15, 24) of 51 x 37."""
     if point == (0.3, 0.65):
         patch = (3, 2) if size == (40, 56) else (3, 1)
-    sheet = OF_IMAGES["similarity"]([view(size=size)], with_options(point=point))
+    sheet = FIGURES["similarity"].draw([result(size=size)], with_options(point=point))
     assert tuple(sheet.data["patch_0"]) == patch
 
 
 @pytest.mark.parametrize("head", [None, 1])
 def test_without_a_point_others_are_compared_with_the_patch_most_attended_to(head):
-    one = view()
+    one = result()
     chosen = one.attention.mean(0) if head is None else one.attention[head]
-    sheet = OF_IMAGES["similarity"]([one], with_options(head=head))
+    sheet = FIGURES["similarity"].draw([one], with_options(head=head))
     row, column = sheet.data["patch_0"]
     assert chosen[row, column] == chosen.max()
     assert sheet.data["similarity_0"][row, column] == pytest.approx(1)
@@ -391,13 +419,13 @@ def test_without_a_point_others_are_compared_with_the_patch_most_attended_to(hea
 @pytest.mark.parametrize("point", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0), (0.0, 1.0)])
 @pytest.mark.parametrize("size", [(40, 56), (37, 51)])
 def test_a_frame_stands_around_the_patch_and_nothing_else_changes(point, size):
-    one = view(size=size)
+    one = result(size=size)
     one = dataclasses.replace(one, image=one.image // 2)  # no pixel is as red as the frame
-    sheet = OF_IMAGES["similarity"]([one], with_options(point=point))
+    sheet = FIGURES["similarity"].draw([one], with_options(point=point))
     row, column = sheet.data["patch_0"]
     marked = sheet.rows[0][0].picture
-    plain = as_uint8(drawn_image(one.image)[0])
-    p = 8 * drawn_image(one.image)[1]
+    plain = as_uint8(canvas_image(one.image)[0])
+    p = 8 * canvas_image(one.image)[1]
     changed = (marked != plain).any(-1)
     assert (marked[changed] == as_uint8([1.0, 0.2, 0.1])).all()
     top, left = row * p, column * p
@@ -412,17 +440,17 @@ def test_a_frame_stands_around_the_patch_and_nothing_else_changes(point, size):
     assert changed.any()
 
 
-# -- principal components ----------------------------------------------------------------------------------------------
+# -- principal components --------------------------------------------------------------------------
 
 
 def test_components_share_a_basis_and_are_drawn_as_they_are():
-    views = [view(0), view(1, size=(37, 51), name="dog")]
-    sheet = OF_IMAGES["pca"](views, CONFIG)
-    expected = pca_colours([torch.from_numpy(one.features) for one in views])
-    for number, (row, one) in enumerate(zip(sheet.rows, views, strict=True)):
+    results = [result(0), result(1, size=(37, 51), name="dog")]
+    sheet = FIGURES["pca"].draw(results, CONFIG)
+    expected = pca_colours([torch.from_numpy(one.features) for one in results])
+    for number, (row, one) in enumerate(zip(sheet.rows, results, strict=True)):
         colours = sheet.data[f"pca_{number}"]
         np.testing.assert_allclose(colours, expected[number].numpy())
-        pixels, times = drawn_image(one.image)
+        pixels, times = canvas_image(one.image)
         side = 8 * times
         painted = colours.repeat(side, 0).repeat(side, 1)[: len(pixels), : pixels.shape[1]]
         assert_same(row[1].picture, as_uint8(painted))
@@ -430,35 +458,33 @@ def test_components_share_a_basis_and_are_drawn_as_they_are():
     assert sheet.bar is None
 
 
-# -- scales ------------------------------------------------------------------------------------------------------------
-
-SCALED = ["grid", "overlay", "columns", "heads"]
+# -- scales ----------------------------------------------------------------------------------------
 
 
-def scaled_sheet(kind, views, config):
+def sheet_of(kind, results, config):
     if kind == "columns":
         return columns_sheet(
             "models",
             ["a", "b"],
-            [[one, dataclasses.replace(one, attention=2 * one.attention)] for one in views],
+            [[one, dataclasses.replace(one, attention=2 * one.attention)] for one in results],
             config,
         )
-    return EVERY[kind](views if kind in OF_IMAGES else views[:1], config)
+    return FIGURES[kind].draw(results if not FIGURES[kind].per_image else results[:1], config)
 
 
 @pytest.mark.parametrize("scale", ["map", "image", "figure"])
 @pytest.mark.parametrize("kind", ["grid", "columns"])
-def test_maps_share_the_limits_that_the_scale_says(kind, scale):
+def test_maps_share_the_limits_that_the_scale_sets(kind, scale):
     """A value has the same colour exactly where the limits are shared."""
-    views = [view(0, size=(40, 56)), view(1, size=(56, 40), name="dog", largest=3.0)]
+    results = [result(0, size=(40, 56)), result(1, size=(56, 40), name="dog", largest=3.0)]
     config = with_options(scale=scale)
-    sheet = scaled_sheet(kind, views, config)
+    sheet = sheet_of(kind, results, config)
     if kind == "grid":
-        maps = [list(one.attention) for one in views]
+        maps = [list(one.attention) for one in results]
     else:
-        maps = [[one.attention.mean(0), 2 * one.attention.mean(0)] for one in views]
+        maps = [[one.attention.mean(0), 2 * one.attention.mean(0)] for one in results]
     everything = [one for of_image in maps for one in of_image]
-    for row, one, of_image in zip(sheet.rows, views, maps, strict=True):
+    for row, one, of_image in zip(sheet.rows, results, maps, strict=True):
         for cell, one_map in zip(row[1:], of_image, strict=True):
             limits = {"map": [one_map], "image": of_image, "figure": everything}[scale]
             assert_same(cell.picture, drawn_map(one_map, one.image, 8, ends_of(*limits)))
@@ -471,8 +497,8 @@ def test_maps_share_the_limits_that_the_scale_says(kind, scale):
 
 @pytest.mark.parametrize("scale", ["image", "figure"])
 def test_heads_of_one_image_share_their_limits_with_the_mean(scale):
-    one = view()
-    sheet = OF_AN_IMAGE["heads"]([one], with_options(scale=scale))
+    one = result()
+    sheet = FIGURES["heads"].draw([one], with_options(scale=scale))
     cells = [cell for row in sheet.rows for cell in row]
     limits = ends_of(*one.attention, one.attention.mean(0))
     for cell, one_map in zip(cells[1:5], [*one.attention, one.attention.mean(0)], strict=True):
@@ -482,33 +508,33 @@ def test_heads_of_one_image_share_their_limits_with_the_mean(scale):
 
 @pytest.mark.parametrize("scale", ["map", "figure"])
 def test_overlays_share_limits_too(scale):
-    views = [view(0), view(1, name="dog", largest=3.0)]
-    sheet = OF_IMAGES["overlay"](views, with_options(scale=scale, head=0))
-    maps = [one.attention[0] for one in views]
-    for row, one, one_map in zip(sheet.rows, views, maps, strict=True):
+    results = [result(0), result(1, name="dog", largest=3.0)]
+    sheet = FIGURES["overlay"].draw(results, with_options(scale=scale, head=0))
+    maps = [one.attention[0] for one in results]
+    for row, one, one_map in zip(sheet.rows, results, maps, strict=True):
         limits = ends_of(one_map) if scale == "map" else ends_of(*maps)
-        pixels = drawn_image(one.image)[0]
+        pixels = canvas_image(one.image)[0]
         colours = drawn_map(one_map, one.image, 8, limits) / 255
         assert_same(row[1].picture, as_uint8(0.4 * (pixels @ GREY)[..., None] + 0.6 * colours))
 
 
 def test_clip_leaves_a_share_of_patches_beyond_either_end():
-    one = view(size=(80, 160), heads=1)  # 200 patches
-    sheet = OF_IMAGES["grid"]([one], with_options(clip=0.05))
+    one = result(size=(80, 160), heads=1)  # 200 patches
+    sheet = FIGURES["grid"].draw([one], with_options(clip=0.05))
     ordered = np.sort(one.attention[0].ravel())
     limits = float(ordered[9]), float(ordered[-10])  # a twentieth of the 199 steps
     assert_same(sheet.rows[0][1].picture, drawn_map(one.attention[0], one.image, 8, limits))
-    assert sheets_module.ends([one.attention[0]], 0.0) == ends_of(one.attention[0])
-    assert sheets_module.ends([np.arange(3.0)], 0.49) == (0.0, 2.0)
-    assert sheets_module.ends([np.arange(60.0), np.arange(60.0, 101.0)], 0.1) == (10.0, 90.0)
+    assert clipped_range([one.attention[0]], 0.0) == ends_of(one.attention[0])
+    assert clipped_range([np.arange(3.0)], 0.49) == (0.0, 2.0)
+    assert clipped_range([np.arange(60.0), np.arange(60.0, 101.0)], 0.1) == (10.0, 90.0)
 
 
 def test_one_outlier_does_not_leave_the_other_patches_dark():
-    one = view(size=(80, 160), heads=1)
+    one = result(size=(80, 160), heads=1)
     one.attention[0, 3, 4] = 100.0
     dark, clipped = (
-        OF_IMAGES["grid"]([one], with_options(clip=clip)).rows[0][1].picture.mean()
-        for clip in (0.0, AttentionConfig().clip)
+        FIGURES["grid"].draw([one], with_options(clip=clip)).rows[0][1].picture.mean()
+        for clip in (0.0, AttentionConfig.clip)
     )
     assert dark < 5
     assert clipped > 50
@@ -516,15 +542,15 @@ def test_one_outlier_does_not_leave_the_other_patches_dark():
 
 @pytest.mark.parametrize("colormap", ["viridis", "gray"])
 def test_colormap_and_bicubic_maps(colormap):
-    one = view()
+    one = result()
     config = with_options(colormap=colormap, scale="figure")
-    sheet = OF_IMAGES["grid"]([one], config)
+    sheet = FIGURES["grid"].draw([one], config)
     assert sheet.bar.colormap == colormap
     limits = ends_of(*one.attention)
     assert_same(
         sheet.rows[0][1].picture, drawn_map(one.attention[0], one.image, 8, limits, colormap)
     )
-    smooth = OF_IMAGES["grid"]([one], dataclasses.replace(config, interpolation="bicubic"))
+    smooth = FIGURES["grid"].draw([one], dataclasses.replace(config, interpolation="bicubic"))
     first = one.attention[0]
     values = torch.nn.functional.interpolate(
         torch.from_numpy(first[None, None]), scale_factor=40, mode="bicubic"
@@ -538,9 +564,9 @@ def test_colormap_and_bicubic_maps(colormap):
 
 @pytest.mark.parametrize("kind", ["heads", "overlay"])
 def test_masks_stay_sharp_with_bicubic_maps(kind):
-    one = view()
+    one = result()
     sharp, smooth = (
-        EVERY[kind]([one], with_options(interpolation=how)) for how in ("nearest", "bicubic")
+        FIGURES[kind].draw([one], with_options(interpolation=how)) for how in ("nearest", "bicubic")
     )
     pairs = [
         (a.picture, b.picture)
@@ -552,24 +578,26 @@ def test_masks_stay_sharp_with_bicubic_maps(kind):
     np.testing.assert_array_equal(*pairs[0])
 
 
-# -- large images ------------------------------------------------------------------------------------------------------
+# -- large images ----------------------------------------------------------------------------------
 
 
 def test_large_images_are_drawn_at_the_resolution_of_the_page():
-    one = view(size=(400, 640), patch=16, heads=1)
-    sheet = OF_IMAGES["grid"]([one], with_options(width="2", dpi=100))
+    one = result(size=(400, 640), patch=16, heads=1)
+    sheet = FIGURES["grid"].draw([one], with_options(width="2", dpi=100))
     assert {cell.picture.shape for cell in sheet.rows[0]} == {(100, 160, 3)}
     assert {
         c.picture.shape
-        for c in OF_IMAGES["grid"]([one], with_options(width="3.2", dpi=100)).rows[0]
+        for c in FIGURES["grid"].draw([one], with_options(width="3.2", dpi=100)).rows[0]
     } == {(200, 320, 3)}
     width = WIDTHS["icml"]
-    (row,) = OF_IMAGES["grid"]([one], with_options(width="icml", dpi=math.ceil(640 / width))).rows
+    (row,) = (
+        FIGURES["grid"].draw([one], with_options(width="icml", dpi=math.ceil(640 / width))).rows
+    )
     assert {cell.picture.shape for cell in row} == {(400, 640, 3)}
-    assert sheet.data["image_0"].shape == (400, 640, 3)  # the reader has all of it
+    assert sheet.data["image_0"].shape == (400, 640, 3)  # in full resolution
 
 
-# -- packing -----------------------------------------------------------------------------------------------------------
+# -- packing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -577,12 +605,12 @@ def test_large_images_are_drawn_at_the_resolution_of_the_page():
     [(1, 1, 2, 0), (2, 1, 4, 0), (3, 1, 6, 0), (4, 2, 6, 4), (6, 2, 6, 0), (8, 3, 6, 2)],
 )
 def test_short_rows_of_one_shape_stand_side_by_side(images, rows, columns, blank):
-    sheet = OF_IMAGES["pca"]([view(n, name=f"image{n}") for n in range(images)], CONFIG)
+    sheet = FIGURES["pca"].draw([result(n, name=f"image{n}") for n in range(images)], CONFIG)
     assert [len(row) for row in sheet.rows] == rows * [columns]
     cells = [cell for row in sheet.rows for cell in row]
     assert [is_blank(cell) for cell in cells] == (2 * images) * [False] + blank * [True]
     for n in range(images):
-        assert_same(cells[2 * n].picture, as_uint8(drawn_image(view(n).image)[0]), share=1)
+        assert_same(cells[2 * n].picture, as_uint8(canvas_image(result(n).image)[0]), share=1)
     assert [cell.title for cell in sheet.rows[0]] == (columns // 2) * [
         "image",
         "patch features, PCA",
@@ -591,23 +619,23 @@ def test_short_rows_of_one_shape_stand_side_by_side(images, rows, columns, blank
 
 
 def test_rows_of_different_shapes_or_of_many_pictures_are_not_packed():
-    shapes = OF_IMAGES["pca"]([view(0), view(1, size=(56, 40))], CONFIG)
+    shapes = FIGURES["pca"].draw([result(0), result(1, size=(56, 40))], CONFIG)
     assert [len(row) for row in shapes.rows] == [2, 2]
-    many = OF_IMAGES["grid"]([view(n) for n in range(3)], CONFIG)  # four in each
+    many = FIGURES["grid"].draw([result(n) for n in range(3)], CONFIG)  # four in each
     assert [len(row) for row in many.rows] == [4, 4, 4]
-    few = OF_IMAGES["grid"](
-        [view(n, heads=2) for n in range(3)], CONFIG
+    few = FIGURES["grid"].draw(
+        [result(n, heads=2) for n in range(3)], CONFIG
     )  # three in each, two side by side
     assert [len(row) for row in few.rows] == [6, 6]
     assert titles_of(few) == [2 * ["image", "head 0", "head 1"], 6 * [""]]
     assert [is_blank(cell) for cell in few.rows[1]] == 3 * [False] + 3 * [True]
 
 
-# -- one image over time -----------------------------------------------------------------------------------------------
+# -- one image over time ---------------------------------------------------------------------------
 
 
-def test_heads_may_be_compared_on_limits_of_a_whole_film():
-    one = view(heads=2)
+def test_heads_may_be_compared_on_limits_of_a_whole_video():
+    one = result(heads=2)
     canvas = Canvas(one, CONFIG)
     own = [ends_of(m) for m in one.attention]
     np.testing.assert_array_equal(canvas.heads(one.attention), canvas.heads(one.attention, own))
@@ -616,12 +644,12 @@ def test_heads_may_be_compared_on_limits_of_a_whole_film():
 
 
 def test_sixteen_heads_are_wrapped_under_each_image():
-    views = [view(1, heads=16), view(2, heads=16)]
-    sheet = OF_IMAGES["grid"](views, with_options())
+    results = [result(1, heads=16), result(2, heads=16)]
+    sheet = FIGURES["grid"].draw(results, with_options())
     assert [len(row) for row in sheet.rows] == [9] * 4
     assert titles_of(sheet)[:2] == [
         ["image", *(f"head {h}" for h in range(8))],
         ["", *(f"head {h}" for h in range(8, 16))],
     ]
     assert (sheet.rows[1][0].picture == 255).all()
-    assert_same(sheet.rows[2][0].picture, as_uint8(drawn_image(views[1].image)[0]), share=1)
+    assert_same(sheet.rows[2][0].picture, as_uint8(canvas_image(results[1].image)[0]), share=1)
