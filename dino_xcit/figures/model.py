@@ -61,7 +61,8 @@ class AttentionModel:
         self, title: str, weights: str, config: AttentionConfig, device: torch.device
     ) -> None:
         self.title, self.weights, self.config, self.device = title, weights, config, device
-        loaded = load_backbone(weights, config.arch, config.checkpoint_key)
+        with torch.random.fork_rng(devices=[]):  # a network is built with random weights first
+            loaded = load_backbone(weights, config.arch, config.checkpoint_key)
         try:
             backbone = with_class_attention(loaded)
         except UserError as error:

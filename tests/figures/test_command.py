@@ -143,6 +143,7 @@ def test_every_figure_in_every_format(here):
     assert numbers["covariance_0"].shape == (4, 16, 16)
 
 
+@pytest.mark.slow
 def test_without_images_the_runs_own_are_shown(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = pretrain(tiny).folder
@@ -163,6 +164,7 @@ def test_without_images_and_without_a_run_the_message_names_images(here, capsys)
     assert not Path("figures").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_over_training(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = pretrain(dataclasses.replace(tiny, saveckp_freq=1)).folder
