@@ -1,4 +1,4 @@
-"""Features at four scales."""
+"""Feature maps at four scales."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
+from dino_xcit.errors import UserError
 from dino_xcit.model.dense import Pyramid, default_layers
 from dino_xcit.model.xcit import XCiT
 
@@ -25,8 +26,8 @@ def test_scales_have_strides_4_to_32_of_the_padded_image(arch):
     assert [tuple(scale.shape) for scale in scales.values()] == expected
 
 
-def test_the_authors_layers():
-    """Official detection/backbone/xcit.py and its configs."""
+def test_default_layers_are_the_authors():
+    """As in the official detection/backbone/xcit.py and its configs."""
     assert default_layers(12) == (3, 5, 7, 11)
     assert default_layers(24) == (7, 11, 15, 23)
 
@@ -45,15 +46,14 @@ def test_scales_are_tokens_of_timms_layers():
             x = block(x, H, W)
             after.append(x.transpose(1, 2).reshape(1, -1, H, W))
         scales = Pyramid(ours, (2, 4, 6, 9)).eval()(images)
-    torch.testing.assert_close(
-        scales["2"], after[6], rtol=1e-4, atol=1e-5
-    )  # stride 16 is the patch grid
+    # Stride 16 is the patch grid.
+    torch.testing.assert_close(scales["2"], after[6], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scales["3"], F.max_pool2d(after[9], 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 12), (-1, 1, 2, 3)])
 def test_layers_that_are_not_there_are_refused(layers):
-    with pytest.raises(ValueError, match="of 12; expected 0 to 11"):
+    with pytest.raises(UserError, match="of 12; expected 0 to 11"):
         Pyramid(XCiT("xcit_n12_p16"), layers)
 
 

@@ -1,4 +1,4 @@
-"""Head and loss against naive formulas; tiny cases by hand."""
+"""Head and loss against naive formulas, and tiny cases by hand."""
 
 from math import log
 
@@ -27,7 +27,7 @@ def loss_with_center():
 
 
 def naive_pairs(student, teacher, center):
-    """log p_v and q_g of each pair of a global view g and another view v, in float64."""
+    """q_g and log p_v of each pair of a global view g and another view v, in float64."""
     student, teacher = student.double(), teacher.double()
     for g in range(teacher.shape[1]):
         q = ((teacher[:, g] - center.double()) / TEACHER_TEMP).softmax(-1)
@@ -62,7 +62,7 @@ def test_loss_of_two_views_by_hand():
     student = torch.tensor([[[0.0, 0.0], [0.0, log(3)]]])  # p is 1/2, 1/2 and 1/4, 3/4
     loss = DINOLoss(2, student_temp=1.0)
     value, scalars = loss(student, teacher, 1.0)
-    # first teacher with second student: 3/4 ln 4 + 1/4 ln 4/3; second teacher with first student: ln 2
+    # First global view, second view: 3/4 ln 4 + 1/4 ln 4/3. Second global view, first view: ln 2.
     assert value.item() == pytest.approx((0.75 * log(4) + 0.25 * log(4 / 3) + log(2)) / 2)
     entropy = (0.75 * log(4 / 3) + 0.25 * log(4) + log(2)) / 2
     assert scalars["teacher_entropy"].item() == pytest.approx(entropy)
@@ -115,7 +115,7 @@ def test_center_moves_by_the_mean_output_once_per_update():
 def test_several_passes_before_an_update_are_one_pass_of_the_whole_batch():
     parts, whole = loss_with_center(), loss_with_center()
     student, teacher = logits(4), logits(2, seed=1)
-    for images in (slice(0, 1), slice(1, 3)):  # of unequal size
+    for images in (slice(0, 1), slice(1, 3)):  # of unequal sizes
         parts(student[images], teacher[images], TEACHER_TEMP)
     whole(student, teacher, TEACHER_TEMP)
     parts.update_center()
@@ -128,7 +128,7 @@ def test_center_alone_is_saved():
     assert list(DINOLoss(K).state_dict()) == ["center"]
 
 
-# -- in parts ----------------------------------------------------------------------------------------------------
+# -- chunked --------------------------------------------------------------------------------------
 
 
 IMAGES, VIEWS, DIM = 7, 4, 5
@@ -137,24 +137,22 @@ IMAGES, VIEWS, DIM = 7, 4, 5
 def embeddings(views, seed, learn=True):
     generator = torch.Generator().manual_seed(seed)
     of_views = F.normalize(torch.randn(IMAGES, views, DIM, generator=generator), dim=-1)
-    weight_v, weight_g = (
-        torch.randn(K, DIM, generator=generator),
-        torch.arange(K)[:, None] / 4,
-    )  # the first of length 0
+    weight_v = torch.randn(K, DIM, generator=generator)
+    weight_g = torch.arange(K)[:, None] / 4  # the first prototype has norm 0
     return Embeddings(*[tensor.requires_grad_(learn) for tensor in (of_views, weight_v, weight_g)])
 
 
 @pytest.mark.parametrize("global_views", [1, 2])
 @pytest.mark.parametrize("prototypes", [1, 3, K, 1000])
-def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(
+def test_chunked_loss_gradients_center_and_scalars_are_those_of_all_logits(
     prototypes, global_views, monkeypatch
 ):
     monkeypatch.setattr(chunked_loss, "CHUNK_ON_CPU", IMAGES * VIEWS * prototypes)
     student, teacher = embeddings(VIEWS, 0), embeddings(global_views, 1, learn=False)
-    parts, whole = loss_with_center(), loss_with_center()
+    chunked, whole = loss_with_center(), loss_with_center()
     of_teacher = teacher.logits()
     values, scalars = zip(
-        parts.of_embeddings(student, teacher, TEACHER_TEMP),
+        chunked.of_embeddings(student, teacher, TEACHER_TEMP),
         whole(student.logits(), of_teacher, TEACHER_TEMP),
         strict=True,
     )
@@ -162,25 +160,25 @@ def test_in_parts_loss_gradients_center_and_statistics_are_those_of_all_logits(
     torch.testing.assert_close(*scalars)
     gradients = [torch.autograd.grad(3 * value, student) for value in values]
     torch.testing.assert_close(*gradients)
-    for loss in (parts, whole):
+    for loss in (chunked, whole):
         loss.update_center()
-    torch.testing.assert_close(parts.center, whole.center)
+    torch.testing.assert_close(chunked.center, whole.center)
 
 
-def test_in_parts_under_autocast_gradients_are_near_those_in_float32():
+def test_chunked_gradients_under_autocast_are_near_those_in_float32():
     student, teacher = embeddings(VIEWS, 0), embeddings(2, 1, learn=False)
     expected = torch.autograd.grad(
         loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0], student
     )
     with torch.autocast("cpu", torch.bfloat16):
         value = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)[0]
-    for one, other in zip(torch.autograd.grad(value, student), expected, strict=True):
-        assert one.dtype == torch.float32
-        assert (one - other).norm() < 0.05 * other.norm()
+    for gradient, exact in zip(torch.autograd.grad(value, student), expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact).norm() < 0.05 * exact.norm()
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees the elements of the largest result of any operation."""
+    """Records the number of elements of the largest result of any operation."""
 
     elements = 0
 
@@ -193,21 +191,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("views", [3, 9])
-def test_in_parts_no_tensor_grows_with_the_number_of_crops(views, monkeypatch):
+def test_chunked_loss_makes_no_tensor_that_grows_with_views_times_prototypes(views, monkeypatch):
     limit = 2 * IMAGES * 9
     monkeypatch.setattr(chunked_loss, "CHUNK_ON_CPU", limit)
+    student, teacher = embeddings(views, 0), embeddings(2, 1, learn=False)
     with LargestTensor() as largest:
-        loss_with_center().of_embeddings(
-            embeddings(views, 0), embeddings(2, 1, learn=False), TEACHER_TEMP
-        )[0].backward()
+        value, _ = loss_with_center().of_embeddings(student, teacher, TEACHER_TEMP)
+        value.backward()
     assert largest.elements <= max(limit, K * DIM, IMAGES * views * DIM) < IMAGES * views * K
 
 
-# -- head --------------------------------------------------------------------------------------------------------
+# -- head -----------------------------------------------------------------------------------------
 
 
 class ReferenceHead(nn.Module):
-    """Official DINO's head with torch's weight norm."""
+    """Official DINO's head, with torch's weight norm."""
 
     def __init__(self, in_dim, out_dim, hidden, bottleneck, use_bn):
         super().__init__()
@@ -260,7 +258,7 @@ def test_head_is_official_dinos(norm_last_layer, use_bn):
         )
 
 
-def test_fixed_gain_keeps_logits_between_minus_one_and_one():
+def test_norm_last_layer_keeps_logits_between_minus_one_and_one():
     head = DINOHead(5, 50, hidden_dim=8, bottleneck_dim=4)
     with torch.no_grad():
         head.last_layer.weight_v.mul_(100)
