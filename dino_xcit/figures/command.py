@@ -9,17 +9,17 @@ import json
 import math
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.report import table
-from dino_xcit.figures.image_figures import draw_images
+from dino_xcit.figures.image_figures import ImageSummary, draw_images
 from dino_xcit.figures.inputs import ImageInput, VideoInput, find, own_images
 from dino_xcit.figures.localization import score, scores_table
 from dino_xcit.figures.object_masks import scenes_of_files, scenes_of_shapes
 from dino_xcit.figures.setup import Setup, open_setup
 from dino_xcit.figures.sheets import options_json
-from dino_xcit.figures.video_figures import draw_video
+from dino_xcit.figures.video_figures import VideoSummary, draw_video
 from dino_xcit.files import printable, write_json
 
 if TYPE_CHECKING:
@@ -86,26 +86,27 @@ def _draw(
         before: earlier problems, which attention.json lists too.
     """
     summaries, problems = draw_images(setup, images)
+    video_summaries: list[VideoSummary] = []
     for video in videos:
         try:
-            summaries.append(draw_video(setup, video))
+            video_summaries.append(draw_video(setup, video))
         except (UserError, OSError) as error:
             problems.append(f"{video.where}: {error}")
     content = {
         "weights": list(setup.config.weights),
         "framing": str(setup.framing),
-        "images": summaries,
+        "images": [*summaries, *video_summaries],
         "problems": [*before, *problems],
         "options": json.loads(options_json(setup.config)),
     }
     write_json(setup.folder / SUMMARY, content)
-    _print_summaries(setup, summaries)
+    _print_summaries(setup, summaries, video_summaries)
     return problems
 
 
-def _print_summaries(setup: Setup, summaries: Sequence[dict[str, Any]]) -> None:
-    images = [one for one in summaries if "entropy" in one]
-    videos = [one for one in summaries if "frames" in one]
+def _print_summaries(
+    setup: Setup, images: Sequence[ImageSummary], videos: Sequence[VideoSummary]
+) -> None:
     rows = [
         [
             printable(one["name"]),
@@ -120,7 +121,7 @@ def _print_summaries(setup: Setup, summaries: Sequence[dict[str, Any]]) -> None:
         print(table(["image", "pixels", "patches", "entropy of heads, nats", "maximum"], rows))
     for one in videos:
         print(printable(f"{one['file']}: {one['frames']} frames, {setup.folder}/{one['written']}"))
-    if summaries:
+    if images or videos:
         print(printable(f"{setup.framing}; {setup.folder}/"))
 
 

@@ -312,9 +312,10 @@ def write(
             with replacing(path) as beside:
                 figure.savefig(beside, dpi=dpi, metadata=undated)
             paths.append(path)
-    if sheet.data:
+    arrays: dict[str, Any] = dict(sheet.data)  # `savez` has keyword options too
+    if arrays:
         path = folder / f"{sheet.name}.npz"
         with replacing(path) as beside:
-            np.savez_compressed(beside, **sheet.data)  # type: ignore[arg-type]
+            np.savez_compressed(beside, **arrays)
         paths.append(path)
     return paths

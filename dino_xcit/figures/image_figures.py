@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
@@ -26,11 +26,25 @@ if TYPE_CHECKING:
 PAGE = "attention.html"
 
 
-class ImageFigures(NamedTuple):
-    """What was drawn of the images."""
+class ImageSummary(TypedDict):
+    """Entry of attention.json for an image."""
 
-    summaries: list[dict[str, Any]]
-    """of each image, for attention.json"""
+    name: str
+    file: str
+    pixels: list[int]
+    """width and height"""
+    patches: list[int]
+    """columns and rows"""
+    entropy: list[float]
+    """of each head, nats"""
+    share_of_patches: list[float]
+    """of each head: one minus the weight of the class token on itself"""
+
+
+class ImageFigures(NamedTuple):
+    """The images that were drawn, and the failures."""
+
+    summaries: list[ImageSummary]
     problems: list[str]
     """a line for each image or figure that could not be shown"""
 
@@ -45,7 +59,7 @@ class _ImageResults(NamedTuple):
 
 def draw_images(setup: Setup, images: Sequence[ImageInput]) -> ImageFigures:
     """Write every figure of the images, `--images_per_figure` at a time, and the page."""
-    summaries: list[dict[str, Any]] = []
+    summaries: list[ImageSummary] = []
     problems: list[str] = []
     exhibits: list[Exhibit] = []
     size = setup.config.images_per_figure
@@ -132,8 +146,7 @@ def _by_sheet(row: FigureRow, results: Sequence[_ImageResults]) -> Iterator[list
         yield list(itertools.chain(*of_images))
 
 
-def _summary(result: _ImageResults) -> dict[str, Any]:
-    """Entry of attention.json."""
+def _summary(result: _ImageResults) -> ImageSummary:
     first = result.models[0]
     rows, columns = first.attention.shape[1:]
     nats = entropy(torch.from_numpy(first.attention)).tolist()

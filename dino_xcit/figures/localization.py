@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dino_xcit.errors import UserError
-from dino_xcit.evaluate.report import Result, scores, table, with_interval
+from dino_xcit.evaluate.report import Report, Result, scores, table, with_interval
 from dino_xcit.figures.drawing import Cell, Sheet, as_cell
 from dino_xcit.figures.framing import without_padding
 from dino_xcit.figures.maps import jaccard, mass_mask
@@ -42,7 +42,7 @@ WEIGHTS, UNTRAINED, BLOBS = "", "untrained", "centred blobs"
 class Localization(NamedTuple):
     """Scores of the maps of one backbone."""
 
-    content: dict[str, Any]
+    content: Report
     """for masks.json"""
     sheet: Sheet
     """the first images with their masks"""
@@ -113,7 +113,7 @@ def blobs(count: int, rows: int, columns: int) -> Tensor:
     return torch.exp(-(y[:, None].square() + x.square()) / (2 * sigma**2))
 
 
-def scores_table(content: dict[str, Any], title: str) -> str:
+def scores_table(content: Report, title: str) -> str:
     """The scores of `Localization.content` as a table."""
     rows = [(title, content["results"]), *content["baselines"].items()]
     header = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -23,14 +23,23 @@ if TYPE_CHECKING:
     from dino_xcit.figures.setup import Setup
 
 
-def draw_video(setup: Setup, video: VideoInput) -> dict[str, Any]:
+class VideoSummary(TypedDict):
+    """Entry of attention.json for a video."""
+
+    name: str
+    file: str
+    frames: int
+    patches: list[int]
+    """columns and rows"""
+    written: str
+    """name of the new video"""
+
+
+def draw_video(setup: Setup, video: VideoInput) -> VideoSummary:
     """Write each frame, its map over it and all heads in their colours, side by side.
 
     The whole video shares one colour scale, which is known after all frames have been through the
     backbone; so the video is decoded twice.
-
-    Returns:
-        The entry of attention.json.
 
     Raises:
         UserError: the video cannot be read, its frames differ in size, or they do not fit into

@@ -49,7 +49,7 @@ def picture(seed, height, width):
 
 
 def cielab(colours, vision):
-    """sRGB in [0, 1] (n, 3) -> CIELAB (D65), as an eye of this vision has it."""
+    """sRGB in [0, 1] (n, 3) -> CIELAB (D65), as seen with this colour vision."""
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     seen = (linear @ np.array(COLOUR_VISION[vision]).T).clip(0, 1)
     to_xyz = [
