@@ -1,7 +1,8 @@
-"""`torch.hub.load("OWNER/dino_xcit", "xcit_small_12_p16", weights="runs/s12_p16")`: each backbone by its official name.
+"""`torch.hub.load("OWNER/dino_xcit", "xcit_small_12_p16", weights="runs/s12_p16")`.
 
-weights: anything that `dino_xcit.load_backbone` takes; none gives random numbers. `dino_xcit_small_12_p16` and its like
-fetch what the DINO authors published.
+Each backbone has its official name. weights: anything that `dino_xcit.load_backbone` takes; without
+weights they are random. `dino_xcit_small_12_p16` and the like are those that the DINO authors
+published.
 """
 
 dependencies = ["torch", "timm", "safetensors", "yaml"]

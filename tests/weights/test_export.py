@@ -1,4 +1,4 @@
-"""What `dino-xcit export` writes, read back by the tools that it is for."""
+"""What `dino-xcit export` writes, read back by the tools it is for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 
+import dino_xcit
 from dino_xcit.cli import main
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.config.pretrain import PretrainConfig
@@ -80,6 +81,7 @@ def test_official_names_come_back(here, nano):
     )
 
 
+@pytest.mark.slow
 def test_torch_export_takes_any_batch_and_size(here, nano):
     assert export("--format", "torch_export") == 0
     program = torch.export.load("export/xcit_n12_p16.pt2").module()
@@ -87,6 +89,7 @@ def test_torch_export_takes_any_batch_and_size(here, nano):
     same_features(nano, program, size=(32, 160), batch=1)
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -105,6 +108,7 @@ def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
         np.testing.assert_allclose(maps, class_attention(nano, images), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_for_the_hub_with_its_recipe_scores_and_figure(tiny, tmp_path):
     config = dataclasses.replace(tiny, arch="xcit_n12_p8", epochs=1, num_images=16)
     folder = pretrain(config).folder
@@ -139,33 +143,51 @@ def test_a_run_becomes_a_folder_for_the_hub_with_its_recipe_scores_and_figure(ti
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "ablation", "told"),
+    ("arch", "ablation", "message"),
     [
         ("xcit_pico2_p4", {}, "timm has no xcit_pico2_p4"),
-        ("xcit_n12_p16", {"lpi": False}, "timm has no XCiT without lpi"),
+        ("xcit_pico2_p4", {"lpi": False}, "timm has no XCiT without lpi"),
     ],
 )
-def test_networks_that_timm_lacks_are_refused(here, capsys, arch, ablation, told):
+def test_networks_that_timm_lacks_are_refused(here, capsys, arch, ablation, message):
     config = dataclasses.replace(NANO, arch=arch, **ablation)
     save_backbone(XCiT(arch, in_chans=1, **ablation), config, Path("w.safetensors"))
     assert export() == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(Path("export").iterdir()) == []
     assert export("--format", "torch_export") == 0
 
 
-def test_a_file_that_is_not_the_same_takes_no_place(here, monkeypatch):
+def test_a_file_with_other_features_is_not_kept(here, monkeypatch):
     monkeypatch.setattr(
-        "dino_xcit.export.to_official_names", lambda tensors: {k: 2 * v for k, v in tensors.items()}
+        "dino_xcit.weights.export.to_official_names",
+        lambda tensors: {k: 2 * v for k, v in tensors.items()},
     )
     with pytest.raises(RuntimeError, match="gives other features"):
-        export("--format", "official")
+        dino_xcit.export(weights="w.safetensors", format=["official"])
     assert list(Path("export").iterdir()) == []
 
 
+def test_the_folder_of_timm_stays_when_the_hub_folder_is_written(here):
+    assert export("--format", "timm") == 0
+    assert export("--format", "hf") == 0
+    folders = {path.name for path in Path("export").iterdir()}
+    assert folders == {"xcit_n12_p16_timm", "xcit_n12_p16_hf"}
+    card = Path("export/xcit_n12_p16_hf/README.md").read_text()
+    assert "XCiT backbone (" in card
+    assert "## Recipe" not in card  # these weights are of no run
+
+
+def test_the_function_of_python_returns_what_it_wrote(here):
+    (path,) = dino_xcit.export(weights="w.safetensors", format=["official"], output_dir="out")
+    assert path == Path("out/dino_xcit_nano_12_p16.pth")
+    assert path.exists()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--format", "tensorrt"], "--format"),
         (
@@ -176,9 +198,9 @@ def test_a_file_that_is_not_the_same_takes_no_place(here, monkeypatch):
         (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
     ],
 )
-def test_options_that_cannot_be_are_refused(here, capsys, arguments, told):
+def test_options_that_cannot_be_are_refused(here, capsys, arguments, message):
     assert export(*arguments) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(here, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Checkpoints of others: their names, their files, and what they are told when they are something else."""
+"""Checkpoints of others: their names, their files, and the messages for files of another kind."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.models.xcit import checkpoint_filter_fn
 
+from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import ARCHITECTURES, timm_name
 from dino_xcit.model.dino import DINOHead
 from dino_xcit.model.xcit import XCiT
@@ -28,7 +29,7 @@ OF_TIMM = [
 
 
 def formula_filled(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Of a network on any device: numbers that differ between tensors, rows and columns."""
+    """Tensors of a network on any device, with values that differ by tensor, row and column."""
     tensors = {}
     for number, (name, tensor) in enumerate(network.state_dict().items()):
         values = (
@@ -148,7 +149,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_files_are_read_without_being_told_which(kind, nano, head, tmp_path):
+def test_the_kind_of_a_file_is_recognised(kind, nano, head, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(FILES[kind](nano, head), path)
     backbone = load_backbone(path)
@@ -178,7 +179,7 @@ def test_checkpoint_key_names_the_network(nano, head, tmp_path):
     assert torch.equal(student["cls_token"], 2 * nano["cls_token"])
     torch.save({"student": wrapped(nano, head), "epoch": 1}, path)
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"full\.pth has no teacher, only the student; name it with --checkpoint_key",
     ):
         load_backbone(path)
@@ -198,10 +199,10 @@ def test_a_network_of_no_name_asks_for_arch(tmp_path):
         k: v for k, v in XCiT("xcit_n12_p8").state_dict().items() if not k.startswith("blocks.11.")
     }
     torch.save(tensors, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no architecture known here; name one with --arch"):
+    with pytest.raises(UserError, match="no architecture known here; name one with --arch"):
         load_backbone(tmp_path / "w.pth")
     with pytest.raises(
-        ValueError, match=r"does not fit xcit_n12_p8: missing: blocks\.11\.\S+, .* and \d+ more"
+        UserError, match=r"does not fit xcit_n12_p8: missing: blocks\.11\.\S+, .* and \d+ more"
     ):
         load_backbone(tmp_path / "w.pth", arch="xcit_n12_p8")
 
@@ -210,12 +211,15 @@ def test_gaps_leftovers_and_shapes_are_listed(nano, tmp_path):
     changed = {**nano, "extra.weight": torch.zeros(2), "norm.bias": torch.zeros(3)}
     del changed["blocks.3.gamma1"]
     torch.save(changed, tmp_path / "w.pth")
-    told = "missing: blocks.3.gamma1; left over: extra.weight; of another shape: norm.bias (3,), expected (128,)"
-    with pytest.raises(ValueError, match=re.escape(told)):
+    message = (
+        "missing: blocks.3.gamma1; left over: extra.weight; "
+        "of another shape: norm.bias (3,), expected (128,)"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
         load_backbone(tmp_path / "w.pth")
     torch.save(nano, tmp_path / "w.pth")
     with pytest.raises(
-        ValueError, match=r"of another shape: cls_token \(1, 1, 128\), expected \(1, 1, 192\)"
+        UserError, match=r"of another shape: cls_token \(1, 1, 128\), expected \(1, 1, 192\)"
     ):
         load_backbone(tmp_path / "w.pth", arch="xcit_t12_p16")
 
@@ -268,11 +272,11 @@ def broken(kind, nano, path):
         ("cut off, old format", "is cut off"),
     ],
 )
-def test_what_is_no_checkpoint_is_told_in_one_line(kind, expected, nano, tmp_path, monkeypatch):
+def test_what_is_no_checkpoint_is_refused_in_one_line(kind, expected, nano, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     broken(kind, nano, path)
-    with pytest.raises(ValueError, match=expected) as raised:
+    with pytest.raises(UserError, match=expected) as raised:
         load_backbone(path)
     assert str(raised.value).startswith(f"--weights {path} ")
     assert "\n" not in str(raised.value)
@@ -303,7 +307,7 @@ def test_a_download_that_stops_short_leaves_nothing(nano, monkeypatch, tmp_path)
         torch.hub, "download_url_to_file", lambda url, path: Path(path).write_bytes(b"123")
     )
     with pytest.raises(
-        ValueError, match=r"could not be fetched .3 bytes came of 5.; put file:.* at .*checkpoints"
+        UserError, match=r"could not be fetched .3 bytes came of 5.; put file:.* at .*checkpoints"
     ):
         load_backbone(name)
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
@@ -314,7 +318,7 @@ def test_without_a_network_a_published_name_says_where_to_put_the_file(monkeypat
     name = next(iter(PUBLISHED))
     monkeypatch.setitem(PUBLISHED, name, (tmp_path / "gone" / "served.pth").as_uri())
     with pytest.raises(
-        ValueError, match=r"could not be fetched .*; put .* at .*hub/checkpoints/served\.pth"
+        UserError, match=r"could not be fetched .*; put .* at .*hub/checkpoints/served\.pth"
     ) as raised:
         load_backbone(name)
     assert "\n" not in str(raised.value)

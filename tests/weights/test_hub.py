@@ -35,13 +35,13 @@ def test_each_backbone_has_its_official_name():
 
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_pico_2_p4"])
-def test_without_weights_its_numbers_are_random(name):
+def test_without_weights_they_are_random(name):
     backbone = load(name, in_chans=1)
     assert isinstance(backbone, XCiT)
     assert backbone(torch.randn(1, 1, 32, 32)).shape == (1, backbone.embed_dim)
 
 
-def test_with_weights_they_are_those(tmp_path):
+def test_given_weights_are_loaded(tmp_path):
     network = XCiT("xcit_pico2_p4")
     save_backbone(network, PretrainConfig(arch="xcit_pico2_p4"), tmp_path / "w.safetensors")
     found = load("xcit_pico_2_p4", weights=str(tmp_path / "w.safetensors")).state_dict()

@@ -10,7 +10,9 @@ import torch
 from helpers import TINY
 
 from dino_xcit.data.framing import Transform
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.features import FeatureExtractor
+from dino_xcit.model.timm_backbone import TimmBackbone
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import CONFIG, LAST, METRICS, TEACHER, write_config
 from dino_xcit.weights.load import load_backbone, read_run, run_folder_of
@@ -18,12 +20,12 @@ from dino_xcit.weights.load import load_backbone, read_run, run_folder_of
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-# -- timm:NAME -------------------------------------------------------------------------------------------------------
+# -- timm:NAME ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def created(monkeypatch):
-    """Networks that timm was asked for. Their weights are random instead of downloaded."""
+    """Networks that timm created, with random weights instead of downloaded ones."""
     networks, create_model = [], timm.create_model
 
     def create(name, *, pretrained, **options):
@@ -75,15 +77,16 @@ def test_an_xcit_of_timm_becomes_ours_with_the_same_features(created, tag):
 )
 def test_other_networks_of_timm_give_features_without_a_classifier(created, name, dim, metadata):
     network = load_backbone(f"timm:{name}")
-    assert network is created[0]
+    assert isinstance(network, TimmBackbone)
+    assert network.network is created[0]
     assert not network.training
-    assert network.metadata == metadata
+    assert network.metadata == {**metadata, "arch": f"timm:{name}"}
     size = metadata["global_crops_size"]
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = network(x)
     assert features.shape == (2, dim)
-    torch.testing.assert_close(features, timms_features(network, x))
+    torch.testing.assert_close(features, timms_features(created[0], x))
     transform = Transform(size, size, tuple(metadata["mean"]), tuple(metadata["std"]))
     assert FeatureExtractor(network, transform, torch.device("cpu")).shape() == (1, dim)
 
@@ -94,7 +97,7 @@ def test_networks_that_timm_cannot_load_are_an_error_in_one_line(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(
-        ValueError, match="--weights timm:resnet10t could not be loaded: no connection to the hub!"
+        UserError, match="--weights timm:resnet10t could not be loaded: no connection to the hub!"
     ) as raised:
         load_backbone("timm:resnet10t")
     assert "\n" not in str(raised.value)
@@ -103,12 +106,12 @@ def test_networks_that_timm_cannot_load_are_an_error_in_one_line(monkeypatch):
 
 def test_unknown_networks_of_timm_are_an_error():
     with pytest.raises(
-        ValueError, match="--weights timm:resnet9000 could not be loaded: Unknown model"
+        UserError, match="--weights timm:resnet9000 could not be loaded: Unknown model"
     ):
         load_backbone("timm:resnet9000")
 
 
-# -- the run that weights are of -------------------------------------------------------------------------------------
+# -- the run that weights are of ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -154,5 +157,5 @@ def test_a_file_of_another_program_makes_no_run_folder(run, lacking):
 
 def test_a_run_of_another_version_is_an_error_that_names_its_config(run):
     (run / "config.yaml").write_text("unknown_option: 3\n")
-    with pytest.raises(ValueError, match=r"one/config\.yaml is not a config of this version"):
+    with pytest.raises(UserError, match=r"one/config\.yaml is not a config of this version"):
         read_run(str(run))
