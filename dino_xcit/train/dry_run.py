@@ -16,7 +16,7 @@ from dino_xcit.errors import ImageError, UserError
 from dino_xcit.private_names import FakeTensorMode, storage_key
 from dino_xcit.run_folder import CROPS
 from dino_xcit.runtime import HALF, memory_there
-from dino_xcit.train.module import DINOModule, Network
+from dino_xcit.train.network import Network
 from dino_xcit.train.plots import draw_crops
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.images import ImageSet
+    from dino_xcit.train.module import DINOModule
 
 SHEET_IMAGES = 6
 SHEET_LOCAL_CROPS = 8

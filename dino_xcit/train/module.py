@@ -17,83 +17,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
 from dino_xcit.data.photometric import photometric
 from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.files import plain
-from dino_xcit.model.architectures import ABLATIONS
 from dino_xcit.model.batch_norm import synchronise_batch_norms
-from dino_xcit.model.build import build_backbone
-from dino_xcit.model.chunked_loss import Embeddings
-from dino_xcit.model.dino import DINOHead, DINOLoss
-from dino_xcit.private_names import foreach_multiply, foreach_norm
+from dino_xcit.model.dino import DINOLoss
+from dino_xcit.train.network import Network
+from dino_xcit.train.optimizer import adamw, clip_per_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.loader import Batch
     from dino_xcit.train.schedules import Schedules
-
-
-class Network(nn.Module):
-    """Backbone and projection head; the student is one, the teacher another."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        super().__init__()
-        self.backbone = build_backbone(
-            config.arch,
-            in_chans=config.in_chans,
-            image_size=config.global_crops_size,
-            grad_checkpointing=config.grad_checkpointing,
-            sampled_paths=config.drop_path_rate > 0,
-            ablations={switch: getattr(config, switch) for switch in ABLATIONS},
-        )
-        self.head = DINOHead(
-            self.backbone.embed_dim,
-            config.out_dim,
-            hidden_dim=config.head_hidden_dim,
-            bottleneck_dim=config.head_bottleneck_dim,
-            use_bn=config.use_bn_in_head,
-            norm_last_layer=config.norm_last_layer,
-        )
-
-    def forward(
-        self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)
-    ) -> Tensor:
-        """Compute the logits of all views.
-
-        Args:
-            groups: views of one size each, (B, views, C, S, S).
-            paths: stochastic depth of each group, (B, views, layers, branches), or None.
-
-        Returns:
-            (B, V, K)
-        """
-        return self.embed(groups, paths).logits()
-
-    def embed(
-        self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)
-    ) -> Embeddings:
-        """Head outputs before the last layer, and that layer's weights.
-
-        The loss makes the logits from them, a few prototypes at a time.
-        """
-        features = [
-            self.backbone(
-                views.flatten(0, 1), None if of_group is None else of_group.flatten(0, 1)
-            ).unflatten(0, views.shape[:2])
-            for views, of_group in zip(groups, paths, strict=False)
-        ]
-        views = torch.cat(features, dim=1)  # (B, V, D)
-        return Embeddings(
-            of_views=self.head.embed(views.flatten(0, 1)).unflatten(0, views.shape[:2]),
-            weight_v=self.head.last_layer.weight_v,
-            weight_g=self.head.last_layer.weight_g,
-        )
 
 
 class DINOModule(L.LightningModule):
@@ -338,43 +279,3 @@ class DINOModule(L.LightningModule):
                 "checkpoints/last.ckpt is from before it. Try --precision 32-true, a lower --lr, "
                 "a longer --warmup_epochs, --clip_grad 0.3 or --norm_last_layer true"
             )
-
-
-def adamw(student: nn.Module, precision: str | int | None) -> torch.optim.AdamW:
-    """The optimizer; learning rate and weight decay are set at each step."""
-    # The scaler of float16 has to see the gradients before they are clipped, which a fused
-    # optimizer hides from it.
-    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=precision != "16-mixed")
-
-
-def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for AdamW: regularised, and spared from weight decay.
-
-    Official rule: biases and one-dimensional tensors are spared. XCA's temperature (h, 1, 1) and
-    the class token are therefore decayed, which timm's `no_weight_decay` would not do.
-    """
-    regularised: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            is_spared = name.endswith(".bias") or parameter.ndim == 1
-            (spared if is_spared else regularised).append(parameter)
-    return [{"params": regularised}, {"params": spared, "weight_decay": 0.0}]
-
-
-@torch.no_grad()
-def clip_per_parameter(gradients: list[Tensor], limit: float) -> Tensor:
-    """Scale each gradient whose own norm exceeds the limit down to it, in place.
-
-    Args:
-        gradients: one tensor for each parameter.
-        limit: largest norm; 0: none.
-
-    Returns:
-        The norms before, (tensors,).
-    """
-    norms = torch.stack(foreach_norm(gradients))
-    if limit:
-        factors = (limit / (norms + 1e-6)).clamp(max=1.0)
-        foreach_multiply(gradients, factors.unbind())
-    return norms

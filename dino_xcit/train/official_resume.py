@@ -17,13 +17,15 @@ from torch import Tensor
 
 from dino_xcit.config.pretrain import FREE_ON_RESUME, PretrainConfig
 from dino_xcit.errors import UserError
-from dino_xcit.train.module import DINOModule, adamw
+from dino_xcit.train.optimizer import adamw
 from dino_xcit.weights.formats import read_file, to_our_names
 from dino_xcit.weights.load import load_networks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from dino_xcit.train.module import DINOModule
 
 EXPECTED = "a full checkpoint of official DINO, with student, teacher, optimizer and epoch"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

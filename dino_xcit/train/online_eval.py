@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_xcit.data.framing import EvalDataset, Transform, default_resize
 from dino_xcit.data.loader import default_workers
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.images import ImageSet
+    from dino_xcit.model.backbone import Backbone
 
 NEIGHBOURS = 20
 BATCH_SIZE = 256
@@ -94,7 +95,7 @@ class OnlineEvaluator:
 
     def __call__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         device: torch.device,
         asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> OnlineScores:

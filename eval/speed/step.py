@@ -49,7 +49,8 @@ from dino_xcit.model.architectures import BRANCHES, resolve_architecture, timm_n
 from dino_xcit.model.dino import DINOLoss
 from dino_xcit.runtime import keep_freed_memory
 from dino_xcit.train.checkpoints import DurableIO
-from dino_xcit.train.module import DINOModule, Network
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.network import Network
 from dino_xcit.train.pretrain import make_trainer
 from dino_xcit.train.schedules import Schedules
 

@@ -13,7 +13,8 @@ from dino_xcit.errors import ImageError, UserError
 from dino_xcit.run_folder import LOCK
 from dino_xcit.runtime import HALF
 from dino_xcit.train.dry_run import draw_crop_sheet, memory_estimate
-from dino_xcit.train.module import DINOModule, Network
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.network import Network
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.schedules import Schedules
 

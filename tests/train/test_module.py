@@ -11,7 +11,9 @@ from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.data.photometric import PhotometricParam
 from dino_xcit.model.architectures import BRANCHES
-from dino_xcit.train.module import DINOModule, Network, clip_per_parameter, parameter_groups
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.network import Network
+from dino_xcit.train.optimizer import clip_per_parameter, parameter_groups
 from dino_xcit.train.schedules import Schedules
 
 CONFIG = PretrainConfig(

@@ -12,7 +12,8 @@ from helpers import last_state, logged_rows, saved_part
 
 from dino_xcit.cli import main
 from dino_xcit.run_folder import LAST
-from dino_xcit.train.module import DINOModule, parameter_groups
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.optimizer import parameter_groups
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.weights.formats import to_official_names
