@@ -20,7 +20,7 @@ class Backbone(nn.Module):
     """What pretraining, evaluations and export need of a network.
 
     A subclass sets the attributes and implements `forward` and `patch_tokens`; the other methods
-    have defaults. A row in `build.py` makes it known to `--arch`.
+    have defaults. `build_backbone` chooses the subclass by the name that `--arch` gives.
     """
 
     arch: str

@@ -1,8 +1,9 @@
 """DINO's loss from logits that exist for one chunk of the prototypes at a time.
 
-All logits of a batch at once would be (B, V, K) numbers for the student alone, several gigabytes at
-DINO's K = 65536. The forward pass computes each chunk twice (normalisers of the softmaxes, then the
-loss) and the backward pass once more; only the normalisers are kept in between.
+With DINO's K = 65536 and 10 views, all logits take 2.6 MB per image in float32, and their softmaxes
+and gradients as much again. So each chunk is computed when it is needed: the teacher's for the
+normaliser of its softmax, both for the loss, and both again in the backward pass. Only the
+normalisers are kept in between.
 
 Axes: B images, V views per image (the G global ones first), D channels of an embedding,
 K prototypes, k of them in a chunk.
@@ -94,6 +95,11 @@ class _Side(NamedTuple):
         scale = self.weight_g[chunk] / self.norm[chunk]
         return (self.weight_v[chunk] * scale).to(self.of_views.dtype)
 
+    def log_zero(self) -> Tensor:
+        """Logarithm of zero for each view, to start a sum of exponentials: (B, V) of -inf."""
+        shape = self.of_views.shape[:2]
+        return self.of_views.new_full(shape, -torch.inf, dtype=torch.float32)
+
 
 @dataclass(frozen=True)
 class _Logits:
@@ -125,9 +131,18 @@ class _Logits:
         """Teacher's logits minus the center, divided by the temperature; overwrites float32."""
         return of_teacher.float().sub_(self.center[chunk]).div_(self.teacher_temp)
 
-    def log_q(self, chunk: slice, normaliser: Tensor) -> Tensor:
-        """Logarithm of the teacher's output, (B, G, k)."""
-        return self.sharpen(self.of_teacher(chunk), chunk).sub_(normaliser[..., None])
+    def reduce_teacher(self) -> tuple[Tensor, Tensor]:
+        """Logarithm of the teacher's softmax normaliser (B, G), and the sum of its logits (K,)."""
+        log_z, logit_sum = self.teacher.log_zero(), torch.empty_like(self.center)
+        for chunk in self.chunks():
+            of_teacher = self.of_teacher(chunk)
+            logit_sum[chunk] = of_teacher.sum((0, 1), dtype=torch.float32)
+            log_z = log_z.logaddexp(self.sharpen(of_teacher, chunk).logsumexp(-1))
+        return log_z, logit_sum
+
+    def log_q(self, chunk: slice, log_z: Tensor) -> Tensor:
+        """Logarithm of the teacher's output, (B, G, k), from its normaliser's, (B, G)."""
+        return self.sharpen(self.of_teacher(chunk), chunk).sub_(log_z[..., None])
 
     def teachers_of_view(self) -> Tensor:
         """Number of the teacher's views that each view is paired with: all but itself. (V,)."""
@@ -165,17 +180,8 @@ class _ChunkedLoss(torch.autograd.Function):
         student = _Side.of(student_views, student_v, student_g)
         teacher = _Side.of(teacher_views, teacher_v, teacher_g)
         logits = _Logits(student, teacher, center, student_temp, teacher_temp)
-        logit_sum = torch.empty_like(center)
-        log_z_teacher, log_z_student = (  # logarithms of the softmaxes' normalisers, (B, G), (B, V)
-            side.of_views.new_full(side.of_views.shape[:2], -torch.inf, dtype=torch.float32)
-            for side in (teacher, student)
-        )
-        for chunk in logits.chunks():
-            of_teacher = logits.of_teacher(chunk)
-            logit_sum[chunk] = of_teacher.sum((0, 1), dtype=torch.float32)
-            sharpened = logits.sharpen(of_teacher, chunk)
-            log_z_teacher = log_z_teacher.logaddexp(sharpened.logsumexp(-1))
-
+        log_z_teacher, logit_sum = logits.reduce_teacher()  # (B, G), (K,)
+        log_z_student = student.log_zero()  # (B, V)
         dot_products = entropy = torch.zeros((), device=center.device)
         for chunk in logits.chunks():
             s = logits.of_student(student.prototypes(chunk))

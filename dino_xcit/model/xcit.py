@@ -1,7 +1,7 @@
 """XCiT, the Cross-Covariance Image Transformer (El-Nouby et al., 2021, arXiv:2106.09681).
 
 Parameter names and shapes are timm's (`timm/models/xcit.py`), so a state dict loads strictly either
-way. `xcit_layers.py` tells how the layers differ from the paper's code.
+way. The docstring of `xcit_layers.py` lists how the layers differ from the paper's code.
 
 Axes: B images, N patch tokens, C channels, h heads, H x W the grid of patches.
 """
@@ -195,7 +195,7 @@ class XCiT(Backbone):
         normed: Tensor = self.norm(tokens)
         return normed
 
-    # -- what the rest of the toolkit asks -----------------------------------------------------
+    # -- compilation and checks ----------------------------------------------------------------
 
     def compiled_regions(self) -> Sequence[nn.Module]:
         """The stem and each XCA layer; the layers share their code, compiled once per crop size."""
