@@ -114,6 +114,7 @@ COLLAPSING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COLLAPSING)
 def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path, name):
     config = dataclasses.replace(
@@ -139,6 +140,7 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_from_before(tmp_path,
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_warning_continues_and_a_resumed_run_counts_the_rows_before_it(
     tmp_path, capsys
 ):
