@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,23 @@ def folder_config(root: Path, **options: object) -> PretrainConfig:
     """Return `TINY` on the images of a folder."""
     source = {"dataset": None, "data_path": str(root), "num_images": None}
     return dataclasses.replace(TINY, **{**source, **options})
+
+
+def png_bomb() -> bytes:
+    """Return a small PNG file that claims 100,000 x 100,000 pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
 
 
 # -- runs ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Boxes and drawn numbers against torchvision's RandomResizedCrop and the configured probabilities; pixels against PIL."""
+"""Boxes against torchvision's, sampled params against the options, pixels against PIL."""
 
 import dataclasses
 from dataclasses import replace
@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from dino_xcit.config.pretrain import PretrainConfig
-from dino_xcit.data.crops import MultiCrop, sample_boxes
+from dino_xcit.data.crops import MultiCrop, own_generator, sample_boxes
 from dino_xcit.data.framing import resize
 from dino_xcit.data.photometric import PhotometricParam
 
@@ -33,16 +33,16 @@ def many_boxes(height, width, config=CONFIG, images=IMAGES):
     )
 
 
-def many_draws(config=CONFIG, images=IMAGES):
-    """(images, V, len(Draw))."""
+def many_params(config=CONFIG, images=IMAGES):
+    """(images, V, len(PhotometricParam))."""
     crop, rng = MultiCrop(config, PICO_PATHS), np.random.default_rng(0)
     return np.stack([crop.sample_photometric(rng) for _ in range(images)])
 
 
-def assert_share(drawn, probability):
+def assert_share(sampled, probability):
     """Within 4 standard deviations of a binomial share; exact for 0 and 1."""
-    sigma = np.sqrt(probability * (1 - probability) / drawn.size)
-    assert abs(drawn.mean() - probability) <= 4 * sigma
+    sigma = np.sqrt(probability * (1 - probability) / sampled.size)
+    assert abs(sampled.mean() - probability) <= 4 * sigma
 
 
 def assert_same_mean(sample, other):
@@ -56,7 +56,7 @@ def assert_same_views(one, other, same=True):
         assert torch.equal(getattr(one, name), getattr(other, name)) == same, name
 
 
-# -- boxes -------------------------------------------------------------------------------------------------------
+# -- boxes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 300), (64, 64), (300, 260), (32, 40)])
@@ -69,15 +69,15 @@ def test_boxes_are_inside_and_of_allowed_area_and_aspect(height, width):
     fallback = np.array(
         RandomResizedCrop.get_params(torch.empty(1, height, width), [2.0, 2.0], list(RATIOS))
     )
-    drawn = (boxes != fallback).any(-1)
-    assert drawn.mean() > 0.95
+    sampled = (boxes != fallback).any(-1)
+    assert sampled.mean() > 0.95
     for kind, (low, high) in (
         (slice(0, 2), CONFIG.global_crops_scale),
         (slice(2, None), CONFIG.local_crops_scale),
     ):
         a, b = (
-            h[:, kind][drawn[:, kind]],
-            w[:, kind][drawn[:, kind]],
+            h[:, kind][sampled[:, kind]],
+            w[:, kind][sampled[:, kind]],
         )  # sides were rounded: up to half a pixel off
         assert ((a + 0.5) * (b + 0.5) >= low * height * width).all()
         assert ((a - 0.5) * (b - 0.5) <= high * height * width).all()
@@ -115,7 +115,7 @@ def test_boxes_are_anywhere_in_the_image_down_to_the_last_pixel():
     assert (np.abs(offsets.mean(0)) <= 4 * offsets.std(0) / np.sqrt(len(boxes))).all()
     assert (
         np.abs(np.corrcoef(offsets.T) - np.eye(offsets.shape[1])).max() < 0.12
-    )  # each place is drawn on its own
+    )  # each place is sampled on its own
 
 
 def test_each_kind_of_crop_fills_its_own_range_of_scales():
@@ -141,7 +141,7 @@ def test_image_of_one_pixel_gives_views():
     torch.testing.assert_close(views.local_crops, image(1, 1).expand(3, 3, 12, 12), rtol=0, atol=0)
 
 
-# -- pixels ------------------------------------------------------------------------------------------------------
+# -- pixels ----------------------------------------------------------------------------------------
 
 
 def assert_within_one_level(views, expected):
@@ -198,7 +198,7 @@ def test_no_local_crops():
     assert views.local_params.shape == (0, len(PhotometricParam))
 
 
-# -- keys --------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 
 def test_views_are_a_function_of_the_key():
@@ -221,35 +221,35 @@ def test_views_of_one_image_differ():
         assert len({crop.numpy().tobytes() for crop in crops}) == len(crops)
 
 
-# -- drawn numbers -----------------------------------------------------------------------------------------------
+# -- sampled params --------------------------------------------------------------------------------
 
 
 def test_photometric_probabilities_are_those_configured():
-    draws = many_draws()
-    assert_share(draws[..., PhotometricParam.FLIP], 0.5)
-    assert_share(draws[..., PhotometricParam.GRAYSCALE], 0.2)
-    assert_share(draws[..., PhotometricParam.HUE] != 0, 0.8)
+    params = many_params()
+    assert_share(params[..., PhotometricParam.FLIP], 0.5)
+    assert_share(params[..., PhotometricParam.GRAYSCALE], 0.2)
+    assert_share(params[..., PhotometricParam.HUE] != 0, 0.8)
     for views, blur, solarize in ((0, 1.0, 0.0), (1, 0.1, 0.2), (slice(2, None), 0.5, 0.0)):
-        assert_share(draws[:, views, PhotometricParam.SIGMA] > 0, blur)
-        assert_share(draws[:, views, PhotometricParam.SOLARIZE], solarize)
+        assert_share(params[:, views, PhotometricParam.SIGMA] > 0, blur)
+        assert_share(params[:, views, PhotometricParam.SOLARIZE], solarize)
 
 
-def test_other_probabilities_are_obeyed():
+def test_other_probabilities_are_followed():
     config = replace(CONFIG, flip_prob=1.0, color_jitter_prob=0.0, grayscale_prob=0.7)
     config = replace(config, blur_prob=(0.0, 1.0, 0.3), solarize_prob=(1.0, 0.0, 0.4))
-    draws = many_draws(config)
-    assert (draws[..., PhotometricParam.FLIP] == 1).all()
-    assert (draws[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] == 1).all()
-    assert (draws[..., PhotometricParam.HUE] == 0).all()
-    assert_share(draws[..., PhotometricParam.GRAYSCALE], 0.7)
+    params = many_params(config)
+    assert (params[..., PhotometricParam.FLIP] == 1).all()
+    assert (params[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] == 1).all()
+    assert (params[..., PhotometricParam.HUE] == 0).all()
+    assert_share(params[..., PhotometricParam.GRAYSCALE], 0.7)
     for views, blur, solarize in ((0, 0.0, 1.0), (1, 1.0, 0.0), (slice(2, None), 0.3, 0.4)):
-        assert_share(draws[:, views, PhotometricParam.SIGMA] > 0, blur)
-        assert_share(draws[:, views, PhotometricParam.SOLARIZE], solarize)
+        assert_share(params[:, views, PhotometricParam.SIGMA] > 0, blur)
+        assert_share(params[:, views, PhotometricParam.SOLARIZE], solarize)
 
 
 def test_jitter_of_a_view_is_all_or_nothing_and_uniform_in_its_range():
-    draws = many_draws()
-    jitter = draws[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] - [1, 1, 1, 0]
+    params = many_params()
+    jitter = params[..., PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] - [1, 1, 1, 0]
     jittered = (jitter != 0).all(-1)
     assert (jittered | (jitter == 0).all(-1)).all()
     for values, strength in zip(jitter[jittered].T, (0.4, 0.4, 0.2, 0.1), strict=True):
@@ -260,7 +260,7 @@ def test_jitter_of_a_view_is_all_or_nothing_and_uniform_in_its_range():
 
 
 def test_jitter_ranks_are_permutations_each_equally_likely():
-    ranks = many_draws()[
+    ranks = many_params()[
         ..., PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.HUE_RANK + 1
     ].reshape(-1, 4)
     assert (np.sort(ranks, axis=1) == np.arange(4)).all()
@@ -271,19 +271,19 @@ def test_jitter_ranks_are_permutations_each_equally_likely():
 
 
 def test_blur_is_uniform_in_its_range():
-    sigma = many_draws(replace(CONFIG, blur_sigma=(0.3, 1.5)))[:, 0, PhotometricParam.SIGMA]
+    sigma = many_params(replace(CONFIG, blur_sigma=(0.3, 1.5)))[:, 0, PhotometricParam.SIGMA]
     assert sigma.min() == pytest.approx(0.3, abs=0.01)
     assert sigma.max() == pytest.approx(1.5, abs=0.01)
     assert sigma.mean() == pytest.approx(0.9, abs=4 * 1.2 / np.sqrt(12 * len(sigma)))
 
 
-def test_views_are_drawn_independently():
-    draws = many_draws()
+def test_views_are_sampled_independently():
+    params = many_params()
     for column in (PhotometricParam.FLIP, PhotometricParam.GRAYSCALE, PhotometricParam.BRIGHTNESS):
-        assert np.abs(np.corrcoef(draws[..., column].T) - np.eye(5)).max() < 0.1
+        assert np.abs(np.corrcoef(params[..., column].T) - np.eye(5)).max() < 0.1
 
 
-def test_stochastic_depth_is_drawn_with_its_rate_and_keeps_the_mean():
+def test_stochastic_depth_is_sampled_with_its_rate_and_keeps_the_mean():
     crop = MultiCrop(dataclasses.replace(CONFIG, drop_path_rate=0.25), PICO_PATHS)
     paths = np.stack([crop.sample_paths(np.random.default_rng(i)) for i in range(400)])
     assert paths.shape[1:] == (crop.views, crop.path_shape[0], 3)
@@ -307,3 +307,38 @@ def test_stochastic_depth_does_not_change_the_crops():
     assert torch.equal(one.global_crops, other.global_crops)
     assert torch.equal(one.local_params, other.local_params)
     assert not torch.equal(one.local_paths, other.local_paths)
+
+
+# -- generators of new augmentations -------------------------------------------------------------
+
+
+def test_an_augmentation_with_its_own_generator_changes_no_other(monkeypatch):
+    published = MultiCrop(CONFIG, PICO_PATHS)(image(), (0, 1, 2))
+    sample, name = MultiCrop.sample_photometric, "posterize"
+
+    def with_another(self, rng):
+        own_generator((0, 1, 2), name).random(100)
+        return sample(self, rng)
+
+    monkeypatch.setattr(MultiCrop, "sample_photometric", with_another)
+    assert_same_views(MultiCrop(CONFIG, PICO_PATHS)(image(), (0, 1, 2)), published)
+
+
+def test_own_generators_are_functions_of_key_and_name():
+    first = own_generator((0, 1, 2), "posterize").random(3)
+    assert first.tolist() == own_generator((0, 1, 2), "posterize").random(3).tolist()
+    # The same in every process and version: runs must not change.
+    assert first == pytest.approx([0.233322, 0.764356, 0.478786], abs=1e-6)
+    for key, name in (((0, 1, 2), "equalize"), ((0, 1, 3), "posterize"), ((1, 1, 2), "posterize")):
+        assert own_generator(key, name).random(3).tolist() != first.tolist()
+
+
+def test_own_generators_are_independent_of_the_shared_one_and_of_each_other():
+    keys = [(0, epoch, index) for epoch in range(20) for index in range(100)]
+    streams = [
+        [np.random.default_rng(key).random(2) for key in keys],
+        [own_generator(key, "posterize").random(2) for key in keys],
+        [own_generator(key, "equalize").random(2) for key in keys],
+    ]
+    correlation = np.corrcoef(np.concatenate(streams, axis=1).T)
+    assert np.abs(correlation - np.eye(6)).max() < 4 / np.sqrt(len(keys))

@@ -30,7 +30,7 @@ MAX_SIGMA = 2.0
 
 @pytest.fixture(params=["rows", "whole batch"])
 def on_each_device_path(request, monkeypatch):
-    """As on CPU, where the drawn rows alone are touched, and as on accelerators."""
+    """As on CPU, where the active rows alone are changed, and as on accelerators."""
     if request.param == "whole batch":
         monkeypatch.setattr(photometric_module, "_on_rows", whole_batch)
 
@@ -45,19 +45,19 @@ def views(n=1, channels=3, seed=0):
 
 
 def neutral(n=1, **values):
-    """Draws that leave a view alone, but for the named ones."""
-    draws = torch.zeros(n, len(PhotometricParam))
-    draws[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] = 1
-    draws[:, PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.HUE_RANK + 1] = torch.arange(4.0)
+    """Params that leave a view unchanged, except for the named ones."""
+    params = torch.zeros(n, len(PhotometricParam))
+    params[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE] = 1
+    params[:, PhotometricParam.BRIGHTNESS_RANK : PhotometricParam.HUE_RANK + 1] = torch.arange(4.0)
     for name, value in values.items():
-        draws[:, PhotometricParam[name]] = value
-    return draws
+        params[:, PhotometricParam[name]] = value
+    return params
 
 
-def random_draws(n):
+def random_params(n):
     """Each operation in about half of the views, orders at random."""
     rng = np.random.default_rng(0)
-    draws = neutral(n)
+    params = neutral(n)
     for column, low, high in (
         (1, 0.6, 1.4),
         (2, 0.6, 1.4),
@@ -65,20 +65,20 @@ def random_draws(n):
         (4, -0.1, 0.1),
         (PhotometricParam.SIGMA, 0.1, 2.0),
     ):
-        drawn = torch.from_numpy(rng.random(n) < 0.5)
-        draws[drawn, column] = torch.from_numpy(rng.uniform(low, high, n)).float()[drawn]
+        active = torch.from_numpy(rng.random(n) < 0.5)
+        params[active, column] = torch.from_numpy(rng.uniform(low, high, n)).float()[active]
     for column in (PhotometricParam.FLIP, PhotometricParam.GRAYSCALE, PhotometricParam.SOLARIZE):
-        draws[:, column] = torch.from_numpy(rng.random(n) < 0.5)
-    draws[:, RANKS[0] : RANKS[-1] + 1] = torch.tensor(
+        params[:, column] = torch.from_numpy(rng.random(n) < 0.5)
+    params[:, RANKS[0] : RANKS[-1] + 1] = torch.tensor(
         [ORDERS[i] for i in rng.integers(0, 24, n)]
     ).float()
-    return draws
+    return params
 
 
-def augment(images, draws):
+def augment(images, params):
     """Values in [0, 1], not normalised."""
     channels = images.shape[1]
-    return photometric(images, draws, (0.0,) * channels, (1.0,) * channels, MAX_SIGMA)
+    return photometric(images, params, (0.0,) * channels, (1.0,) * channels, MAX_SIGMA)
 
 
 def as_float(images):
@@ -90,7 +90,7 @@ def assert_same(result, expected, tolerance=1e-5):
     torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
 
 
-# -- against torchvision -----------------------------------------------------------------------------------------
+# -- against torchvision ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,18 @@ def test_operation_is_torchvisions(values, expected):
 
 @pytest.mark.usefixtures("on_each_device_path")
 def test_jitter_in_each_of_its_24_orders_is_torchvisions():
-    images, draws = views(24), neutral(24)
+    images, params = views(24), neutral(24)
     factors = (1.35, 0.65, 1.2, 0.1)
-    draws[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] = torch.tensor(factors)
+    params[:, PhotometricParam.BRIGHTNESS : PhotometricParam.HUE + 1] = torch.tensor(factors)
     expected = []
     for i, order in enumerate(ORDERS):  # order[rank] is the operation of that rank
         x = as_float(images[i])
         for rank, operation in enumerate(order):
-            draws[i, RANKS[operation]] = rank
+            params[i, RANKS[operation]] = rank
             x = ADJUST[operation](x, factors[operation])
         expected.append(x)
-    assert_same(augment(images, draws), torch.stack(expected))
-    spread = torch.stack([augment(images[:1], draws[i : i + 1]) for i in range(24)]).std(0).max()
+    assert_same(augment(images, params), torch.stack(expected))
+    spread = torch.stack([augment(images[:1], params[i : i + 1]) for i in range(24)]).std(0).max()
     assert spread > 0.02  # the order matters
 
 
@@ -183,12 +183,12 @@ def test_hue_of_gray_pixels_stays_gray():
     assert_same(augment(images, neutral(HUE=0.3)), as_float(images))
 
 
-# -- grey images -------------------------------------------------------------------------------------------------
+# -- grey images -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", [{"SATURATION": 0.3}, {"HUE": 0.4}, {"GRAYSCALE": 1}])
 @pytest.mark.usefixtures("on_each_device_path")
-def test_colour_operations_leave_images_without_colour_alone(values):
+def test_colour_operations_do_not_change_images_without_colour(values):
     for channels in (1, 5):
         images = views(2, channels)
         assert_same(augment(images, neutral(2, **values)), as_float(images), tolerance=0)
@@ -210,48 +210,48 @@ def test_other_operations_act_on_grey_images(values, expected):
     assert_same(augment(images, neutral(2, **values)), expected(as_float(images)))
 
 
-# -- batches -----------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.usefixtures("on_each_device_path")
 def test_batch_is_its_views_one_by_one(channels):
-    images, draws = views(16, channels), random_draws(16)
-    one_by_one = torch.cat([augment(images[i : i + 1], draws[i : i + 1]) for i in range(16)])
-    assert_same(augment(images, draws), one_by_one, tolerance=1e-6)
+    images, params = views(16, channels), random_params(16)
+    one_by_one = torch.cat([augment(images[i : i + 1], params[i : i + 1]) for i in range(16)])
+    assert_same(augment(images, params), one_by_one, tolerance=1e-6)
 
 
 def test_a_batch_taken_in_parts_is_the_batch(monkeypatch):
-    images, draws = views(16), random_draws(16)
-    whole = augment(images, draws)
+    images, params = views(16), random_params(16)
+    whole = augment(images, params)
     monkeypatch.setattr(photometric_module, "FLOATS_IN_CACHE", 5 * images[0].numel())
-    assert_same(augment(images, draws), whole, tolerance=1e-6)
+    assert_same(augment(images, params), whole, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_path_of_accelerators_is_the_path_of_cpus(channels, monkeypatch):
-    images, draws = views(32, channels), random_draws(32)
-    on_cpu = augment(images, draws)
+    images, params = views(32, channels), random_params(32)
+    on_cpu = augment(images, params)
     monkeypatch.setattr(photometric_module, "_on_rows", whole_batch)
-    assert_same(augment(images, draws), on_cpu, tolerance=1e-6)
+    assert_same(augment(images, params), on_cpu, tolerance=1e-6)
 
 
 @pytest.mark.usefixtures("on_each_device_path")
 def test_neutral_views_of_a_batch_are_untouched():
-    images, draws = views(9), random_draws(9)
-    draws[::2] = neutral(5)
-    assert_same(augment(images, draws)[::2], as_float(images[::2]), tolerance=0)
+    images, params = views(9), random_params(9)
+    params[::2] = neutral(5)
+    assert_same(augment(images, params)[::2], as_float(images[::2]), tolerance=0)
 
 
 @pytest.mark.usefixtures("on_each_device_path")
 def test_uint8_views_are_not_written_to():
-    images, draws = views(4), random_draws(4)
-    before = images.clone(), draws.clone()
-    augment(images, draws)
-    torch.testing.assert_close((images, draws), before, rtol=0, atol=0)
+    images, params = views(4), random_params(4)
+    before = images.clone(), params.clone()
+    augment(images, params)
+    torch.testing.assert_close((images, params), before, rtol=0, atol=0)
 
 
-# -- against PIL, which official DINO uses -----------------------------------------------------------------------
+# -- against PIL, which official DINO uses ---------------------------------------------------------
 
 
 def smooth_image():

@@ -34,7 +34,7 @@ def test_another_seed_split_or_index_gives_another_image_and_outline(arguments):
     assert not np.array_equal(one.mask, other.mask)
 
 
-def test_image_and_mask_have_the_types_that_rooms_above_rely_on():
+def test_images_are_uint8_and_masks_bool():
     shape = draw_shape(0, "train", 0)
     assert shape.image.shape == (SIZE, SIZE, 3)
     assert shape.image.dtype == np.uint8
@@ -48,7 +48,7 @@ def test_labels_go_round_the_classes():
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_object_is_there_and_leaves_room_for_background(split):
+def test_the_object_is_in_the_image_and_leaves_space_for_the_background(split):
     masks = np.stack(
         [draw_shape(seed, split, index).mask for seed in (0, 1) for index in range(60)]
     )
@@ -66,7 +66,7 @@ def roughness(values, where):
     return (values[where] - plane @ np.linalg.lstsq(plane, values[where], rcond=None)[0]).std()
 
 
-def test_texture_is_where_the_mask_says():
+def test_the_texture_is_inside_the_mask():
     shapes = [draw_shape(0, "train", index, channels=1) for index in range(60)]
     inside, outside = (
         np.mean([roughness(s.image[..., 0].astype(float), s.mask == there) for s in shapes])
@@ -96,6 +96,7 @@ def test_images_are_not_flat():
     assert min(draw_shape(0, "train", index).image.std() for index in range(30)) > 2
 
 
-def test_room_imports_no_torch():
-    code = "import sys, dino_xcit.shapes; sys.exit('torch' in sys.modules)"
+@pytest.mark.slow
+def test_the_module_imports_no_torch():
+    code = "import sys, dino_xcit.data.shapes; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
