@@ -1,4 +1,4 @@
-"""Evaluations as they are typed: what the terminal says, what is left behind, what a killed one loses."""
+"""Evaluations as commands: what they print and write, what is left of a killed one."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def read(folder: Path, name: str):
     return json.loads((folder / name).read_text())
 
 
-def test_knn_eval_tells_writes_and_remembers(options, tmp_path, capsys):
+def test_knn_eval_prints_writes_and_caches(options, tmp_path, capsys):
     assert main(["knn-eval", *options, "--nb_knn", "3", "20", "--baselines"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     report = read(tmp_path / "out", "knn.json")
     assert [row["k"] for row in report["results"]] == [3, 20]
     assert report["results"][0]["top5"] is None
     low, high = report["results"][1]["top1_ci95"]
     assert low < report["results"][1]["top1"] < high
-    assert f"{report['results'][1]['top1']:.1f} [{low:.1f}, {high:.1f}]" in told
+    assert f"{report['results'][1]['top1']:.1f} [{low:.1f}, {high:.1f}]" in printed
     assert list(report["baselines"]) == ["raw pixels", "xcit_pico2_p4, untrained"]
     assert report["data"] == {"train": 200, "validation": 2000, "classes": 10, "unreadable": 0}
     assert report["feature_extraction"]["images"] == 3 * 2200
@@ -78,7 +78,7 @@ def test_knn_eval_tells_writes_and_remembers(options, tmp_path, capsys):
     assert (again["results"], again["baselines"]) == (report["results"], report["baselines"])
 
 
-def test_pretraining_logs_the_number_that_knn_eval_finds(run, options, tmp_path):
+def test_pretraining_logs_the_accuracy_that_knn_eval_finds(run, options, tmp_path):
     main(["knn-eval", *options, "--nb_knn", "20"])
     logged = (run / "metrics.csv").read_text().splitlines()
     column = logged[0].split(",").index("knn_top1")
@@ -111,8 +111,9 @@ def test_results_go_to_the_run_folder_and_every_kind_of_weights_gives_the_same(r
     assert len(list(tmp_path.glob("*/features.npy"))) == 2, "one cache for the same tensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["heads", "dino", "logistic"])
-def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_cli):
+def test_two_processes_give_the_results_of_one(options, protocol, tmp_path, run_cli):
     shared = {
         "heads": ["--lr", "0.01", "0.1", "1", "--epochs", "20"],
         "dino": [
@@ -160,6 +161,7 @@ def test_two_processes_give_the_numbers_of_one(options, protocol, tmp_path, run_
     )
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
     arguments = [
         "knn-eval",
@@ -182,7 +184,8 @@ def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
     assert reports[0]["results"] == reports[1]["results"]
 
 
-def test_a_killed_evaluation_goes_on_from_the_batch_it_was_in(options, tmp_path):
+@pytest.mark.slow
+def test_a_killed_evaluation_continues_from_the_batch_it_was_in(options, tmp_path):
     arguments = [
         "knn-eval",
         *options,
@@ -220,11 +223,11 @@ def test_a_killed_evaluation_goes_on_from_the_batch_it_was_in(options, tmp_path)
     assert read(tmp_path / "out", "knn.json")["results"] == report["results"]
 
 
-def test_ctrl_c_says_how_to_go_on(options, capsys, monkeypatch):
+def test_ctrl_c_prints_how_to_continue(options, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dino_xcit.features.extract", interrupt)
+    monkeypatch.setattr("dino_xcit.evaluate.feature_store.extract", interrupt)
     assert main(["knn-eval", *options]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -424,7 +427,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert word in err[0]
 
 
-def test_a_diverged_network_is_told(run, tmp_path, capsys):
+def test_a_diverged_network_is_an_error(run, tmp_path, capsys):
     from safetensors.torch import load_file, safe_open, save_file
 
     with safe_open(run / "teacher.safetensors", "pt") as file:

@@ -10,7 +10,7 @@ import torch
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.evaluate import knn
 from dino_xcit.evaluate.features import Split
-from dino_xcit.evaluate.knn import knn_classify, nearest, top1, vote
+from dino_xcit.evaluate.knn import classify_shared, knn_classify, nearest, top1, vote
 
 CPU = torch.device("cpu")
 BLOCKS = [
@@ -23,7 +23,10 @@ BLOCKS = [
 
 
 def problem(classes, train=60, test=13, dim=8, seed=0):
-    """Features near the centre of their class, far enough from it that neighbours disagree; labels; test features."""
+    """Training features, their labels, and test features.
+
+    Features are near the centre of their class, but far enough from it that neighbours disagree.
+    """
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, train - classes)])
     features = rng.normal(size=(classes, dim))[labels] + 1.5 * rng.normal(size=(train, dim))
@@ -45,11 +48,11 @@ def naive_votes(train, labels, test, k, temperature):
 
 
 def assert_ranked_by(votes, predictions):
-    """The classes are distinct and hold the largest votes in falling order. Equal votes may come in any order."""
+    """The classes are distinct, with the largest votes first; equal votes in any order."""
     for row, of_row in zip(predictions.numpy(), votes, strict=True):
-        told = row[row >= 0]
-        assert len(set(told)) == len(told) == min(5, (of_row > 0).sum())
-        np.testing.assert_allclose(of_row[told], -np.sort(-of_row)[: len(told)], rtol=1e-4)
+        ranked = row[row >= 0]
+        assert len(set(ranked)) == len(ranked) == min(5, (of_row > 0).sum())
+        np.testing.assert_allclose(of_row[ranked], -np.sort(-of_row)[: len(ranked)], rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
@@ -125,11 +128,14 @@ def test_first_class_and_accuracy_are_scikit_learns(k):
     )
 
 
-# -- exactly the same neighbours and ranks, ties included --------------------------------------------------------------
+# -- exactly the same neighbours and ranks, ties included -----------------------------------------
 
 
 def exact_problem(seed, train, test, dim=16, distinct=9, classes=6):
-    """Features with 0, 1, 4 or 16 entries of +-1, so that norms and products are exact. Few are distinct: most are tied."""
+    """Features with 0, 1, 4 or 16 entries of +-1, whose norms and products are exact.
+
+    Few of them are distinct, so most neighbours are tied.
+    """
     rng = np.random.default_rng(seed)
     filled = [count for count in (0, 1, 4, 16) if count <= dim]
     pool = np.zeros((distinct, dim), dtype=np.float32)
@@ -173,7 +179,7 @@ def naive_ranking(train, labels, test, k, temperature):
 
 
 def set_blocks(monkeypatch, blocks):
-    for name, value in zip(("ROWS", "TEST_ROWS", "TRAIN_ROWS"), blocks, strict=True):
+    for name, value in zip(("TEST_BLOCK", "TEST_PASS", "TRAIN_BLOCK"), blocks, strict=True):
         monkeypatch.setattr(knn, name, value)
 
 
@@ -259,7 +265,7 @@ def as_memory_map(features, path):
 @pytest.mark.parametrize(
     "kept", ["float16", "bfloat16", "float64", "parts", "memory map", "every other row"]
 )
-def test_how_features_are_kept_changes_nothing(monkeypatch, tmp_path, kept):
+def test_dtype_and_storage_of_features_do_not_matter(monkeypatch, tmp_path, kept):
     set_blocks(monkeypatch, (3, 6, 7))
     train, labels, test = exact_problem(1, train=25, test=8)
     keep = {
@@ -326,7 +332,7 @@ def test_processes_share_the_test_images(monkeypatch, processes):
         "train": Split(train[:, None], labels),
         "validation": Split(test[:, None], torch.zeros(15)),
     }
-    subject = SimpleNamespace(name="subject", split=splits.__getitem__)
+    features = SimpleNamespace(name="features", split=splits.__getitem__)
     config = KnnConfig(weights="x", nb_knn=(9, 4))
 
     def of_process(rank):
@@ -337,10 +343,22 @@ def test_processes_share_the_test_images(monkeypatch, processes):
             device=CPU,
             all_reduce=lambda t, reduce_op: t,
         )
-        return knn._ranked(config, subject, slice(0, 1), fabric)
+        return classify_shared(config, features, [0], fabric)
 
     shares = [of_process(rank) for rank in range(processes)]
     for k in (9, 4):
         assert sum(share[k] for share in shares).tolist() == naive_ranking(
             train, labels, test, k, 0.07
         )
+
+
+def test_chosen_parts_are_classified_as_if_alone(monkeypatch):
+    set_blocks(monkeypatch, (3, 6, 7))
+    train, labels, test = exact_problem(3, train=25, test=8)
+    noise = torch.randn(33, 3, 16, generator=torch.Generator().manual_seed(0))
+    for parts in ([0], [1], [0, 2]):
+        features = noise.clone()
+        features[:, parts] = 0
+        features[:25, parts[0]], features[25:, parts[0]] = train, test
+        ranked = knn_classify(features[:25], labels, features[25:], nb_knn=(6,), parts=parts)[6]
+        assert ranked.tolist() == naive_ranking(train, labels, test, 6, 0.07)

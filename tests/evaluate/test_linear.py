@@ -1,10 +1,11 @@
-"""Linear protocols against plain loops and against scikit-learn; what they choose on, and what survives an interruption."""
+"""Linear protocols against plain loops and scikit-learn, selection on held-out images, resuming."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,22 @@ from dino_xcit.config.evaluation import LinearConfig
 from dino_xcit.data.crops import sample_boxes
 from dino_xcit.data.images import ShapeSet
 from dino_xcit.evaluate import probe, probe_heads, probe_logistic
-from dino_xcit.evaluate.features import FileFeatures, FrozenFeatures
-from dino_xcit.evaluate.inputs import subjects
+from dino_xcit.evaluate.feature_files import FileFeatures
+from dino_xcit.evaluate.inputs import open_inputs
 from dino_xcit.evaluate.linear import linear_eval
-from dino_xcit.evaluate.probe import FeatureChoice, Head, ProbeTask, hold_out, load_head, stratified
-from dino_xcit.evaluate.probe_dino import AugmentedCrops
+from dino_xcit.evaluate.probe import (
+    FeatureChoice,
+    Head,
+    ProbeTask,
+    Scratch,
+    hold_out,
+    load_head,
+    stratified,
+)
+from dino_xcit.evaluate.probe_dino import AugmentedCrops, Steps
 from dino_xcit.evaluate.probe_heads import train_heads
-from dino_xcit.evaluate.probe_logistic import fit
+from dino_xcit.evaluate.probe_logistic import FitData, LinearModel, fit
+from dino_xcit.evaluate.probe_sgd import SavedSGD
 from dino_xcit.runtime import launch
 
 CLASSES, DIM = 4, 6
@@ -57,19 +67,20 @@ def config_of(files: Path, **options) -> LinearConfig:
     return LinearConfig(load_features=str(files), accelerator="cpu", devices="1", **options)
 
 
-def work_of(config: LinearConfig, rows=None, seed=0) -> ProbeTask:
-    subject = FileFeatures(config)
-    folder = Path(str(config.load_features)) / ".linear"
-    folder.mkdir(exist_ok=True)
-    rows = np.arange(len(subject.labels("train"))) if rows is None else rows
-    return ProbeTask(config, subject, launch(config), rows, seed, CLASSES, folder, set())
+def task_of(config: LinearConfig, rows=None, seed=0) -> ProbeTask:
+    file_features = FileFeatures(config)
+    scratch = Scratch(Path(str(config.load_features)) / ".linear")
+    rows = np.arange(len(file_features.labels("train"))) if rows is None else rows
+    return ProbeTask(config, file_features, launch(config), rows, seed, CLASSES, scratch)
 
 
-def axes_of(work: ProbeTask) -> probe_logistic.Axes:
-    return probe_logistic.principal_axes(work, work.rows, FeatureChoice(1, False))
+def fit_all(task: ProbeTask, c: float, start: LinearModel | None = None) -> LinearModel:
+    """Fit all of the task's rows."""
+    data = FitData(task, task.rows, FeatureChoice(1, False))
+    return fit(data, c, data.principal_axes(), start)
 
 
-# -- which images ----------------------------------------------------------------------------------------------------
+# -- which images ---------------------------------------------------------------------------------
 
 
 def test_a_share_of_each_class_is_taken_at_least_one_and_by_the_seed():
@@ -81,33 +92,33 @@ def test_a_share_of_each_class_is_taken_at_least_one_and_by_the_seed():
     assert not np.array_equal(rows, stratified(labels, 0.1, (1, 0)))
 
 
-def test_images_to_choose_on_are_not_trained_on_and_a_lone_image_of_a_class_is_trained_on(files):
+def test_held_out_images_are_not_trained_on_and_a_class_of_one_image_is(files):
     labels = torch.load(files / "trainlabels.pth")
     labels[labels == 3] = 2
     labels[17] = 3
     torch.save(labels, files / "trainlabels.pth")
-    work = work_of(config_of(files, held_out=0.2), rows=np.arange(10, 240))
-    train, held = hold_out(work)
+    task = task_of(config_of(files, held_out=0.2), rows=np.arange(10, 240))
+    train, held = hold_out(task)
     assert sorted([*train, *held]) == list(range(10, 240))
     assert 17 in train
     of_classes = torch.bincount(labels[10:], minlength=4)[:3]
     assert torch.bincount(labels[held]).tolist() == [round(0.2 * n) for n in of_classes.tolist()]
 
 
-def test_one_image_of_each_class_leaves_nothing_to_choose_on(files):
+def test_one_image_of_each_class_leaves_nothing_to_hold_out(files):
     with pytest.raises(ValueError, match=r"--train_fraction .* single --lr"):
         linear_eval(config_of(files, train_fraction=(0.01,), epochs=1))
     report = linear_eval(config_of(files, train_fraction=(0.01,), lr=(0.1,), epochs=1))
     assert "held_out_top1" not in report["results"][0]["chosen"]
 
 
-# -- heads -----------------------------------------------------------------------------------------------------------
+# -- heads ----------------------------------------------------------------------------------------
 
 
 def test_heads_trained_together_are_heads_trained_alone(files):
     config = config_of(files, epochs=3, batch_size=64)
     rates, rows = (0.5, 0.01, 3.0), np.arange(5, 205)
-    weight, bias = train_heads(work_of(config), rows, FeatureChoice(1, False), rates, "")
+    weight, bias = train_heads(task_of(config), rows, FeatureChoice(1, False), rates, "")
     x, y = torch.load(files / "trainfeat.pth"), torch.load(files / "trainlabels.pth")
     for head, rate in enumerate(rates):
         layer = nn.Linear(DIM, CLASSES)
@@ -135,11 +146,11 @@ def test_the_default_length_follows_the_number_of_images(files, monkeypatch):
     monkeypatch.setattr(probe_heads, "HEADS_MOST_EPOCHS", 2)
     monkeypatch.setattr(probe_heads, "HEADS_STEPS", 20)
     steps = []
-    monkeypatch.setattr(probe_heads, "cosine", lambda done: steps.append(done) or 1.0)
+    monkeypatch.setattr(probe_heads, "cosine_decay", lambda done: steps.append(done) or 1.0)
     for batch_size, expected in ((240, 7), (60, 8), (10, 20)):
         steps.clear()
         train_heads(
-            work_of(config_of(files, batch_size=batch_size)),
+            task_of(config_of(files, batch_size=batch_size)),
             np.arange(240),
             FeatureChoice(1, False),
             (0.1,),
@@ -153,7 +164,7 @@ def test_the_chosen_head_is_the_best_on_held_out_images_trained_again_on_all(fil
     report = linear_eval(config)
     chosen = report["results"][0]["chosen"]
     assert (chosen["lr"], chosen["tried"], chosen["protocol"]) == (0.3, 3, "heads")
-    weight, bias = train_heads(work_of(config), np.arange(240), FeatureChoice(1, False), (0.3,), "")
+    weight, bias = train_heads(task_of(config), np.arange(240), FeatureChoice(1, False), (0.3,), "")
     head, _ = load_head(files / "linear_head.safetensors")
     assert torch.equal(head.weight, weight[0])
     assert torch.equal(head.bias, bias[0])
@@ -163,7 +174,7 @@ def test_the_chosen_head_is_the_best_on_held_out_images_trained_again_on_all(fil
     assert right > 0.6
 
 
-def test_validation_labels_choose_nothing(files):
+def test_validation_labels_select_nothing(files):
     options = {"lr": (0.003, 0.3), "epochs": 10}
     for protocol, more in (("heads", options), ("logistic", {"c": (0.01, 1.0)})):
         one = linear_eval(config_of(files, protocol=protocol, **more))["results"][0]
@@ -186,14 +197,14 @@ def test_a_head_that_diverged_is_not_chosen(files):
     )
 
 
-def test_the_largest_rate_or_an_outermost_c_being_best_is_told(files, capsys):
+def test_the_largest_rate_or_an_outermost_c_being_best_is_printed(files, capsys):
     linear_eval(config_of(files, lr=(1e-6, 0.25), epochs=10))
     assert "largest tried, 0.25; try larger ones with --lr" in capsys.readouterr().err
     linear_eval(config_of(files, protocol="logistic", c=(1e-9, 1e-8)))
     assert "try others with --c" in capsys.readouterr().err
 
 
-# -- logistic --------------------------------------------------------------------------------------------------------
+# -- logistic -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("c", [1e-4, 0.1, 1.0, 300.0])
@@ -203,8 +214,8 @@ def test_logistic_regression_is_scikit_learns(files, c):
     x[:, 0] = 100 + 7 * x[:, 0]  # badly conditioned
     x[:, 5] = 0  # and singular
     torch.save(x, files / "trainfeat.pth")
-    work = work_of(config_of(files, protocol="logistic"))
-    weight, bias = fit(work, np.arange(240), FeatureChoice(1, False), c, axes_of(work), None)
+    task = task_of(config_of(files, protocol="logistic"))
+    weight, bias = fit_all(task, c)
     reference = LogisticRegression(C=c, tol=1e-12, max_iter=100_000).fit(
         x.double().numpy(), y.numpy()
     )
@@ -217,19 +228,18 @@ def test_logistic_regression_is_scikit_learns(files, c):
     torch.testing.assert_close(weight, torch.from_numpy(reference.coef_), rtol=0.02, atol=2e-3)
 
 
-def test_features_that_do_not_fit_give_the_same_fit_and_so_does_another_start(files, monkeypatch):
-    work, choice = work_of(config_of(files, protocol="logistic")), FeatureChoice(1, False)
-    whole = fit(work, np.arange(240), choice, 1.0, axes_of(work), None)
-    monkeypatch.setattr(probe_logistic, "HELD_BYTES", 0)
-    monkeypatch.setattr(probe, "ROWS", 50)
-    for path in work.folder.iterdir():
-        path.unlink()
-    warm = fit(work, np.arange(240), choice, 1.0, axes_of(work), (whole[0] + 1, whole[1] - 1))
+def test_features_that_exceed_the_memory_and_another_start_give_the_same_fit(files, monkeypatch):
+    task = task_of(config_of(files, protocol="logistic"))
+    whole = fit_all(task, 1.0)
+    monkeypatch.setattr(probe_logistic, "IN_MEMORY", 0)
+    monkeypatch.setattr(probe_logistic, "BLOCK", 50)
+    task.scratch.remove()
+    warm = fit_all(task, 1.0, start=LinearModel(whole.weight + 1, whole.bias - 1))
     for one, other in zip(whole, warm, strict=True):
         torch.testing.assert_close(one - one.mean(0), other - other.mean(0), rtol=1e-2, atol=1e-3)
 
 
-# -- dino ------------------------------------------------------------------------------------------------------------
+# -- dino -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -280,9 +290,9 @@ def test_dino_protocol_is_the_published_loop(backbone):
         "n_last_blocks": 1,
         "avgpool_patchtokens": False,
     }
-    with subjects(config, launch(config)) as (_, evaluated, _):
-        subject: FrozenFeatures = evaluated[0]
-        crops = AugmentedCrops(subject.images["train"], 16, 1, 0)
+    with open_inputs(config, launch(config)) as inputs:
+        (frozen,) = inputs.features
+        crops = AugmentedCrops(frozen.images["train"], 16, 1, 0)
         layer = nn.Linear(64, 10)
         layer.weight.data = 0.01 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
         layer.bias.data.zero_()
@@ -294,7 +304,7 @@ def test_dino_protocol_is_the_published_loop(backbone):
                 samples = [crops[epoch, int(index)] for index in batch]
                 x = (torch.stack([image for image, _, _ in samples]).float() / 255 - 0.5) / 0.25
                 with torch.no_grad():
-                    x = subject.frozen.backbone(x)
+                    x = frozen.extractor.backbone(x)
                 optimizer.zero_grad()
                 F.cross_entropy(
                     layer(x), torch.tensor([label for _, label, _ in samples])
@@ -304,6 +314,25 @@ def test_dino_protocol_is_the_published_loop(backbone):
     head, _ = load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")
     torch.testing.assert_close(head.weight, layer.weight.detach(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(head.bias, layer.bias.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_steps_divide_every_image_among_processes_and_passes(files):
+    task = task_of(config_of(files, batch_size=100, batch_size_per_gpu=16))
+    whole = list(Steps(task, epochs=2).start(0))
+    assert [step.images for step in whole] == 2 * [100, 100, 40]
+    assert [step.epoch for step in whole] == 3 * [0] + 3 * [1]
+    assert all(len(one) <= 16 for step in whole for one in step.passes)
+    for epoch in (0, 1):
+        positions = [p for step in whole if step.epoch == epoch for one in step.passes for p in one]
+        assert sorted(positions) == [(epoch, row) for row in range(240)]
+    ranks = [SimpleNamespace(global_rank=rank, world_size=3) for rank in range(3)]
+    shares = [list(Steps(task._replace(fabric=rank), epochs=2).start(0)) for rank in ranks]
+    for step, *of_ranks in zip(whole, *shares, strict=True):
+        joined = [p for share in of_ranks for one in share.passes for p in one]
+        assert joined == [p for one in step.passes for p in one]
+    steps = Steps(task, epochs=2)
+    assert list(steps.start(4)) == whole[4:]
+    assert [steps.images_before(step) for step in (0, 2, 3, 6)] == [0, 200, 240, 480]
 
 
 def test_augmented_crops_are_torchvisions_bilinear_resized_crops():
@@ -349,11 +378,11 @@ def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
     )
 
 
-# -- interruptions ---------------------------------------------------------------------------------------------------
+# -- interruptions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["heads", "dino"])
-def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeypatch, tmp_path):
+def test_an_interrupted_training_continues_bit_for_bit(backbone, protocol, monkeypatch, tmp_path):
     config = dino_config(
         backbone, protocol=protocol, lr=(0.5,), n_last_blocks=1, avgpool_patchtokens=False
     )
@@ -362,15 +391,15 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
     name = "linear_head.safetensors" if protocol == "heads" else "linear_dino_head.safetensors"
     expected, _ = load_head(Path(backbone.output_dir) / name)
     monkeypatch.setattr(probe.Saver, "due", lambda self: True)
-    cosine, calls = probe_heads.cosine, []
+    update, calls = SavedSGD.update, []
 
-    def interrupt(done):
-        calls.append(done)
+    def interrupt(sgd, lr):
+        calls.append(lr)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return cosine(done)
+        update(sgd, lr)
 
-    monkeypatch.setattr(probe_heads, "cosine", interrupt)
+    monkeypatch.setattr(SavedSGD, "update", interrupt)
     with pytest.raises(KeyboardInterrupt):
         linear_eval(config)
     assert list((Path(backbone.output_dir) / ".linear").glob("*.pt"))
@@ -382,34 +411,31 @@ def test_an_interrupted_training_goes_on_bit_for_bit(backbone, protocol, monkeyp
     assert not (Path(backbone.output_dir) / ".linear").exists()
 
 
-def test_fits_that_are_done_are_not_done_again_and_a_damaged_one_is(files, monkeypatch):
-    work = work_of(config_of(files, protocol="logistic"))
-    one = fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)
-    monkeypatch.setattr(probe_logistic, "_minimise", lambda *_: pytest.fail("fitted again"))
-    assert torch.equal(
-        fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)[0], one[0]
-    )
+@pytest.mark.parametrize("damage", [b"damaged", b"", b"PK\x03\x04", bytes(500)])
+def test_a_fit_is_cached_and_a_damaged_file_is_fitted_again(files, monkeypatch, damage):
+    task = task_of(config_of(files, protocol="logistic"))
+    model = fit_all(task, 1.0)
+    monkeypatch.setattr(probe_logistic, "minimise", lambda *_: pytest.fail("fitted again"))
+    assert torch.equal(fit_all(task, 1.0).weight, model.weight)
     monkeypatch.undo()
-    next(work.folder.iterdir()).write_bytes(b"damaged")
-    assert torch.equal(
-        fit(work, np.arange(240), FeatureChoice(1, False), 1.0, axes_of(work), None)[0], one[0]
-    )
+    next(task.scratch.folder.iterdir()).write_bytes(damage)
+    assert torch.equal(fit_all(task, 1.0).weight, model.weight)
 
 
-def test_what_was_learned_is_not_taken_for_other_options_rows_or_seeds(files):
-    work = work_of(config_of(files))
+def test_saved_state_is_not_used_for_other_options_rows_or_seeds(files):
+    task = task_of(config_of(files))
     others = [
-        work_of(config_of(files, batch_size=7)),
-        work_of(config_of(files), rows=np.arange(239)),
-        work_of(config_of(files), seed=1),
+        task_of(config_of(files, batch_size=7)),
+        task_of(config_of(files), rows=np.arange(239)),
+        task_of(config_of(files), seed=1),
     ]
-    paths = {w.path("heads", 240) for w in (work, *others)} | {work.path("heads", 241)}
+    paths = {t.file("heads", 240) for t in (task, *others)} | {task.file("heads", 241)}
     assert len(paths) == 5
     torch.save(torch.load(files / "trainfeat.pth") + 1, files / "trainfeat.pth")
-    assert work_of(config_of(files)).path("heads", 240) not in paths
+    assert task_of(config_of(files)).file("heads", 240) not in paths
 
 
-# -- the report ------------------------------------------------------------------------------------------------------
+# -- the report -----------------------------------------------------------------------------------
 
 
 def test_fractions_and_seeds_have_their_rows_and_heads(files):
@@ -440,12 +466,12 @@ def test_a_head_is_evaluated_again_to_the_same_numbers(files):
     assert not list((files / "again").glob("*.safetensors"))
 
 
-def test_what_is_no_head_or_of_other_features_is_an_error(files):
+def test_other_files_and_heads_of_other_features_are_errors(files):
     linear_eval(config_of(files, lr=(0.1,), epochs=1))
     head = str(files / "linear_head.safetensors")
     for name in ("trainfeat", "testfeat"):
         torch.save(torch.load(files / f"{name}.pth")[:, :5], files / f"{name}.pth")
-    with pytest.raises(ValueError, match=r"--evaluate .* takes 6 numbers, these features have 5"):
+    with pytest.raises(ValueError, match=r"--evaluate .* of 6 channels, these have 5"):
         linear_eval(config_of(files, evaluate=head))
     (files / "text.safetensors").write_text("no")
     for name in ("text.safetensors", "nowhere.safetensors"):
@@ -475,7 +501,7 @@ def test_a_head_of_other_classes_or_sizes_is_refused(backbone, tmp_path):
         linear_eval(config_of(dump, evaluate=head))
 
 
-def test_what_other_commands_learned_stays(files):
+def test_files_of_other_commands_stay(files):
     (files / ".linear").mkdir()
     (files / ".linear/other.pt").write_bytes(b"of another command")
     linear_eval(config_of(files, lr=(0.1,), epochs=1))

@@ -1,13 +1,13 @@
-"""Segmentation by a linear layer: masks follow their images, the layer learns, the score is the formula's."""
+"""Segmentation by a linear layer: masks are framed as images, the head learns, scores are right."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from helpers import TINY
@@ -22,20 +22,15 @@ from dino_xcit.config.evaluation import SegConfig
 from dino_xcit.data import shapes
 from dino_xcit.data.framing import Transform
 from dino_xcit.data.masked import VOID, MaskDataset, MaskedFiles, MaskedShapes, open_masked
-from dino_xcit.evaluate.segmentation import (
-    Counts,
+from dino_xcit.evaluate.seg_head import (
     LinearSegHead,
-    PatchPixels,
-    Scenes,
-    _classes,
-    _counted,
-    count,
-    measures,
-    patch_features,
-    result,
+    MaskedFeatures,
+    count_classes,
     standardisation,
     train,
 )
+from dino_xcit.evaluate.seg_score import PixelCounts, count_batch, count_pixels, measures, result
+from dino_xcit.evaluate.segmentation import PatchPixels, patch_features
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.train.pretrain import pretrain
 
@@ -45,8 +40,6 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    import dataclasses
-
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     pretrain(dataclasses.replace(TINY, output_dir=str(folder), epochs=1, num_images=60))
     return folder
@@ -58,15 +51,15 @@ def options(run: Path, folder: Path) -> list[str]:
     return ["seg-eval", *words, "--accelerator", "cpu", "--precision", "32-true", "--epochs", "2"]
 
 
-def test_the_command_tells_writes_and_remembers(run, tmp_path, capsys):
+def test_the_command_prints_writes_and_caches(run, tmp_path, capsys):
     typed = [*options(run, tmp_path), "--image_size", "32", "--baselines"]
     assert main(typed) == 0
     report = json.loads((tmp_path / "out/seg.json").read_text())
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (row,) = report["results"]
     low, high = row["miou_ci95"]
     assert low < row["miou"] < high
-    assert f"{row['miou']:.1f} [{low:.1f}, {high:.1f}]" in told
+    assert f"{row['miou']:.1f} [{low:.1f}, {high:.1f}]" in printed
     assert list(row["iou"]) == ["ground", *shapes.CLASSES]
     assert row["miou"] == pytest.approx(np.mean(list(row["iou"].values())), abs=0.01)
     assert list(report["baselines"]) == ["raw pixels", "xcit_pico2_p4, untrained"]
@@ -83,6 +76,7 @@ def test_the_command_tells_writes_and_remembers(run, tmp_path, capsys):
     assert again["results"] == report["results"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(run, tmp_path, run_cli):
     found = []
     for devices in ("1", "2"):
@@ -92,10 +86,10 @@ def test_two_processes_find_what_one_finds(run, tmp_path, run_cli):
     assert found[0]["iou"] == pytest.approx(found[1]["iou"], abs=0.05)
 
 
-# -- images with masks -----------------------------------------------------------------------------------------------
+# -- images with masks ----------------------------------------------------------------------------
 
 
-def test_masks_of_shapes_say_texture_and_ground():
+def test_masks_of_shapes_contain_texture_and_ground():
     images = MaskedShapes(3, "train", 20, 3)
     for number in (0, 7, 13):
         shape = shapes.draw_shape(3, "train", number)
@@ -164,7 +158,7 @@ def test_masks_are_framed_as_their_images(tmp_path):
     [np.zeros((40, 47), np.uint8), np.zeros((40, 48, 3), np.uint8), None],
     ids=["size", "colour", "damaged"],
 )
-def test_images_without_a_mask_that_fits_are_left_out_and_told(run, tmp_path, capsys, mask):
+def test_images_without_a_mask_of_their_size_are_left_out(run, tmp_path, capsys, mask):
     root = ade(tmp_path)
     bad = root / "annotations/training/a.png"
     bad.write_bytes(b"not an image") if mask is None else save(bad, mask)
@@ -196,7 +190,7 @@ def test_images_without_a_mask_that_fits_are_left_out_and_told(run, tmp_path, ca
         (["--weights", "RUN", "--load_features", "x"], "unknown option --load_features"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, arguments, said):
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, said):
     root = ade(tmp_path / "ade")
     save(root / "half/images/train/a.png", photo())
     save(root / "flat/images/a.png", photo())
@@ -213,26 +207,7 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, arguments, said)
     assert "\n" not in error
 
 
-# -- features and layer ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "resnet10t", "swin_tiny_patch4_window7_224"]
-)
-def test_patch_tokens_of_other_networks_are_in_row_major_order(name):
-    network = timm.create_model(name, num_classes=0).eval()
-    x = torch.randn(2, 3, 224, 224)
-    with torch.no_grad():
-        tokens, full = patch_features(network, x), network.forward_features(x)
-    side = round(tokens.shape[1] ** 0.5)
-    assert tokens.shape == (2, side * side, network.num_features)
-    row, column = 1, 3
-    at = {
-        "vit_tiny_patch16_224": lambda: full[:, 1 + row * side + column],
-        "resnet10t": lambda: full[:, :, row, column],
-        "swin_tiny_patch4_window7_224": lambda: full[:, row, column],
-    }[name]()
-    torch.testing.assert_close(tokens[:, row * side + column], at)
+# -- features and layer ---------------------------------------------------------------------------
 
 
 def test_our_patch_tokens_and_the_pixels_of_a_patch():
@@ -240,18 +215,18 @@ def test_our_patch_tokens_and_the_pixels_of_a_patch():
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(patch_features(network, x), network.forward_features(x)[:, 1:])
-    pixels = PatchPixels(4).forward_features(x)
+    pixels = PatchPixels(4).patch_tokens(x)
     torch.testing.assert_close(pixels[1, 6].unflatten(0, (3, 4, 4)), x[1, :, 4:8, 8:12])
 
 
-def scenes_with(features: torch.Tensor, masks: torch.Tensor) -> Scenes:
-    rows = torch.arange(len(masks))
-    return Scenes(features, masks.to(torch.uint8), rows, rows)
+def masked_with(features: torch.Tensor, masks: torch.Tensor) -> MaskedFeatures:
+    indices = torch.arange(len(masks))
+    return MaskedFeatures(features, masks.to(torch.uint8), indices, indices)
 
 
 def test_standardisation_is_that_of_all_tokens():
     features = torch.randn(50, 9, 6) * 3 + 1
-    mean, std = standardisation(scenes_with(features, torch.zeros(50, 3, 3)))
+    mean, std = standardisation(masked_with(features, torch.zeros(50, 3, 3)))
     torch.testing.assert_close(mean, features.flatten(0, 1).mean(0))
     torch.testing.assert_close(std, features.flatten(0, 1).std(0, correction=0))
 
@@ -264,11 +239,11 @@ def test_the_layer_reaches_the_minimum_of_the_convex_objective():
         (features[:, 0] - 5) / torch.tensor([1.0, 20.0, 0.1])
         + torch.randn(120, 3, generator=generator)
     ).argmax(1)
-    scenes = scenes_with(features, labels[:, None, None].expand(-1, 2, 2))
+    masked = masked_with(features, labels[:, None, None].expand(-1, 2, 2))
     config = SegConfig(weights="-", epochs=1500, batch_size=120, lr=0.05)
-    head = train(config, scenes, 3, FABRIC, "test")
+    head = train(config, masked, 3, FABRIC, "test")
 
-    mean, std = standardisation(scenes)
+    mean, std = standardisation(masked)
     x = (features[:, 0] - mean) / std
     weight, bias = torch.zeros(3, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
@@ -286,20 +261,20 @@ def test_the_layer_reaches_the_minimum_of_the_convex_objective():
     )
 
 
-def test_void_pixels_teach_nothing():
+def test_void_pixels_are_not_trained_on():
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(30, 4, 5, generator=generator)
     masks = torch.randint(0, 3, (30, 8, 8), generator=generator)
     config = SegConfig(weights="-", epochs=2, batch_size=10)
     void = torch.rand(30, 8, 8, generator=generator) < 0.5
-    voided = train(config, scenes_with(features, masks.masked_fill(void, VOID)), 3, FABRIC, "test")
-    whole = train(config, scenes_with(features, masks), 3, FABRIC, "test")
+    voided = train(config, masked_with(features, masks.masked_fill(void, VOID)), 3, FABRIC, "test")
+    whole = train(config, masked_with(features, masks), 3, FABRIC, "test")
     assert not torch.allclose(voided.weight, whole.weight)
-    all_void = train(config, scenes_with(features, torch.full_like(masks, VOID)), 3, FABRIC, "test")
+    all_void = train(config, masked_with(features, torch.full_like(masks, VOID)), 3, FABRIC, "test")
     assert not all_void.weight.any()
 
 
-def test_logits_are_stretched_bilinearly_in_place():
+def test_logits_are_resized_bilinearly():
     head = LinearSegHead(torch.eye(2), torch.zeros(2))
     tokens = torch.randn(1, 9, 2)
     expected = F.interpolate(
@@ -308,7 +283,7 @@ def test_logits_are_stretched_bilinearly_in_place():
     torch.testing.assert_close(head(tokens, 6), expected)
 
 
-# -- score -----------------------------------------------------------------------------------------------------------
+# -- score ----------------------------------------------------------------------------------------
 
 
 def test_counts_and_measures_are_those_of_scikit_learn():
@@ -316,44 +291,46 @@ def test_counts_and_measures_are_those_of_scikit_learn():
     truth = torch.randint(0, 4, (6, 7, 7), generator=generator)
     guess = torch.where(torch.rand(6, 7, 7, generator=generator) < 0.6, truth, (truth + 1) % 4)
     truth[0, :3] = VOID
-    both, true, predicted = _counted(guess, truth, 4)
-    says = truth != VOID
+    both, true, predicted = count_batch(guess, truth, 4)
+    valid = truth != VOID
     for image in range(6):
         expected = jaccard_score(
-            truth[image][says[image]], guess[image][says[image]], labels=range(4), average=None
+            truth[image][valid[image]], guess[image][valid[image]], labels=range(4), average=None
         )
         found = both[image] / (true + predicted - both)[image]
         np.testing.assert_allclose(found, expected)
     found = measures(*(part.double().sum(0).numpy() for part in (both, true, predicted)))
-    assert found["miou"] == pytest.approx(jaccard_score(truth[says], guess[says], average="macro"))
-    assert found["pixel_accuracy"] == pytest.approx((truth == guess)[says].double().mean().item())
+    assert found["miou"] == pytest.approx(
+        jaccard_score(truth[valid], guess[valid], average="macro")
+    )
+    assert found["pixel_accuracy"] == pytest.approx((truth == guess)[valid].double().mean().item())
 
 
 def test_a_class_without_training_images_counts_as_wrong():
     truth = torch.tensor([[[0, 5], [1, 5]]])
-    counts = Counts(*_counted(torch.tensor([[[0, 0], [1, 1]]]), truth, 6))
+    counts = PixelCounts(*count_batch(torch.tensor([[[0, 0], [1, 1]]]), truth, 6))
     row = result(counts, ["a", "b", "c", "d", "e", "f"], seed=0)
     assert row["iou"] == {"a": 50, "b": 50, "f": 0}
     assert row["miou"] == pytest.approx(100 / 3, abs=1e-3)
     assert row["pixel_accuracy"] == 50
 
 
-def test_masks_that_are_void_all_over_are_told():
+def test_masks_without_any_class_are_an_error():
     with pytest.raises(
         ValueError,
         match="no pixel of the validation masks has a class; --ignore_label leaves nothing",
     ):
-        _classes(scenes_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
+        count_classes(masked_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
 
 
-def test_intervals_are_of_resampled_images_and_classes_not_met_do_not_count():
+def test_intervals_are_of_resampled_images_and_classes_that_do_not_occur_do_not_count():
     rng = np.random.default_rng(3)
     both = rng.integers(0, 50, (40, 3)).astype(float)
     true, predicted = both + rng.integers(0, 50, (40, 3)), both + rng.integers(0, 50, (40, 3))
     for part in (both, true, predicted):
-        part[:, 2] = 0  # never met
+        part[:, 2] = 0  # does not occur
     row = result(
-        Counts(*(torch.from_numpy(p).long() for p in (both, true, predicted))),
+        PixelCounts(*(torch.from_numpy(p).long() for p in (both, true, predicted))),
         ["a", "b", "c"],
         seed=0,
     )
@@ -368,12 +345,12 @@ def test_intervals_are_of_resampled_images_and_classes_not_met_do_not_count():
 
 def test_counting_in_batches_is_counting_at_once():
     generator = torch.Generator().manual_seed(4)
-    scenes = scenes_with(
+    masked = masked_with(
         torch.randn(11, 4, 3, generator=generator),
         torch.randint(0, 3, (11, 6, 6), generator=generator),
     )
     head = LinearSegHead(torch.randn(3, 3, generator=generator), torch.zeros(3))
-    of_batches, at_once = (count(head, scenes, 3, FABRIC, size, "test") for size in (4, 11))
+    of_batches, at_once = (count_pixels(head, masked, 3, FABRIC, size, "test") for size in (4, 11))
     for one, other in zip(of_batches, at_once, strict=True):
         torch.testing.assert_close(one, other)
     assert of_batches.true.sum() == 11 * 36
