@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,6 @@ from dino_xcit.figures.object_masks import SceneInput, scenes_of_files
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import write_config
 from dino_xcit.weights.load import save_backbone
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RUN = PretrainConfig(arch="xcit_pico2_p4", global_crops_size=32)
 
@@ -97,3 +95,16 @@ def mask_scenes(
     options |= {"images": (str(images),), "masks": str(masks)}
     config, model, framing = model_and_framing(weights, **options)
     return config, model, scenes_of_files(config, model, framing, find(config, framing).images)
+
+
+def smooth_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours, so that resizing and codecs keep it about the same."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def files_in_figures() -> set[str]:
+    """Files of the default output folder."""
+    return {
+        str(path.relative_to("figures")) for path in Path("figures").rglob("*") if path.is_file()
+    }

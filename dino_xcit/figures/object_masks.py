@@ -112,22 +112,27 @@ def read_mask(path: Path) -> tuple[Tensor, Tensor]:
     """
     try:
         with any_size(), reading_images(), Image.open(path, formats=FORMATS) as file:
-            values, has_palette = _values(file), file.mode == "P"
+            image = file.copy()  # decodes it
     except UserError as error:
         raise UserError(f"mask {path}: {error}") from None
-    if _is_soft(values) and not has_palette:
+    if not _is_opaque(image):
+        raise UserError(f"mask {path}: transparent; expected grey or a palette")
+    values = _values(image)
+    if image.mode != "P" and _is_soft(values):
         return torch.from_numpy(values > WHITE // 2), torch.ones(values.shape, dtype=torch.bool)
     void = (values == VOID) & ((values != 0) & (values != VOID)).any()
     return torch.from_numpy((values != 0) & ~void), torch.from_numpy(~void)
 
 
-def _values(file: Image.Image) -> np.ndarray:
+def _is_opaque(image: Image.Image) -> bool:
+    has_alpha = image.mode in ("LA", "PA", "RGBA")
+    return not has_alpha or image.getchannel("A").getextrema() == (WHITE, WHITE)
+
+
+def _values(image: Image.Image) -> np.ndarray:
     """Pixels of a mask as integers (H, W)."""
-    opaque = (WHITE, WHITE)
-    if file.mode in ("LA", "PA", "RGBA") and file.getchannel("A").getextrema() != opaque:
-        raise UserError("transparent; expected grey or a palette")
-    single = file.mode in ("P", "L", "1", "I", "I;16")
-    return np.array(file if single else file.convert("L")).astype(np.int64)
+    single = image.mode in ("P", "L", "1", "I", "I;16")
+    return np.array(image if single else image.convert("L")).astype(np.int64)
 
 
 def _is_soft(values: np.ndarray) -> bool:

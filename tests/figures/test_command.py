@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,55 +11,20 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from figure_helpers import files_in_figures, smooth_picture
 from PIL import Image
 
 from dino_xcit.cli import main
 from dino_xcit.config.attention import AttentionConfig
-from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.figures import command
-from dino_xcit.figures.drawing import Sheet, as_cell
 from dino_xcit.figures.maps import class_attention
-from dino_xcit.figures.sheets import FIGURES, FigureRow
 from dino_xcit.figures.video import VideoFile, write_video
-from dino_xcit.model.xcit import XCiT
 from dino_xcit.train.pretrain import pretrain
-from dino_xcit.weights.load import load_backbone, save_backbone
-
-GREY = PretrainConfig(
-    arch="xcit_pico2_p4", in_chans=1, mean=(0.5,), std=(0.25,), global_crops_size=32
-)
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours, so that resizing and codecs keep it about the same."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder with weights and images."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    save_backbone(XCiT("xcit_pico2_p4", in_chans=1), GREY, Path("w.safetensors"))
-    torch.manual_seed(1)
-    save_backbone(
-        XCiT("xcit_n12_p8"), PretrainConfig(arch="xcit_n12_p8"), Path("colour.safetensors")
-    )
-    Path("photos").mkdir()
-    for name, size in (("wide", (40, 64)), ("tall", (66, 42)), ("square", (48, 48))):
-        Image.fromarray(picture(*size)).save(f"photos/{name}.png")
-    return tmp_path
+from dino_xcit.weights.load import load_backbone
 
 
 def attention(*arguments: object) -> int:
     return main(["attention", "--weights", "w.safetensors", "--dpi", "40", *map(str, arguments)])
-
-
-def written() -> set[str]:
-    return {
-        str(path.relative_to("figures")) for path in Path("figures").rglob("*") if path.is_file()
-    }
 
 
 def summary() -> dict:
@@ -74,7 +38,7 @@ def test_images_become_figures_with_their_arrays_beside_them(here, capsys):
         for name in ("heads_wide", "heads_tall", "overlay")
         for kind in ("png", "npz")
     }
-    assert written() == files | {"attention.json"}
+    assert files_in_figures() == files | {"attention.json"}
     numbers = np.load("figures/heads_tall.npz")
     assert numbers["image_0"].shape == (64, 40, 1)  # cropped from 66 x 42
     pixels = torch.from_numpy(numbers["image_0"]).permute(2, 0, 1)[None] / 255
@@ -106,13 +70,25 @@ def test_words_without_a_flag_are_images_wherever_they_stand(here):
     )
     assert [one["name"] for one in summary()["images"]] == ["wide", "tall", "square"]
     assert summary()["options"]["titles"] is True
-    assert written() == {"grid.png", "grid.npz", "overlay.png", "overlay.npz", "attention.json"}
+    assert files_in_figures() == {
+        "grid.png",
+        "grid.npz",
+        "overlay.png",
+        "overlay.npz",
+        "attention.json",
+    }
 
 
 def test_a_folder_stands_for_its_images_in_the_order_of_their_names(here):
     assert attention("--figures", "grid", "--images_per_figure", 2, "photos") == 0
     assert [one["name"] for one in summary()["images"]] == ["square", "tall", "wide"]
-    assert written() == {"grid_1.png", "grid_1.npz", "grid_2.png", "grid_2.npz", "attention.json"}
+    assert files_in_figures() == {
+        "grid_1.png",
+        "grid_1.npz",
+        "grid_2.png",
+        "grid_2.npz",
+        "attention.json",
+    }
 
 
 def test_every_figure_in_every_format(here):
@@ -136,7 +112,7 @@ def test_every_figure_in_every_format(here):
         for kind in ("heads", "magnitude", "covariance")
         for name in ("wide", "square")
     }
-    assert written() == {
+    assert files_in_figures() == {
         f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg", "npz")
     } | {"attention.json"}
     numbers = np.load("figures/covariance_wide.npz")
@@ -209,7 +185,7 @@ def test_what_cannot_be_shown_is_listed_and_the_others_are_drawn(here, capsys):
     Path("empty").mkdir()
     (Path("cut.png")).write_bytes(Path("photos/wide.png").read_bytes()[:60])
     Path("video.mp4").write_bytes(b"not a video")
-    Image.fromarray(picture(2, 60)).save("thin.png")
+    Image.fromarray(smooth_picture(2, 60)).save("thin.png")
     bad = [
         "zero.jpg",
         "notes.txt",
@@ -303,7 +279,7 @@ def test_no_weights(capsys):
 
 
 def save_video(path: str, frames: int = 6) -> list[np.ndarray]:
-    pictures = [np.roll(picture(32, 48), 2 * i, axis=1) for i in range(frames)]
+    pictures = [np.roll(smooth_picture(32, 48), 2 * i, axis=1) for i in range(frames)]
     write_video(Path(path), iter(pictures), Fraction(8))
     return pictures
 
@@ -355,10 +331,10 @@ def test_with_frames_a_folder_of_images_is_a_video(here):
 def test_a_frame_of_another_size_ends_that_video_only(here, capsys):
     Path("frames").mkdir()
     for i, size in enumerate([(32, 48), (32, 48), (48, 32)]):
-        Image.fromarray(picture(*size)).save(f"frames/{i}.png")
+        Image.fromarray(smooth_picture(*size)).save(f"frames/{i}.png")
     assert attention("--frames", "frames", "photos/wide.png") == 2
     assert "frames: frame 2 is not as large as those before" in capsys.readouterr().err
-    assert "overlay.png" in written()
+    assert "overlay.png" in files_in_figures()
 
 
 def test_the_page_holds_the_images_of_the_figures(here):
@@ -380,7 +356,7 @@ def test_masks_of_shapes_are_scored_beside_both_baselines(here, capsys):
         assert 0 < row["one_head"] <= row["best_head"] < 100
         assert row["best_head_ci95"][0] <= row["best_head"] <= row["best_head_ci95"][1]
         assert row["one_head"] == pytest.approx(max(row["heads"]), abs=1e-3)
-    assert written() == {"masks.json", "masks.png"}
+    assert files_in_figures() == {"masks.json", "masks.png"}
     out = capsys.readouterr().out
     assert f"{content['results']['best_head']:.1f}" in out
     assert "centred blobs" in out
@@ -422,113 +398,3 @@ def test_the_function_behind_the_command_returns_the_problems(here):
     outcome = command.attention(config)
     assert outcome.problems == ["gone.png: does not exist"]
     assert outcome.exit_code == 2
-
-
-@pytest.fixture
-def overlay_config(here):
-    return AttentionConfig(
-        images=("photos/wide.png",), weights=("w.safetensors",), figures=("overlay",), dpi=40
-    )
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug")], ids=type)
-def test_an_error_of_a_figures_own_code_keeps_its_traceback(overlay_config, monkeypatch, error):
-    def fail(results, config):
-        raise error
-
-    monkeypatch.setitem(FIGURES, "overlay", FigureRow(draw=fail))
-    with pytest.raises(type(error), match="a bug"):
-        command.attention(overlay_config)
-
-
-def test_an_error_of_the_backbones_code_keeps_its_traceback(overlay_config, monkeypatch):
-    def fail(*_, **__):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr("dino_xcit.figures.model.attention_maps", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        command.attention(overlay_config)
-
-
-@pytest.mark.parametrize(
-    ("error", "problem"),
-    [
-        (MemoryError(), "not enough memory; lower --dpi"),
-        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB; lower --dpi"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-    ],
-)
-def test_a_figure_that_does_not_fit_is_a_problem_and_the_others_are_drawn(
-    overlay_config, monkeypatch, error, problem
-):
-    def fail(results, config):
-        raise error
-
-    monkeypatch.setitem(FIGURES, "grid", FigureRow(draw=fail))
-    config = dataclasses.replace(overlay_config, figures=("grid", "overlay"))
-    (line,) = command.attention(config).problems
-    assert line.startswith("grid figure of photos/wide.png: ")
-    assert problem in line
-    assert "overlay.png" in written()
-
-
-def test_a_width_too_narrow_for_one_figure_is_a_problem(overlay_config):
-    config = dataclasses.replace(overlay_config, figures=("grid", "overlay"), width="1")
-    row = FIGURES["grid"]
-    columns = 9
-
-    def wide(results, config):
-        sheet = row.draw(results, config)
-        return dataclasses.replace(sheet, rows=[[sheet.rows[0][0]] * columns])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FIGURES, "grid", dataclasses.replace(row, draw=wide))
-        (line,) = command.attention(config).problems
-    assert "--width 1 is too narrow for 9 pictures side by side" in line
-    assert "overlay.png" in written()
-
-
-def test_a_new_kind_of_figure_is_a_function_and_a_row(overlay_config, monkeypatch):
-    calls = []
-
-    def draw(results, config):
-        calls.append(results)
-        cells = [as_cell(result.image / 255) for result in results]
-        return Sheet(name=f"toy_{results[0].name}", rows=[cells])
-
-    monkeypatch.setitem(
-        FIGURES, "toy", FigureRow(draw=draw, per_image=True, features=True, xca=True)
-    )
-    images = ("photos/wide.png", "photos/tall.png")
-    command.attention(dataclasses.replace(overlay_config, images=images, figures=("toy",)))
-    assert [[result.name for result in results] for results in calls] == [["wide"], ["tall"]]
-    assert all(results[0].features is not None for results in calls)
-    assert all(results[0].covariance is not None for results in calls)
-    assert {"toy_wide.png", "toy_tall.png"} < written()
-
-
-def test_the_callers_process_stays_as_it_was(overlay_config):
-    scored = {"masks": "shapes", "num_images": 2, "images": (), "figures": ()}
-    config = dataclasses.replace(overlay_config, **scored)
-    torch.manual_seed(11)
-    before = (
-        torch.get_rng_state(),
-        np.random.get_state()[1].copy(),
-        random.getstate(),
-        dict(matplotlib.rcParams),
-        Image.MAX_IMAGE_PIXELS,
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-    )
-    command.attention(overlay_config)
-    command.attention(config)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    after = (
-        random.getstate(),
-        dict(matplotlib.rcParams),
-        Image.MAX_IMAGE_PIXELS,
-        torch.get_default_dtype(),
-        torch.is_grad_enabled(),
-    )
-    assert after == before[2:]
