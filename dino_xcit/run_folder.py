@@ -39,7 +39,8 @@ KEPT_CHECKPOINTS = "checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt"  # of --saveckp
 KNN = "knn"
 LINEAR = {"heads": "linear", "dino": "linear_dino", "logistic": "linear_logistic"}  # by protocol
 LINEAR_EVALUATED = "linear_evaluate"  # of `linear-eval --evaluate`
-SEGMENTATION = "seg"
+LINEAR_SCRATCH = ".linear"  # folder that exists while linear-eval runs
+SEG = "seg"
 
 
 def kept_checkpoint(epoch: int) -> str:
@@ -48,7 +49,7 @@ def kept_checkpoint(epoch: int) -> str:
 
 
 def result_file(evaluation: str) -> str:
-    """Return the name of an evaluation's results: of KNN, one of LINEAR, SEGMENTATION, ..."""
+    """Return the name of an evaluation's results: of KNN, one of LINEAR, SEG, ..."""
     return f"{evaluation}.json"
 
 

@@ -24,6 +24,7 @@ from dino_xcit.config.evaluation import EvalConfig
 from dino_xcit.evaluate.inputs import CLASSIFICATION, open_inputs
 from dino_xcit.evaluate.report import Report, Result, output_folder, provenance, table
 from dino_xcit.files import write_json
+from dino_xcit.run_folder import result_file
 from dino_xcit.runtime import launch
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def evaluate(
         if evaluation.classes is not None:
             report["data"]["classes"] = evaluation.classes
         if fabric.is_global_zero:
-            write_json(folder / f"{name}.json", report)
+            write_json(folder / result_file(name), report)
     if fabric.is_global_zero:
         rows = [
             [key, *(text(row) for text in columns.values())]
@@ -122,5 +123,5 @@ def evaluate(
             for row in rows
         ]
         print(table([title, *columns], rows))
-        print(f"{folder}: {', '.join([f'{name}.json', *evaluation.files])}")
+        print(f"{folder}: {', '.join([result_file(name), *evaluation.files])}")
     return report

@@ -23,6 +23,7 @@ from dino_xcit.evaluate.feature_files import dump_features
 from dino_xcit.evaluate.features import choose_parts, select_parts
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.report import hits, scores, with_interval
+from dino_xcit.run_folder import KNN, classes_picture
 from dino_xcit.runtime import float64_device, progress, require_folder, summed
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def knn_eval(config: KnnConfig) -> Report:
     return evaluate(
         config,
         _score,
-        name="knn",
+        name=KNN,
         protocol="weighted k-NN, as official eval_knn.py",
         title="k-NN",
         columns=COLUMNS,
@@ -248,7 +249,7 @@ def _score(evaluation: Evaluation[KnnConfig], features: Features) -> list[Result
         k = DRAWN_K if DRAWN_K in ranked else max(ranked)
         accuracy = results[list(ranked).index(k)]["top1"]
         draw_classes(
-            evaluation.file("knn_classes.png"),
+            evaluation.file(classes_picture(KNN)),
             f"{features.name}: k-NN, k = {k}, top-1 {accuracy:.1f} %",
             ranked[k][:, 0].numpy(),
             features.labels("validation").numpy(),

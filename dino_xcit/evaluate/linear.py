@@ -26,6 +26,13 @@ from dino_xcit.evaluate.probe_dino import dino_protocol
 from dino_xcit.evaluate.probe_heads import heads_protocol
 from dino_xcit.evaluate.probe_logistic import logistic_protocol
 from dino_xcit.evaluate.report import TOP, hits, output_folder, scores, with_interval
+from dino_xcit.run_folder import (
+    LINEAR,
+    LINEAR_EVALUATED,
+    LINEAR_SCRATCH,
+    classes_picture,
+    head_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,8 +44,6 @@ if TYPE_CHECKING:
     from dino_xcit.evaluate.frame import Evaluation
     from dino_xcit.evaluate.report import Report, Result
 
-EVALUATED = "linear_evaluate"  # stem of the JSON file with --evaluate
-SCRATCH = ".linear"  # folder in the output folder, while a command runs
 COLUMNS: Mapping[str, Callable[[Result], str]] = {
     "labels": lambda row: f"{100 * row['train_fraction']:g} %",
     "top-1 % [95 %]": lambda row: with_interval(row, "top1"),
@@ -58,14 +63,14 @@ def linear_eval(config: LinearConfig) -> Report:
     Raises:
         UserError: Input that the user can put right; the message names the flag.
     """
-    scratch = Scratch(output_folder(config) / SCRATCH)
+    scratch = Scratch(output_folder(config) / LINEAR_SCRATCH)
     if config.evaluate is not None:
         head, about = load_head(Path(config.evaluate))
         score = functools.partial(_score_saved, head=head, about=about)
-        name, protocol = EVALUATED, head.chosen["protocol"]
+        name, protocol = LINEAR_EVALUATED, head.chosen["protocol"]
     else:
         protocol = config.protocol
-        name = "linear" if protocol == "heads" else f"linear_{protocol}"
+        name = LINEAR[protocol]
         score = functools.partial(_score_trained, name=name, scratch=scratch)
     title = f"linear, {protocol}"
     report = evaluate(config, score, name=name, protocol=protocol, title=title, columns=COLUMNS)
@@ -88,10 +93,10 @@ def _score_trained(
         results.append(result)
         if evaluation.writes(features):
             suffix = "" if fraction == 1 else f"_{fraction:g}"
-            path = evaluation.file(f"{name}_head{suffix}.safetensors")
+            path = evaluation.file(head_file(name, suffix))
             save_head(heads[0], config, evaluation.class_names, path)
     if evaluation.writes(features):  # the classes with the largest fraction
-        _draw(evaluation, features, f"{name}_classes.png", result, ranked)
+        _draw(evaluation, features, classes_picture(name), result, ranked)
     return results
 
 
@@ -141,7 +146,7 @@ def _score_saved(
         )
     result, ranked = _result(evaluation, features, [head], head.chosen["train_fraction"])
     if evaluation.writes(features):
-        _draw(evaluation, features, f"{EVALUATED}_classes.png", result, ranked)
+        _draw(evaluation, features, classes_picture(LINEAR_EVALUATED), result, ranked)
     return [result]
 
 

@@ -22,6 +22,7 @@ from dino_xcit.evaluate.report import with_interval
 from dino_xcit.evaluate.seg_head import count_classes, masked_features, save_head, train
 from dino_xcit.evaluate.seg_score import count_pixels, predict, result
 from dino_xcit.model.backbone import Backbone
+from dino_xcit.run_folder import SEG, classes_picture, head_file
 
 if TYPE_CHECKING:
     from dino_xcit.config.evaluation import SegConfig
@@ -77,7 +78,7 @@ def seg_eval(config: SegConfig) -> Report:
     return evaluate(
         config,
         _score,
-        name="seg",
+        name=SEG,
         protocol="linear layer on frozen patch tokens",
         title="segmentation, linear",
         columns=COLUMNS,
@@ -102,9 +103,9 @@ def _score(evaluation: Evaluation[SegConfig], features: Features) -> list[Result
         count_pixels(head, test, classes, fabric, batch_size, features.name), names, config.seed
     )
     if evaluation.writes(features):
-        save_head(head, config, names, evaluation.file("seg_head.safetensors"))
+        save_head(head, config, names, evaluation.file(head_file(SEG)))
         draw_segmentation(
-            evaluation.file("seg_classes.png"),
+            evaluation.file(classes_picture(SEG)),
             f"{features.name}: linear segmentation, mean IoU {row['miou']:.1f} %",
             _examples(features, test, head),
             names,

@@ -18,7 +18,7 @@ from dino_xcit.figures.framing import Framing, without_padding
 from dino_xcit.figures.maps import AttentionMaps, attention_maps, check_layer
 from dino_xcit.model.architectures import CLASS_ATTENTION_LAYERS
 from dino_xcit.model.xcit import XCiT, with_class_attention
-from dino_xcit.run_folder import LAST, TEACHER
+from dino_xcit.run_folder import KEPT_CHECKPOINTS, LAST, TEACHER
 from dino_xcit.runtime import HALF, resolve_precision
 from dino_xcit.weights.load import load_backbone, run_folder_of
 
@@ -213,7 +213,7 @@ def open_checkpoints(config: AttentionConfig, device: torch.device) -> list[Atte
         UserError: `--weights` is not a run folder that kept checkpoints.
     """
     folder = run_folder_of(config.weights[0])
-    kept = sorted(folder.glob("checkpoints/epoch[0-9][0-9][0-9][0-9]*.ckpt")) if folder else []
+    kept = sorted(folder.glob(KEPT_CHECKPOINTS)) if folder else []
     if not folder or not kept:
         raise UserError(
             f"--figures training: --weights {config.weights[0]} is not a run folder that kept "

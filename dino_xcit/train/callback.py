@@ -26,6 +26,7 @@ from dino_xcit.run_folder import (
     SOUND,
     TEACHER,
     Metrics,
+    kept_checkpoint,
     write_config,
 )
 from dino_xcit.runtime import say
@@ -275,7 +276,7 @@ class RunFolderWriter(L.Callback):
         epoch, into_epoch = divmod(trainer.global_step, module.schedules.steps_per_epoch)
         every = self.config.saveckp_freq
         if every and not into_epoch and epoch % every == 0:
-            with replacing((self.folder / LAST).with_name(f"epoch{epoch:04}.ckpt")) as path:
+            with replacing(self.folder / kept_checkpoint(epoch)) as path:
                 shutil.copyfile(self.folder / LAST, path)
 
     @override
