@@ -30,8 +30,9 @@ from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.crops import GLOBAL_CROPS
 from dino_xcit.data.decode import decode
 from dino_xcit.data.images import open_images
-from dino_xcit.data.loader import CropDataset, collate
+from dino_xcit.data.loader import CropDataset
 from dino_xcit.data.photometric import photometric
+from dino_xcit.model.architectures import BRANCHES, resolve_architecture
 
 SIZE, QUALITY = (500, 375), 90
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -56,22 +57,24 @@ def ours(folder: Path) -> dict[str, Contender]:
     """Return functions that load a given number of images."""
     config = PretrainConfig(data_path=str(folder))
     images = open_images(config, "train")
+    architecture = resolve_architecture(config.arch)[1]
+    path_shape = (architecture.depth, BRANCHES)
     assert images is not None
-    dataset, files = CropDataset(images, config), sorted(folder.rglob("*.jpg"))
+    dataset, files = CropDataset(images, config, path_shape), sorted(folder.rglob("*.jpg"))
     contents = [path.read_bytes() for path in files]
 
     def only_decode(count: int) -> object:
         return [decode(contents[i % len(contents)], 3) for i in range(count)]
 
     def loader(count: int) -> object:
-        return collate([dataset[i, i % len(images)] for i in range(count)])
+        return dataset.batch([(i, i % len(images)) for i in range(count)])
 
     def end_to_end(count: int) -> object:
-        views = collate([dataset[i, i % len(images)] for i in range(count)]).views
+        views = dataset.batch([(i, i % len(images)) for i in range(count)]).views
         return [
             photometric(
                 views[f"{group}_crops"].flatten(0, 1),
-                views[f"{group}_draws"].flatten(0, 1),
+                views[f"{group}_params"].flatten(0, 1),
                 config.mean,
                 config.std,
                 config.blur_sigma[1],

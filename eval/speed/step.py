@@ -51,8 +51,8 @@ from dino_xcit.runtime import keep_freed_memory
 from dino_xcit.train.checkpoints import DurableIO
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.network import Network
-from dino_xcit.train.pretrain import make_trainer
 from dino_xcit.train.schedules import Schedules
+from dino_xcit.train.trainer import make_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
