@@ -178,7 +178,7 @@ PROMISES = (
     ),
     Promise(
         "Files that vanish or become unreadable are replaced and listed",
-        "train/test_faults.py::test_files_that_vanish_or_become_unreadable_in_mid_run_are_replaced_and_listed",
+        "data/test_loader.py::test_files_that_vanish_or_become_unreadable_in_mid_run_are_replaced_and_listed",
         "data/loader.py",
         "except (ImageError, OSError) as error:",
         "except ImageError as error:",
@@ -192,7 +192,7 @@ PROMISES = (
     ),
     Promise(
         "Images of 100,000 x 100,000 pixels are refused at once, without allocating the memory",
-        "train/test_faults.py::test_image_bombs_take_neither_memory_nor_time",
+        "data/test_decode.py::test_image_bombs_take_no_memory",
         "data/decode.py",
         "EXTENSIONS = (",
         "Image.MAX_IMAGE_PIXELS = None\nEXTENSIONS = (",
