@@ -42,6 +42,7 @@ def test_a_run_shows_the_same_images_before_training_and_at_each_evaluation(eval
     assert not np.allclose(saved["attention"][0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_history_does_not_change_what_is_trained(evaluating, monkeypatch):
     with_history = pretrain(evaluating).folder
     monkeypatch.setattr(AttentionHistory, "add", lambda *_: None)

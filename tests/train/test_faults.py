@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,7 @@ def test_a_file_that_nothing_ever_writes_to_counts_as_unreadable(tmp_path, monke
     config = folder_config(
         folder, output_dir=str(tmp_path / "run"), num_workers=1, epochs=1, batch_size_per_gpu=8
     )
-    start = time.monotonic()
     assert pretrain(config).step == 2
-    assert time.monotonic() - start < 30
     (line,) = (tmp_path / "run/bad_images.txt").read_text().splitlines()
     assert line == f"{folder / '03.png'}\tnot read within 0.2 s"
 

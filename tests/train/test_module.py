@@ -1,4 +1,4 @@
-"""The parts of a step that are plain functions: what is decayed, how gradients are clipped, when a run has collapsed."""
+"""Parts of a step: which parameters are decayed, how gradients are clipped, no device waits."""
 
 import contextlib
 from dataclasses import replace
@@ -21,7 +21,7 @@ CONFIG = PretrainConfig(
 )
 
 
-# -- weight decay ------------------------------------------------------------------------------------------------
+# -- weight decay ------------------------------------------------------------------------------
 
 
 def decayed_and_spared(**options):
@@ -72,7 +72,7 @@ def test_every_parameter_that_learns_is_in_one_group(norm_last_layer):
     assert ("head.last_layer.weight_g" in decayed) == (not norm_last_layer)
 
 
-# -- clipping ----------------------------------------------------------------------------------------------------
+# -- clipping ----------------------------------------------------------------------------------
 
 
 def gradients():
@@ -102,11 +102,11 @@ def test_limit_zero_leaves_gradients_alone():
     torch.testing.assert_close(norms, torch.stack([g.norm() for g in gradients()]))
 
 
-# -- waiting for the device --------------------------------------------------------------------------------------
+# -- waiting for the device --------------------------------------------------------------------
 
 
 def test_nothing_in_a_step_has_to_know_a_number(monkeypatch):
-    """On torch's meta device no tensor can be read: what would make a GPU's step wait for the device fails here."""
+    """On torch's meta device no tensor can be read, so whatever waits for a GPU fails here."""
     for name, value in {
         "autocast": lambda *_, **__: contextlib.nullcontext(),
         "is_autocast_enabled": lambda *_: False,

@@ -168,7 +168,7 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Regions that were compiled, as far as torch.compile goes without a compiler; after two steps nothing may be anew."""
+    """Regions that were compiled, by the backend that needs no compiler; none may be recompiled."""
     regions = []
     step = DINOModule.training_step
 
@@ -297,7 +297,7 @@ def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
 
 
 def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """Official DINO's training loop in plain torch: loops over pairs, per-tensor clipping and averaging."""
+    """Official DINO's training loop in plain torch, with loops over pairs and tensors."""
     images = open_images(config, "train")
     order = StepBatchSampler(config, len(images))
     schedules = Schedules(
@@ -327,16 +327,14 @@ def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module
             teacher_logits = teacher(groups[:1])
         student_logits = student(groups)
         temperature = schedules.teacher_temp(step)
-        terms = []
-        for g in range(2):
-            q = F.softmax((teacher_logits[:, g] - center) / temperature, dim=-1)
-            for v in range(student_logits.shape[1]):
-                if v != g:
-                    terms.append(
-                        (-q * F.log_softmax(student_logits[:, v] / config.student_temp, dim=-1))
-                        .sum(-1)
-                        .mean()
-                    )
+        q = F.softmax((teacher_logits - center) / temperature, dim=-1)
+        log_p = F.log_softmax(student_logits / config.student_temp, dim=-1)
+        terms = [
+            (-q[:, g] * log_p[:, v]).sum(-1).mean()
+            for g in range(2)
+            for v in range(student_logits.shape[1])
+            if v != g
+        ]
         center = center * 0.9 + teacher_logits.flatten(0, 1).mean(0) * 0.1
         optimizer.zero_grad()
         (sum(terms) / len(terms)).backward()
@@ -370,7 +368,7 @@ def close_networks(
     assert set(state) == set(expected)
     for name, value in expected.items():
         if "attn.k.bias" in name or "attn.qkv.bias" in name:
-            continue  # their gradient is zero but for rounding, which AdamW blows up to the size of a step
+            continue  # a gradient of rounding errors alone, which AdamW scales up to a step
         torch.testing.assert_close(
             state[name], value, rtol=2e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -378,7 +376,7 @@ def close_networks(
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_a_run_follows_the_published_algorithm(tiny, norm_last_layer):
-    """Parameters, center and the teacher's own batch-norm statistics; the last layer is frozen for half of the steps."""
+    """Parameters, center and batch-norm statistics; half of the steps freeze the last layer."""
     config = dataclasses.replace(
         tiny, drop_path_rate=0.0, norm_last_layer=norm_last_layer, clip_grad=0.3
     )
@@ -388,7 +386,7 @@ def test_a_run_follows_the_published_algorithm(tiny, norm_last_layer):
 
 @pytest.fixture
 def frozen_batch_norm(monkeypatch):
-    """Batch norm that does not depend on the batch, so that two halves of a batch can equal the whole."""
+    """Batch norm that does not depend on the batch, so that two halves can equal the whole."""
 
     def freeze(module: DINOModule) -> None:
         module.restart_clock()

@@ -1,4 +1,4 @@
-"""Schedules against official DINO's arrays (`utils.cosine_scheduler`, `DINOLoss.teacher_temp_schedule`)."""
+"""Schedules against official DINO's: `utils.cosine_scheduler`, `DINOLoss.teacher_temp_schedule`."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ EPOCHS, STEPS_PER_EPOCH = 6, 5
 
 
 def official_cosine(base, final, warmup_steps=0, start=0.0, steps=EPOCHS * STEPS_PER_EPOCH):
-    """A value per step: the warmup reaches the peak in its last step, the cosine starts there again."""
+    """A value per step: the last warmup step reaches the peak, where the cosine starts."""
     warmup = np.linspace(start, base, warmup_steps)
     rest = steps - warmup_steps
     return np.concatenate(
@@ -22,7 +22,7 @@ def official_cosine(base, final, warmup_steps=0, start=0.0, steps=EPOCHS * STEPS
 
 
 def schedules(total_batch=256, **options):
-    config = PretrainConfig(epochs=EPOCHS, **options)
+    config = PretrainConfig(**{"epochs": EPOCHS, "warmup_epochs": 0, **options})
     return Schedules(config=config, steps_per_epoch=STEPS_PER_EPOCH, total_batch=total_batch)
 
 
