@@ -19,7 +19,10 @@ from dino_xcit.runtime import progress
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
+
     from dino_xcit.figures.inputs import ImageInput
+    from dino_xcit.figures.model import AttentionModel
     from dino_xcit.figures.setup import Setup
     from dino_xcit.figures.sheets import FigureRow
 
@@ -93,20 +96,27 @@ def _results_of(image: ImageInput, setup: Setup) -> _ImageResults:
         UserError: the image cannot be framed, or does not fit into memory.
         OSError: it cannot be read.
     """
-    rows = setup.rows.values()
-    features = setup.config.html or any(row.features for row in rows)
-    xca = any(row.xca for row in rows)
     read = functools.lru_cache(image.read)  # once for all models of the same channels
     pixels = [read(model.channels) for model in (*setup.models, *setup.checkpoints)]
     of_models = [
-        attention_result(image.name, of_model, model, setup.framing, features=features, xca=xca)
+        _result_of(image.name, of_model, model, setup, checkpoints=False)
         for of_model, model in zip(pixels, setup.models, strict=False)
     ]
     of_checkpoints = [
-        attention_result(image.name, of_model, model, setup.framing)
+        _result_of(image.name, of_model, model, setup, checkpoints=True)
         for of_model, model in zip(pixels[len(setup.models) :], setup.checkpoints, strict=True)
     ]
     return _ImageResults(image.where, of_models, of_checkpoints)
+
+
+def _result_of(
+    name: str, pixels: Tensor, model: AttentionModel, setup: Setup, *, checkpoints: bool
+) -> AttentionResult:
+    """Compute the maps of one model that the figures of its kind of models need."""
+    rows = [row for row in setup.rows.values() if (row.models == "checkpoints") == checkpoints]
+    features = any(row.features for row in rows) or (setup.config.html and not checkpoints)
+    xca = any(row.xca for row in rows)
+    return attention_result(name, pixels, model, setup.framing, features=features, xca=xca)
 
 
 def _write_figures(setup: Setup, results: Sequence[_ImageResults], suffix: str) -> list[str]:

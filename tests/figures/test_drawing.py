@@ -59,19 +59,19 @@ BAR = ColourBar(colormap="viridis", low=0.00012, high=0.00034, label="class atte
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("width", "expected"),
     [("neurips", 5.5), ("cvpr-column", 3.28), ("3.5", 3.5), ("1", 1.0), ("20", 20.0)],
 )
-def test_a_width_is_a_venue_or_inches(asked, expected):
-    assert inches(asked) == expected
+def test_a_width_is_a_venue_or_inches(width, expected):
+    assert inches(width) == expected
 
 
-@pytest.mark.parametrize("asked", ["0.99", "20.1", "-3", "nan", "inf", "nips", "", "3in"])
-def test_other_widths_are_refused_with_every_name(asked):
+@pytest.mark.parametrize("width", ["0.99", "20.1", "-3", "nan", "inf", "nips", "", "3in"])
+def test_other_widths_are_refused_with_every_name(width):
     with pytest.raises(
-        UserError, match=re.escape(f"--width is {asked!r}; expected inches from 1 to 20")
+        UserError, match=re.escape(f"--width is {width!r}; expected inches from 1 to 20")
     ) as refusal:
-        inches(asked)
+        inches(width)
     for name, value in WIDTHS.items():
         assert f"{name} ({value:g})" in str(refusal.value)
 
@@ -92,7 +92,7 @@ def test_the_help_names_the_venues_that_there_are():
 
 @pytest.mark.parametrize("bar", [None, BAR])
 @pytest.mark.parametrize(("width", "dpi"), [(2.0, 100), (5.5, 150), (3.28, 300)])
-def test_a_png_is_as_wide_as_asked(width, dpi, bar, tmp_path):
+def test_a_png_is_as_wide_as_requested(width, dpi, bar, tmp_path):
     path = written(sheet(bar=bar), tmp_path, width=width, dpi=dpi)
     assert path == tmp_path / "sheet.png"
     with Image.open(path) as file:
@@ -102,47 +102,47 @@ def test_a_png_is_as_wide_as_asked(width, dpi, bar, tmp_path):
 
 def test_pictures_fill_the_page_but_for_the_gaps(tmp_path):
     rows, columns, dpi, width = 2, 3, 200, 2.0
-    seen = pixels_of(written(sheet(rows, columns), tmp_path, width=width, dpi=dpi))
+    pixels = pixels_of(written(sheet(rows, columns), tmp_path, width=width, dpi=dpi))
     greys = np.rint(255 * np.linspace(0.1, 0.8, rows * columns)).reshape(rows, columns)
     cell_width = (width - GAP * (columns - 1)) / columns
     cell_height = cell_width * 10 / 20
-    assert seen.shape[0] == pytest.approx(dpi * (rows * cell_height + GAP * (rows - 1)), abs=1)
-    found = np.zeros(seen.shape[:2], bool)
+    assert pixels.shape[0] == pytest.approx(dpi * (rows * cell_height + GAP * (rows - 1)), abs=1)
+    found = np.zeros(pixels.shape[:2], bool)
     for row, column in np.ndindex(rows, columns):
         top, left = row * (cell_height + GAP) * dpi, column * (cell_width + GAP) * dpi
         box = [
             round(v)
             for v in (top + 1, top + cell_height * dpi - 1, left + 1, left + cell_width * dpi - 1)
         ]
-        inside = seen[box[0] : box[1], box[2] : box[3]]
+        inside = pixels[box[0] : box[1], box[2] : box[3]]
         assert (inside == greys[row, column]).all()
         found[max(0, box[0] - 2) : box[1] + 2, max(0, box[2] - 2) : box[3] + 2] = True
-    assert (seen[~found] == 255).all()
-    for edge in (seen[0], seen[-1], seen[:, 0], seen[:, -1]):
+    assert (pixels[~found] == 255).all()
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert (edge < 250).all(-1).mean() > 0.95  # no margin
 
 
 def test_each_picture_keeps_its_aspect_and_rows_have_their_own_heights(tmp_path):
     rows = [[plain_cell(0.2, height=10, width=10)] * 2, [plain_cell(0.6, height=20, width=10)] * 2]
-    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    pixels = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
     side = (2.0 - GAP) / 2 * 100
-    assert seen.shape[0] == pytest.approx(side + 2 * side + 100 * GAP, abs=1)
-    assert (seen[: int(side) - 1, 5] == 51).all()
-    assert (seen[int(side) + 4 :, 5] == 153).all()
+    assert pixels.shape[0] == pytest.approx(side + 2 * side + 100 * GAP, abs=1)
+    assert (pixels[: int(side) - 1, 5] == 51).all()
+    assert (pixels[int(side) + 4 :, 5] == 153).all()
 
 
 def test_pixels_of_a_picture_keep_their_places(tmp_path):
     """Upright, not mirrored, and not blurred."""
     corners = np.zeros((2, 2, 3))
     corners[0, 0], corners[0, 1], corners[1, 0] = (1, 0, 0), (0, 1, 0), (0, 0, 1)
-    seen = pixels_of(
+    pixels = pixels_of(
         written(Sheet(name="sheet", rows=[[as_cell(corners)]]), tmp_path, width=1.0, dpi=100)
     )
-    assert seen.shape == (100, 100, 3)
-    assert seen[10, 10].tolist() == seen[48, 48].tolist() == [255, 0, 0]
-    assert seen[10, 90].tolist() == [0, 255, 0]
-    assert seen[90, 10].tolist() == [0, 0, 255]
-    assert len(np.unique(seen.reshape(-1, 3), axis=0)) == 4
+    assert pixels.shape == (100, 100, 3)
+    assert pixels[10, 10].tolist() == pixels[48, 48].tolist() == [255, 0, 0]
+    assert pixels[10, 90].tolist() == [0, 255, 0]
+    assert pixels[90, 10].tolist() == [0, 0, 255]
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 4
 
 
 @pytest.mark.parametrize(("note", "lines"), [("", 1), ("1.2 nats", 2)])
@@ -236,19 +236,21 @@ def test_titles_are_no_formulas(tmp_path):
 
 def test_a_colour_bar_stands_beside_the_pictures_and_shows_the_colours_of_its_limits(tmp_path):
     dpi, width = 200, 3.0
-    seen = pixels_of(written(sheet(2, 2, bar=BAR, height=20), tmp_path, width=width, dpi=dpi))
+    pixels = pixels_of(written(sheet(2, 2, bar=BAR, height=20), tmp_path, width=width, dpi=dpi))
     bar_width = BAR_INCHES + max(
         text_width(f"{value:.2g}") for value in np.linspace(BAR.low, BAR.high, 3)
     )
     right = round((width - bar_width) * dpi)
-    assert (seen[5:-5, right - 3] < 250).all(-1).mean() > 0.9  # the pictures end there
-    assert (seen[:, right + 1 : right + 8] == 255).all()
+    assert (pixels[5:-5, right - 3] < 250).all(-1).mean() > 0.9  # the pictures end there
+    assert (pixels[:, right + 1 : right + 8] == 255).all()
     x = round((width - bar_width + 0.06 + 0.045) * dpi)
     high, low = (np.array(matplotlib.colormaps["viridis"](end)[:3]) * 255 for end in (1.0, 0.0))
-    np.testing.assert_allclose(seen[3, x], high, atol=10)
-    np.testing.assert_allclose(seen[-3, x], low, atol=10)
+    np.testing.assert_allclose(pixels[3, x], high, atol=10)
+    np.testing.assert_allclose(pixels[-3, x], low, atol=10)
     np.testing.assert_allclose(
-        seen[len(seen) // 2, x], np.array(matplotlib.colormaps["viridis"](0.5)[:3]) * 255, atol=8
+        pixels[len(pixels) // 2, x],
+        np.array(matplotlib.colormaps["viridis"](0.5)[:3]) * 255,
+        atol=8,
     )
 
 
@@ -277,7 +279,7 @@ def test_numbers_of_a_colour_bar_are_inside_the_page_and_beside_its_label():
 # -- files -----------------------------------------------------------------------------------------
 
 
-def test_a_pdf_is_as_wide_as_asked_and_has_its_fonts_in_it(tmp_path):
+def test_a_pdf_is_as_wide_as_requested_and_has_its_fonts_in_it(tmp_path):
     data = written(
         sheet(note="note", bar=BAR), tmp_path, "pdf", width=5.5, titles=True
     ).read_bytes()
@@ -355,21 +357,21 @@ def test_the_readers_matplotlib_settings_come_back(tmp_path):
 
 def test_a_picture_far_taller_than_wide_is_centred_in_a_cell_of_bounded_height(tmp_path):
     rows = [[plain_cell(0.2, height=100, width=2), plain_cell(0.6, height=10, width=10)]]
-    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    pixels = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
     side = (2.0 - GAP) / 2 * 100
-    assert seen.shape[0] == pytest.approx(2.5 * side, abs=1)
-    assert (seen[10:-10, round(side / 2)] == 51).all()
-    assert (seen[10:-10, round(side / 2) + 6] == 255).all()
-    square = seen[:, round(side + 100 * GAP) + 3 : -3]
+    assert pixels.shape[0] == pytest.approx(2.5 * side, abs=1)
+    assert (pixels[10:-10, round(side / 2)] == 51).all()
+    assert (pixels[10:-10, round(side / 2) + 6] == 255).all()
+    square = pixels[:, round(side + 100 * GAP) + 3 : -3]
     assert (square == 153).all(-1).all(1).sum() == pytest.approx(side, abs=2)
 
 
 def test_a_picture_of_another_shape_than_its_row_keeps_its_own_in_the_middle_of_its_cell(tmp_path):
     rows = [[plain_cell(0.2, height=10, width=10), plain_cell(0.6, height=10, width=40)]]
-    seen = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
-    filled = np.flatnonzero((seen[:, 150] == 153).all(-1))
+    pixels = pixels_of(written(Sheet(name="sheet", rows=rows), tmp_path, width=2.0, dpi=100))
+    filled = np.flatnonzero((pixels[:, 150] == 153).all(-1))
     assert len(filled) == pytest.approx(99 / 4, abs=2)
-    assert (filled[0] + filled[-1]) / 2 == pytest.approx(len(seen) / 2, abs=1)
+    assert (filled[0] + filled[-1]) / 2 == pytest.approx(len(pixels) / 2, abs=1)
 
 
 def test_a_sheet_too_narrow_for_its_columns_is_refused():

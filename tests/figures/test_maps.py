@@ -169,7 +169,7 @@ def test_patch_features_are_timms_and_asking_for_them_changes_no_map(arch, size)
     )
 
 
-def test_what_is_not_asked_for_is_none():
+def test_maps_that_are_not_requested_are_none():
     maps = attention_maps(pico(), torch.randn(1, 3, 16, 24))
     assert maps.queries is maps.keys is maps.covariance is maps.features is None
     maps = attention_maps(pico(), torch.randn(1, 3, 16, 24), xca_layer=0)

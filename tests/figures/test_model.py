@@ -96,12 +96,12 @@ def test_weights_of_one_channel_take_grey_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("crop", "asked", "expected"),
+    ("crop", "requested", "expected"),
     [(32, None, 32), (95, None, 95), (96, None, 480), (224, None, 480), (32, 100, 100), (32, 0, 0)],
 )
-def test_the_default_size_follows_the_crops_of_the_weights(crop, asked, expected, tmp_path):
+def test_the_default_size_follows_the_crops_of_the_weights(crop, requested, expected, tmp_path):
     model = model_of(
-        save_weights(tmp_path / "w.safetensors", global_crops_size=crop), image_size=asked
+        save_weights(tmp_path / "w.safetensors", global_crops_size=crop), image_size=requested
     )
     assert model.long_side == expected
 
@@ -210,28 +210,48 @@ def test_a_failed_allocation_is_one_line(weights, monkeypatch):
     assert len(str(refusal.value)) < 300
 
 
-def test_other_failures_are_not_taken_for_a_lack_of_memory(weights, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        MemoryError("Unable to allocate 9 GiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_failed_allocation_names_the_flag(weights, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    model = model_of(weights)
+    monkeypatch.setattr(model_module, "attention_maps", fail)
+    with pytest.raises(UserError, match=r"llocate 9.*; lower --image_size$"):
+        attention_result("name", noise(24, 32), model, Framing.of([model], "crop"))
+
+
+@pytest.mark.parametrize("message", ["no such kernel", "an illegal memory access was encountered"])
+def test_other_failures_are_not_taken_for_a_lack_of_memory(weights, monkeypatch, message):
     model = model_of(weights)
 
     def fail(*_, **__):
-        raise RuntimeError("no such kernel")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(model_module, "attention_maps", fail)
-    with pytest.raises(RuntimeError, match="no such kernel"):
+    with pytest.raises(RuntimeError, match=message):
         attention_result("name", noise(24, 32), model, Framing.of([model], "crop"))
 
 
 def test_memory_of_the_device_and_of_the_machine_are_separate(weights, monkeypatch):
-    asked = []
+    devices = []
     monkeypatch.setattr(
-        framing_module, "memory_there", lambda device: asked.append(device.type) or 1000
+        framing_module, "memory_there", lambda device: devices.append(device.type) or 1000
     )
     model = model_of(weights)
     Framing.of(
         [SimpleNamespace(device=torch.device("meta"), backbone=model.backbone, long_side=32)],
         "crop",
     )
-    assert asked == ["meta", "cpu"]
+    assert devices == ["meta", "cpu"]
 
 
 # -- checkpoints over training ---------------------------------------------------------------------

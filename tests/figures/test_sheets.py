@@ -260,7 +260,7 @@ def test_magnitudes_have_queries_above_keys(head):
 
 
 @pytest.mark.parametrize("scale", ["image", "figure"])
-def test_magnitudes_of_queries_and_keys_share_a_scale_if_asked(scale):
+def test_magnitudes_of_queries_and_keys_share_a_scale_on_request(scale):
     one = result()
     sheet = FIGURES["magnitude"].draw([one], with_options(scale=scale))
     limits = ends_of(one.queries, one.keys)

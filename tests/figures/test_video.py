@@ -170,9 +170,9 @@ def test_frames_are_made_one_at_a_time(tmp_path):
     write_video(tmp_path / "video.mp4", frames(), Fraction(25))
     assert len(made) == 30
     assert most[0] < 5
-    asked = VideoFile(tmp_path / "video.mp4").frames(3)
-    assert next(asked).shape == (24, 40, 3)
-    asked.close()
+    frames_read = VideoFile(tmp_path / "video.mp4").frames(3)
+    assert next(frames_read).shape == (24, 40, 3)
+    frames_read.close()
 
 
 def test_a_clip_can_be_read_again(tmp_path):
