@@ -89,13 +89,13 @@ class MaskedFiles:
     def mask(self, index: int) -> np.ndarray:
         """See `MaskedSet`."""
         path = self.masks[index]
-        with reading_images(), Image.open(path, formats=FORMATS) as file:
-            if file.mode not in ("P", "L", "1"):
+        with path.open("rb") as file, reading_images(), Image.open(file, formats=FORMATS) as image:
+            if image.mode not in ("P", "L", "1"):
                 raise ImageError(
                     f"mask {path} is in colour or of 16 bits; expected the number of a class in "
                     "each pixel"
                 )
-            return np.array(file).astype(np.uint8)
+            return np.array(image).astype(np.uint8)
 
 
 # -- sources -----------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from dino_xcit.data import framing
 from dino_xcit.data.framing import EvalDataset, Transform, centre_crop, default_resize
+from dino_xcit.data.images import ShapeSet
 from dino_xcit.errors import ImageError
 
 
@@ -60,3 +62,12 @@ def test_an_unreadable_image_is_framed_as_black(error):
     image, readable = EvalDataset(Unreadable(), transform)[0]
     assert not readable
     assert torch.equal(image, torch.zeros(1, 12, 12, dtype=torch.uint8))
+
+
+def test_an_error_of_our_own_framing_is_not_a_bad_image(monkeypatch):
+    def broken(*_):
+        raise ValueError("broken crop")
+
+    monkeypatch.setattr(framing, "centre_crop", broken)
+    with pytest.raises(ValueError, match="broken crop"):
+        EvalDataset(ShapeSet(0, "train", 4, 1), Transform(12, 14, (0.5,), (0.2,)))[0]

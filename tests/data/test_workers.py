@@ -224,6 +224,13 @@ def test_the_callers_handler_of_sigchld_is_back(end, callers_handler):
     assert signal.getsignal(signal.SIGCHLD) is callers_handler
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_does_not_touch_the_callers_random_numbers(workers):
+    state = torch.get_rng_state()
+    next(iter(loader(shape_set(), workers)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.slow
 def test_a_dying_child_raises_nothing_in_the_middle_of_a_step():
     """Torch's own handler of SIGCHLD would."""
