@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,12 +10,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dino_xcit.data.crops import MultiCrop, Views
 from dino_xcit.data.decode import one_line
+from dino_xcit.data.workers import leave_signals_to_the_parent, restartable
 from dino_xcit.errors import ImageError, UserError
-from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from multiprocessing.process import BaseProcess
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -28,8 +22,6 @@ if TYPE_CHECKING:
     from dino_xcit.data.images import ImageSet
 
 REPLACEMENTS_TRIED = 20  # for an unreadable image, before the run ends
-WORKER_DEATHS = 5  # without a batch between them, after which the run ends
-SECONDS_TO_DIE = 1.0  # a worker's connections close a moment before it counts as dead
 
 
 # -- samples and batches -----------------------------------------------------------------------
@@ -183,7 +175,7 @@ class StepBatchSampler(Sampler[list[Position]]):
                 yield [(epoch, int(index)) for index in permutation[start : start + share]]
 
 
-# -- worker processes --------------------------------------------------------------------------
+# -- loader ------------------------------------------------------------------------------------
 
 
 class CropLoader:
@@ -218,90 +210,3 @@ class CropLoader:
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # else the loader would sample from the caller's
         )
-
-
-def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
-    """Iterate a restartable loader; when a worker dies, restart at the next item.
-
-    SIGCHLD has its default action meanwhile: torch's handler would raise a worker's death in the
-    middle of whatever the main process is doing. The caller's handler is back at the end.
-
-    Args:
-        loader_from: Returns a loader of the items from this number on.
-
-    Raises:
-        UserError: Workers died more than `WORKER_DEATHS` times without an item between.
-    """
-    done = deaths = 0
-    callers_handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        while True:
-            loader, others = loader_from(done), multiprocessing.active_children()
-            workers: list[BaseProcess] = []
-            try:
-                items = iter(loader)
-                workers = [one for one in multiprocessing.active_children() if one not in others]
-                if loader.num_workers:
-                    _handle_sigchld(signal.SIG_DFL)  # torch installs its own with the first workers
-                for item in items:
-                    done, deaths = done + 1, 0
-                    yield item
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                death = _death(workers, loader.num_workers, error)
-                if death is None:
-                    raise
-                deaths += 1
-                if deaths > WORKER_DEATHS:
-                    raise UserError(
-                        f"{deaths} loader workers died one after the other (the last: {death}); "
-                        "if the machine is out of memory, lower --num_workers, else look for an "
-                        "image that crashes the decoder with --num_workers 0"
-                    ) from error
-                say(f"{death}; starting others in its place")
-    finally:
-        _handle_sigchld(callers_handler)
-
-
-def _handle_sigchld(handler: Any) -> None:
-    """Set the handler, where that is allowed; None stands for one that Python did not install."""
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def _death(workers: list[BaseProcess], num_workers: int, error: Exception) -> str | None:
-    """Say how a worker died, or return None if all of them live, so the error is not its death.
-
-    torch has no type of error for it; a worker that died has an exit code.
-    """
-    sentinels = [worker.sentinel for worker in workers]
-    ended = connection.wait(sentinels, SECONDS_TO_DIE) if workers else []
-    for worker in workers:
-        if worker.sentinel in ended:
-            worker.join()  # its exit code comes a moment after its end
-            code = worker.exitcode or 0
-            how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
-            return f"loader worker {worker.pid} died ({how})"
-    if len(workers) < num_workers:
-        return f"a loader worker died as it started ({one_line(error)})"
-    return None
-
-
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGUSR1, and the first SIGTERM; the main process stops the workers.
-
-    A terminal or a scheduler sends these signals to the whole process group. The second SIGTERM is
-    the main process's own, which ends its children with it.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-
-
-def default_workers() -> int:
-    """Return the number of cores that this process may use, less one for itself, at most 16."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, min(16, cores - 1))

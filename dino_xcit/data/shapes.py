@@ -1,9 +1,9 @@
 """The embedded image set: textured objects on a plain ground, with labels and object masks.
 
-An image is a function of the seed, the split and its index. Its class is the texture of the object;
-the texture's phase and bend, the object's outline and place, brightness and contrast do not depend
-on it. So nearest neighbours in pixel space often have another class, while a network that recognises
-a texture at any place and in any light separates the classes.
+An image is a function of the seed, the split and its index. Its class is the texture of the object.
+The texture's phase and bend, the object's outline and place, brightness and contrast do not depend
+on it. So nearest neighbours in pixel space often have another class, while a network that knows a
+texture at any place and in any light separates the classes.
 
 NumPy only: this module imports no torch.
 """

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data.loader import default_workers, leave_signals_to_the_parent, restartable
+from dino_xcit.data.workers import default_workers, leave_signals_to_the_parent, restartable
 from dino_xcit.errors import NotFiniteError
 from dino_xcit.files import replacing
 from dino_xcit.runtime import progress

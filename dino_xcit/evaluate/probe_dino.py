@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.crops import crop_boxes, sample_boxes
-from dino_xcit.data.loader import default_workers, leave_signals_to_the_parent
+from dino_xcit.data.workers import default_workers, leave_signals_to_the_parent
 from dino_xcit.errors import ImageError
 from dino_xcit.evaluate.features import FrozenFeatures
 from dino_xcit.evaluate.probe import FeatureChoice, Head, ProbeTask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.data.framing import EvalDataset, Transform, default_resize
-from dino_xcit.data.loader import default_workers
+from dino_xcit.data.workers import default_workers
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_store import DONE, WORTH_WORKERS, FeatureStore, extract
 from dino_xcit.evaluate.features import FeatureExtractor

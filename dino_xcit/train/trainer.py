@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler, default_workers
+from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
+from dino_xcit.data.workers import default_workers
 from dino_xcit.errors import UserError
 from dino_xcit.runtime import parse_devices, refusal, resolve_precision
 from dino_xcit.train.progress import ProgressBar

@@ -13,15 +13,11 @@ import torch
 from helpers import PICO_PATHS, TINY
 from torch.utils.data import DataLoader, Dataset
 
-from dino_xcit.data import loader as loader_module
+from dino_xcit.data import workers as workers_module
 from dino_xcit.data.crops import MultiCrop
 from dino_xcit.data.images import ShapeSet
-from dino_xcit.data.loader import (
-    CropDataset,
-    CropLoader,
-    StepBatchSampler,
-    restartable,
-)
+from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
+from dino_xcit.data.workers import restartable
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -122,7 +118,7 @@ def test_a_dead_worker_is_replaced_and_no_batch_is_lost(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run_in_one_line(callers_handler, monkeypatch):
-    monkeypatch.setattr(loader_module, "WORKER_DEATHS", 1)
+    monkeypatch.setattr(workers_module, "WORKER_DEATHS", 1)
     with pytest.raises(
         UserError, match=r"^2 loader workers died one after the other .*--num_workers 0$"
     ):
