@@ -76,7 +76,7 @@ def skip_sigterm_broadcast(trainer: L.Trainer) -> None:
 
 
 def forget_sigterm(trainer: L.Trainer) -> None:
-    """Make Lightning forget a SIGTERM that our handler takes over: else it ends with exit code 0."""
+    """Make Lightning forget a SIGTERM that our handler takes over; it would exit with code 0."""
     trainer._signal_connector.received_sigterm = False
 
 

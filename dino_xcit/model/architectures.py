@@ -73,7 +73,7 @@ def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
 
     Args:
         name: short (`xcit_s12_p8`), official (`xcit_small_12_p8`) or timm's
-            (`xcit_small_12_p8_224.fb_in1k`).
+            (`xcit_small_12_p8_224.fb_in1k`), with or without `timm:` before it.
 
     Returns:
         The short name with the patch size, the architecture and the patch size in pixels.
@@ -81,7 +81,7 @@ def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
     Raises:
         UserError: there is none; the message lists the closest and all valid names.
     """
-    match = re.fullmatch(r"(xcit_\w+?)_p(\d+)(?:_\d+)?(?:_dist)?(?:\.\w+)?", name)
+    match = re.fullmatch(r"(?:timm:)?(xcit_\w+?)_p(\d+)(?:_\d+)?(?:_dist)?(?:\.\w+)?", name)
     if match:
         stem, patch = match[1], int(match[2])
         for short, architecture in ARCHITECTURES.items():

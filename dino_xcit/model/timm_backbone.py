@@ -143,8 +143,8 @@ def build_timm(arch: str, *, in_chans: int, image_size: int, sampled_paths: bool
 
 
 def is_timm(arch: str) -> bool:
-    """Whether the name is `timm:NAME` or `hf-hub:ORG/NAME`."""
-    return arch.startswith((TIMM, HUB))
+    """Whether the name is `timm:NAME` of another network than XCiT, or `hf-hub:ORG/NAME`."""
+    return arch.startswith((TIMM, HUB)) and not arch.startswith(f"{TIMM}xcit_")
 
 
 def _create(name: str, in_chans: int, image_size: int, drop_paths: bool) -> nn.Module | None:

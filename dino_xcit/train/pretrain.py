@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from dino_xcit.data.images import ImageSet
+    from dino_xcit.model.backbone import Backbone
 
 STEPS_THAT_PAY_FOR_COMPILING = 10_000  # on a CPU
 KEPT_FOR_BACKWARD = 0.3
@@ -173,6 +174,7 @@ def _start(run: Run) -> Outcome:
     checkpoint = prepare_folder(folder, config)
     torch.manual_seed(config.seed)
     module = DINOModule(config, run.schedules)
+    _check_backbone(config, module.student.backbone)
     if config.init_weights is not None and checkpoint is None:
         say(start_from(config.init_weights, module.student, module.teacher, module.loss))
     if config.continue_from is not None and checkpoint is None:
@@ -193,6 +195,22 @@ def _start(run: Run) -> Outcome:
     elif trainer.strategy.root_device.type == "cpu":
         refuse_oversized_step(config, trainer.precision)
     return _fit(run, module, checkpoint)
+
+
+def _check_backbone(config: PretrainConfig, backbone: Backbone) -> None:
+    """Check that the network takes the crops; report an option that it does not have.
+
+    Raises:
+        UserError: a crop's side does not suit the network; the message names the flag.
+    """
+    backbone.check_image_size(config.global_crops_size, "global_crops_size")
+    if config.local_crops_number:
+        backbone.check_image_size(config.local_crops_size, "local_crops_size")
+    if config.drop_path_rate > 0 and not backbone.path_shape[0]:
+        say(
+            f"{backbone.arch} has no stochastic depth: --drop_path_rate {config.drop_path_rate:g} "
+            "has no effect"
+        )
 
 
 def _fit(run: Run, module: DINOModule, checkpoint: Path | None) -> Outcome:
