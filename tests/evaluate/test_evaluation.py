@@ -199,7 +199,7 @@ def test_a_killed_evaluation_continues_from_the_batch_it_was_in(options, tmp_pat
     command = [sys.executable, "-m", "dino_xcit.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     cache = tmp_path / "cache"
-    # Made here: where it is absent, the command makes and removes it once to learn whether it may be written.
+    # Where it is absent, the command creates and removes it once, to see whether it is writable.
     cache.mkdir()
 
     def images_done() -> int:

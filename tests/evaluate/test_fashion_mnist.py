@@ -1,4 +1,4 @@
-"""Real images, where they are at hand: FASHION_MNIST names the folder in which torchvision finds Fashion-MNIST."""
+"""Real images, if there are any: FASHION_MNIST is the folder where torchvision finds them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def test_a_run_gives_a_knn_accuracy(config):
 
 @pytest.fixture
 def features(config, tmp_path) -> Path:
-    """Features of 2,000 training and all validation images of a network that has hardly learned, as official files."""
+    """Official files with features of 2,000 training and all validation images.
+
+    The network has hardly learned anything.
+    """
     pretrain(config)
     dump = tmp_path / "features"
     knn_eval(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_helpers import save_run
 from helpers import TINY
 from lightning.fabric import Fabric
 from PIL import Image
@@ -32,7 +33,6 @@ from dino_xcit.evaluate.seg_head import (
 from dino_xcit.evaluate.seg_score import PixelCounts, count_batch, count_pixels, measures, result
 from dino_xcit.evaluate.segmentation import PatchPixels, patch_features
 from dino_xcit.model.xcit import XCiT
-from dino_xcit.train.pretrain import pretrain
 
 FABRIC = Fabric(accelerator="cpu", devices=1)
 RNG = np.random.default_rng(0)
@@ -40,9 +40,8 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain(dataclasses.replace(TINY, output_dir=str(folder), epochs=1, num_images=60))
-    return folder
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    return save_run(folder, dataclasses.replace(TINY, num_images=60), seed=1)
 
 
 def options(run: Path, folder: Path) -> list[str]:
@@ -51,7 +50,8 @@ def options(run: Path, folder: Path) -> list[str]:
     return ["seg-eval", *words, "--accelerator", "cpu", "--precision", "32-true", "--epochs", "2"]
 
 
-def test_the_command_prints_writes_and_caches(run, tmp_path, capsys):
+def test_the_command_prints_writes_and_caches(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "VALIDATION_COUNT", 100)
     typed = [*options(run, tmp_path), "--image_size", "32", "--baselines"]
     assert main(typed) == 0
     report = json.loads((tmp_path / "out/seg.json").read_text())
@@ -63,8 +63,8 @@ def test_the_command_prints_writes_and_caches(run, tmp_path, capsys):
     assert list(row["iou"]) == ["ground", *shapes.CLASSES]
     assert row["miou"] == pytest.approx(np.mean(list(row["iou"].values())), abs=0.01)
     assert list(report["baselines"]) == ["raw pixels", "xcit_pico2_p4, untrained"]
-    assert report["data"] == {"train": 60, "validation": 2000, "classes": 11, "unreadable": 0}
-    assert report["feature_extraction"]["images"] == 3 * 2060
+    assert report["data"] == {"train": 60, "validation": 100, "classes": 11, "unreadable": 0}
+    assert report["feature_extraction"]["images"] == 3 * 160
     head = load_file(tmp_path / "out/seg_head.safetensors")
     assert head["weight"].shape == (11, 64)
     with Image.open(tmp_path / "out/seg_classes.png") as picture:
@@ -78,12 +78,15 @@ def test_the_command_prints_writes_and_caches(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(run, tmp_path, run_cli):
+    root = ade(tmp_path / "ade", copies=7)
     found = []
     for devices in ("1", "2"):
-        typed = options(run, tmp_path / devices)
-        assert run_cli(*typed, "--devices", devices).returncode == 0
-        found.append(json.loads((tmp_path / devices / "out/seg.json").read_text())["results"][0])
-    assert found[0]["iou"] == pytest.approx(found[1]["iou"], abs=0.05)
+        typed = [*options(run, tmp_path / devices), "--data_path", str(root), "--batch_size", "5"]
+        typed += ["--devices", devices, "--batch_size_per_gpu", "3"]
+        assert main(typed) == 0 if devices == "1" else run_cli(*typed).returncode == 0
+        found.append(json.loads((tmp_path / devices / "out/seg.json").read_text()))
+    assert found[0]["data"] == found[1]["data"]
+    assert found[0]["results"][0]["iou"] == pytest.approx(found[1]["results"][0]["iou"], abs=0.5)
 
 
 # -- images with masks ----------------------------------------------------------------------------
@@ -109,10 +112,10 @@ def photo(height: int = 40, width: int = 48) -> np.ndarray:
     return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def ade(root: Path, masks: str = "annotations") -> Path:
-    """Two training images and one validation image, left half 0 and right half 1."""
+def ade(root: Path, masks: str = "annotations", copies: int = 1) -> Path:
+    """Two training images and one validation image, left half 0 and right half 1; or copies."""
     for split, names in {"training": ("a", "sub/b"), "validation": ("c",)}.items():
-        for name in names:
+        for name in (f"{name}{n or ''}" for name in names for n in range(copies)):
             save(root / "images" / split / f"{name}.png", photo())
             mask = np.zeros((40, 48), np.uint8)
             mask[:, 24:] = 1
@@ -121,7 +124,7 @@ def ade(root: Path, masks: str = "annotations") -> Path:
 
 
 def test_folders_as_ade20k_and_lists_as_voc(tmp_path):
-    images, _ = open_masked(SegConfig(data_path=str(ade(tmp_path / "ade"))))
+    images, _ = open_masked(SegConfig(weights="-", data_path=str(ade(tmp_path / "ade"))))
     assert [len(images[split]) for split in ("train", "validation")] == [2, 1]
     assert images["train"].name(1).endswith("sub/b.png")
 
@@ -135,7 +138,7 @@ def test_folders_as_ade20k_and_lists_as_voc(tmp_path):
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (voc / "ImageSets/Segmentation/train.txt").write_text("a\nc\nwithout_a_mask\n")
     (voc / "ImageSets/Segmentation/val.txt").write_text("b\n")
-    images, _ = open_masked(SegConfig(data_path=str(voc)))
+    images, _ = open_masked(SegConfig(weights="-", data_path=str(voc)))
     assert [Path(images["train"].name(i)).stem for i in range(2)] == ["a", "c"]
     assert len(images["train"]) == 2
     assert (images["validation"].mask(0) == 9).all()  # the palette's number, not its colour
