@@ -172,7 +172,7 @@ PROMISES = (
     Promise(
         "A loader worker that dies loses no batch",
         "data/test_workers.py::test_a_dead_worker_is_replaced_and_no_batch_is_lost",
-        "data/loader.py",
+        "data/workers.py",
         "done, deaths = done + 1, 0",
         "done, deaths = done + 2, 0",
     ),

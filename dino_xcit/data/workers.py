@@ -39,6 +39,7 @@ def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
     callers_handler = signal.getsignal(signal.SIGCHLD)
     try:
         while True:
+            items: Iterator[Any] = iter(())  # ends the workers that are left of a dead loader
             loader, others = loader_from(done), multiprocessing.active_children()
             workers: list[BaseProcess] = []
             try:
