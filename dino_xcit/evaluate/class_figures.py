@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 UNNAMED = "class {}"
 NAMED_CLASSES = 40  # with more, names do not fit beside an axis
@@ -165,17 +165,7 @@ def draw_segmentation(
     colours = np.concatenate([palette[np.arange(len(names)) % 20], white])  # (K + 1, 3)
     figure = Figure(figsize=(10, max(3.4, 0.14 * len(iou))), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1), squeeze=False)[0]
-    grid = left.subplots(
-        3, len(examples), squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04}
-    )
-    for column, (image, mask, predicted) in enumerate(examples):
-        image = image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1)
-        pictures = (image, colours[np.minimum(mask, len(names))], colours[predicted])
-        for axes, picture in zip(grid[:, column], pictures, strict=True):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-    for axes, row in zip(grid[:, 0], ("image", "mask", "predicted"), strict=True):
-        axes.set_ylabel(row, fontsize=8)
+    _draw_examples(left, examples, colours)
     bars = right.subplots()
     scored = [names.index(name) for name in iou]
     _draw_bars(
@@ -187,3 +177,19 @@ def draw_segmentation(
     )
     bars.set(xlabel="intersection over union, %")
     _save(figure, title, path)
+
+
+def _draw_examples(
+    figure: SubFigure, examples: Sequence[SegmentedImage], colours: np.ndarray
+) -> None:
+    """Rows of images, masks and predictions; colours (K + 1, 3), the last for no class."""
+    spacing = {"wspace": 0.04, "hspace": 0.04}
+    grid = figure.subplots(3, len(examples), squeeze=False, gridspec_kw=spacing)
+    for column, (image, mask, predicted) in enumerate(examples):
+        rgb = image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1)
+        pictures = (rgb, colours[np.minimum(mask, len(colours) - 1)], colours[predicted])
+        for axes, picture in zip(grid[:, column], pictures, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    for axes, row in zip(grid[:, 0], ("image", "mask", "predicted"), strict=True):
+        axes.set_ylabel(row, fontsize=8)

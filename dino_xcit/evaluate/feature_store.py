@@ -132,13 +132,7 @@ def extract(
     Raises:
         NotFiniteError: Features are not finite in the store's dtype.
     """
-    batches = [
-        np.arange(start, min(start + batch_size, len(rows)))
-        for start in range(0, len(rows), batch_size)
-    ]
-    # Shared before finished rows are dropped, which change while other processes work.
-    batches = [batch[store.state[batch] != DONE] for batch in batches[share[0] :: share[1]]]
-    batches = [batch for batch in batches if len(batch)]
+    batches = _unfinished_batches(store, batch_size, share)
 
     def loader_from(number: int) -> DataLoader[tuple[Tensor, Tensor]]:
         return DataLoader(
@@ -161,6 +155,19 @@ def extract(
             store.mark(batch, readable.numpy())
             bar.update(len(batch))
     return count
+
+
+def _unfinished_batches(
+    store: FeatureStore, batch_size: int, share: tuple[int, int]
+) -> list[np.ndarray]:
+    """Rows of this process's batches that are not done."""
+    rank, processes = share
+    count = len(store.state)
+    starts = range(0, count, batch_size)
+    batches = [np.arange(start, min(start + batch_size, count)) for start in starts]
+    # Shared before finished rows are dropped, which change while other processes work.
+    unfinished = [batch[store.state[batch] != DONE] for batch in batches[rank::processes]]
+    return [batch for batch in unfinished if len(batch)]
 
 
 def extract_shared(

@@ -117,11 +117,20 @@ def evaluate(
         if fabric.is_global_zero:
             write_json(folder / result_file(name), report)
     if fabric.is_global_zero:
-        rows = [
-            [key, *(text(row) for text in columns.values())]
-            for key, rows in results.items()
-            for row in rows
-        ]
-        print(table([title, *columns], rows))
+        print(_table(title, columns, results))
         print(f"{folder}: {', '.join([result_file(name), *evaluation.files])}")
     return report
+
+
+def _table(
+    title: str,
+    columns: Mapping[str, Callable[[Result], str]],
+    results: Mapping[str, list[Result]],
+) -> str:
+    """One line for each network and row of results."""
+    rows = [
+        [network, *(text(row) for text in columns.values())]
+        for network, of_network in results.items()
+        for row in of_network
+    ]
+    return table([title, *columns], rows)

@@ -103,20 +103,11 @@ def train_heads(
     rates: Sequence[float],
     label: str,
 ) -> tuple[Tensor, Tensor]:
-    """Train a head for each learning rate on these rows.
+    """Train a head for each learning rate on these rows: weights (H, K, D) and biases (H, K).
 
     One step serves all heads: without weight decay, SGD on a loss times a learning rate equals SGD
-    with that learning rate.
-
-    Args:
-        task: Features, options and seed.
-        rows: Training images to use.
-        choice: Parts of the features.
-        rates: Learning rates for 256 images per step.
-        label: Of the progress bar.
-
-    Returns:
-        Weights (H, K, D) and biases (H, K).
+    with that learning rate. The rates are those for 256 images per step; `label` is that of the
+    progress bar.
     """
     features, labels = task.features.split("train")
     device = task.fabric.device

@@ -25,7 +25,7 @@ from dino_xcit.train.pretrain import pretrain
 if TYPE_CHECKING:
     from pathlib import Path
 
-CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # of every CPU the same numbers
+CPU = ["--accelerator", "cpu", "--precision", "32-true"]  # the same results on every CPU
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_ctrl_c_prints_how_to_continue(options, capsys, monkeypatch):
 
     monkeypatch.setattr("dino_xcit.evaluate.feature_store.extract", interrupt)
     assert main(["knn-eval", *options]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_features_come_from_and_go_to_official_files(options, tmp_path):

@@ -121,7 +121,7 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(config, fabric, mo
 
     def counted(frozen, images):
         through.append(len(images))
-        if sum(through) > 1 + 4 + 2:  # the image that tells the shape, the first batch, the second
+        if sum(through) > 1 + 4 + 2:  # the image for the shape, the first batch, the second
             raise KeyboardInterrupt
         return whole(frozen, images)
 

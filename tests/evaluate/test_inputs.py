@@ -82,10 +82,10 @@ def test_the_default_images_are_the_folder_of_the_run(fabric, tmp_path):
 
 def test_named_data_override_those_of_the_run(config, fabric):
     assert extracted(config, fabric) == IMAGES
-    drawn = dataclasses.replace(
+    other = dataclasses.replace(
         config, data_path=None, dataset="shapes", num_images=15, seed=5, no_cache=True
     )
-    resolved, frozen, _, _ = opened(drawn, fabric)
+    resolved, frozen, _, _ = opened(other, fabric)
     assert resolved.seed == 5
     assert len(frozen.images["train"]) == 15
 
