@@ -173,8 +173,8 @@ PROMISES = (
         "A loader worker that dies loses no batch",
         "data/test_workers.py::test_a_dead_worker_is_replaced_and_no_batch_is_lost",
         "data/workers.py",
-        "done, deaths = done + 1, 0",
-        "done, deaths = done + 2, 0",
+        "loader_from(done),",
+        "loader_from(done + deaths),",
     ),
     Promise(
         "Files that vanish or become unreadable are replaced and listed",
