@@ -221,3 +221,9 @@ def test_features_beyond_the_range_of_float16_are_an_error():
     with pytest.raises(FloatingPointError):
         run_extract(lambda images: torch.full((len(images), 1, 1), 1e5), store)
     assert store.state.tolist() == 10 * [NOT_DONE]
+
+
+def test_an_extraction_uses_no_global_random_numbers():
+    before = torch.get_rng_state()
+    run_extract(Counting(), FeatureStore.in_memory((10, 1, 1)))
+    assert torch.equal(torch.get_rng_state(), before)
