@@ -1,4 +1,4 @@
-"""Time of features and attention figures, beside official DINO's loop with timm's networks.
+"""Time of features and attention figures, compared with official DINO's loop on timm's XCiT.
 
     python eval/speed/evaluation.py [--arch xcit_s12_p16 --images 64 --rounds 5 --output FILE]
 

@@ -1,4 +1,4 @@
-"""Time and memory of one training step beside the alternatives, and the floor that arithmetic sets.
+"""Time and memory of one training step, compared with the alternatives and the arithmetic floor.
 
     python eval/speed/step.py --official_dino CLONE --official_xcit CLONE [--arch ... --output FILE]
 
