@@ -61,8 +61,8 @@ def test_a_folder_is_checked_without_a_trace(tmp_path):
 
 def test_what_cannot_be_a_folder_is_refused_by_its_flag(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    told = f"--cache_dir {tmp_path / 'file'} is a file; expected a folder to write to"
-    with pytest.raises(UserError, match=told):
+    message = f"--cache_dir {tmp_path / 'file'} is a file; expected a folder to write to"
+    with pytest.raises(UserError, match=message):
         runtime.require_folder(tmp_path / "file", "cache_dir")
 
     def full(*_, **__):

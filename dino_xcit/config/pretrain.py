@@ -211,7 +211,7 @@ class PretrainConfig:
         in_range = all(0 <= strength <= 1 for strength in strengths) and 0 <= hue <= 0.5
         check(in_range, "color_jitter", "strengths from 0 to 1, hue to 0.5")
         check.at_least(1, "in_chans", "num_images", "global_crops_size", "local_crops_size")
-        check.at_least(0, "local_crops_number", "num_workers")
+        check.at_least(0, "local_crops_number", "num_workers", "seed")
 
     def _check_training(self, check: Checks) -> None:
         shares = ("momentum_teacher", "center_momentum", "drop_path_rate")

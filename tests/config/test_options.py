@@ -46,6 +46,7 @@ NEEDED = {
     ("config_class", "options", "message"),
     [
         (PretrainConfig, {"num_workers": -1}, "--num_workers is -1; expected 0 or more"),
+        (PretrainConfig, {"seed": -1}, "--seed is -1; expected 0 or more"),
         (PretrainConfig, {"std": (0.2, 0.0, 0.2)}, "expected positive numbers"),
         (PretrainConfig, {"mean": (0.5,)}, "one value per channel (--in_chans 3)"),
         (PretrainConfig, {"blur_sigma": (2.0, 1.0)}, "two numbers of pixels with 0 < from <= to"),
