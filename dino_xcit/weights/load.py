@@ -85,7 +85,12 @@ def load_backbone(
         UserError: there is nothing to load, the file is something else, or its tensors do not fit
             one to one.
     """
-    weights = str(weights)
+    # A network is made with random weights first: the caller's random state stays.
+    with torch.random.fork_rng(devices=[]):
+        return _load(str(weights), arch, checkpoint_key)
+
+
+def _load(weights: str, arch: str | None, checkpoint_key: str) -> Backbone:
     if weights.startswith((TIMM, HUB)):
         return _from_timm(weights)
     try:

@@ -259,7 +259,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"))
     during(monkeypatch, {22: lambda: limit_files(50_000)})
     try:
-        assert main(["pretrain", *as_flags(config)]) == 2
+        assert main(["pretrain", *as_flags(config)]) == 1
     finally:
         limit_files(resource.RLIM_INFINITY)
     assert "step 24 is not saved; " in capsys.readouterr().err
@@ -369,7 +369,7 @@ def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, m
         if patched is killed:
             with pytest.raises(SystemExit):
                 pretrain(config)
-            assert not logged_rows(config)[-1]["knn_top1"]
+            assert not logged_rows(config)[-1].get("knn_top1")
         else:
             assert pretrain(config).step == at
     assert logged_rows(config)[-1]["knn_top1"]
@@ -390,7 +390,7 @@ def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
             outcome = pretrain(config)
             assert outcome.stopped_by == signal.SIGTERM
             assert outcome.step == step
-            assert not logged_rows(config)[step - 1]["rankme"]
+            assert not logged_rows(config)[step - 1].get("rankme")
         monkeypatch.setattr(OnlineEvaluator, "__call__", evaluate)
         pretrain(dataclasses.replace(config, trainer={"max_steps": 23}))
     assert pretrain(config).stopped_by is None

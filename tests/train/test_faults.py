@@ -97,7 +97,7 @@ def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_p
     knn_eval(
         KnnConfig(weights=str(tmp_path / "run"), nb_knn=(3,), cache_dir=str(tmp_path / "run/cache"))
     )
-    problems = attention(
+    outcome = attention(
         AttentionConfig(
             weights=(str(tmp_path / "run"),),
             images=(str(folder / "val"),),
@@ -107,7 +107,7 @@ def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_p
             html=True,
         )
     )
-    assert problems == []
+    assert outcome.problems == []
     assert {path for path in tmp_path.rglob("*") if tmp_path / "run" not in path.parents} == before
     written = sorted((tmp_path / "run").rglob("*.json"))
     assert {path.name for path in written} >= {"knn.json", "attention.json"}
