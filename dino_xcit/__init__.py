@@ -32,20 +32,26 @@ _MODULES = {
     "class_attention": "figures.maps",
     "knn_classify": "evaluate.knn",
 }
-_COMMANDS = ("pretrain", "knn_eval", "linear_eval", "seg_eval", "attention", "export")
-__all__ = [*_MODULES, *_COMMANDS, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if name in _COMMANDS:
+    if not name.startswith("_") and name in _functions():
         return _function(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_functions()])
+
+
+def _functions() -> list[str]:
+    """Names of the commands' functions, of which `cli.COMMANDS` is the only list."""
+    from dino_xcit.cli import COMMANDS
+
+    return [command.replace("-", "_") for command in COMMANDS]
 
 
 @functools.cache

@@ -6,8 +6,8 @@ To add an evaluation, write
    image), with a field for each further option;
 2. a function `score(evaluation, features)` that returns the rows of results for the features of
    one network;
-3. a function for the command that passes both to `evaluate`, and its row in `cli.COMMANDS`
-   (`dino_xcit.NAME` needs the name in `dino_xcit/__init__.py` too).
+3. a function for the command that passes both to `evaluate`, and its row in `cli.COMMANDS`,
+   which makes it a command and `dino_xcit.NAME`.
 
 `tests/evaluate/test_frame.py` contains a complete one.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_xcit.data.crops import crop_boxes, sample_boxes
-from dino_xcit.data.workers import default_workers, leave_signals_to_the_parent
+from dino_xcit.data.workers import default_workers, leave_signals_to_the_parent, restartable
 from dino_xcit.errors import ImageError
 from dino_xcit.evaluate.features import FrozenFeatures
 from dino_xcit.evaluate.probe import FeatureChoice, Head, ProbeTask
@@ -108,17 +108,23 @@ class Steps:
                 yield Step(epoch, len(rows), positions)
 
 
-def _load(task: ProbeTask, crops: AugmentedCrops, steps: Iterator[Step]) -> Iterator[list[Tensor]]:
-    """Iterate the crops, labels and readability of each forward pass of these steps."""
+def _load(
+    task: ProbeTask, crops: AugmentedCrops, steps: Steps, first: int
+) -> Iterator[list[Tensor]]:
+    """Iterate crops, labels and readability of each forward pass from the step `first` on."""
     workers = task.config.num_workers
-    loader: DataLoader[list[Tensor]] = DataLoader(
-        crops,  # type: ignore[arg-type]  # collating makes lists of tensors
-        batch_sampler=itertools.chain.from_iterable(step.passes for step in steps),
-        num_workers=default_workers() if workers is None else workers,
-        worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # else the loader would use the caller's global one
-    )
-    return iter(loader)
+
+    def loader_from(number: int) -> DataLoader[list[Tensor]]:
+        passes = itertools.chain.from_iterable(step.passes for step in steps.start(first))
+        return DataLoader(
+            crops,  # type: ignore[arg-type]  # collating makes lists of tensors
+            batch_sampler=itertools.islice(passes, number, None),
+            num_workers=default_workers() if workers is None else workers,
+            worker_init_fn=leave_signals_to_the_parent,
+            generator=torch.Generator(),  # else the loader would use the caller's global one
+        )
+
+    return restartable(loader_from)
 
 
 # -- the protocol ------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def dino_protocol(task: ProbeTask) -> Head:
     steps, first = Steps(task, epochs), sgd.step
     size, channels = transform.image_size, len(transform.mean)
     crops = AugmentedCrops(features.images["train"], size, channels, task.seed)
-    loaded = _load(task, crops, steps.start(first))
+    loaded = _load(task, crops, steps, first)
     total, shown = steps.images_before(epochs * steps.per_epoch), fabric.is_global_zero
     with progress(total, f"{features.name}: dino", "images", shown) as bar:
         bar.update(steps.images_before(first))
@@ -153,6 +159,7 @@ def dino_protocol(task: ProbeTask) -> Head:
             if fabric.is_global_zero:
                 sgd.save_if_due()
             bar.update(step.images)
+    next(loaded, None)  # ends the workers
     features.unreadable += int(unreadable)
     chosen = {"lr": lr, **choice.options()}
     return Head(weight.detach().cpu(), bias.detach().cpu(), choice, chosen)

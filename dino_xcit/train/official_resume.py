@@ -113,8 +113,10 @@ def open_official(path: Path, config: PretrainConfig) -> OfficialRun:
     flag = f"--continue_from {path}"
     try:
         content, _ = read_file(path)
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UserError(f"{flag} {error}; expected {EXPECTED}") from None
+    except OSError as error:
+        raise UserError(f"{flag}: {error.strerror}; expected {EXPECTED}") from None
     lacking = [name for name in ("student", "teacher", "epoch") if name not in content]
     if lacking:
         raise UserError(
