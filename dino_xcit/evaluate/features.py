@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lightning.fabric import Fabric
 
-    from dino_xcit.config.evaluation import EvalConfig
+    from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 
 PIXELS = 32  # side of the images whose raw pixels are a baseline
 
@@ -144,6 +144,16 @@ def choose_parts(n_last_blocks: int, avgpool: bool, parts: int) -> list[int]:
     if avgpool and parts == 1:
         raise UserError("--avgpool_patchtokens true: these features have no patch tokens")
     return [*range(n_last_blocks), *([parts - 1] if avgpool else [])]
+
+
+def chosen_parts(config: ClassificationConfig, features: Features) -> list[int]:
+    """Indices of the parts that the options choose; default: the last layer's class token.
+
+    Raises:
+        UserError: The network does not have the parts that an option names.
+    """
+    avgpool = bool(config.avgpool_patchtokens)
+    return choose_parts(config.n_last_blocks or 1, avgpool, features.shape[0])
 
 
 def select_parts(features: Tensor, parts: Sequence[int]) -> Tensor:

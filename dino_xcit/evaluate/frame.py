@@ -5,9 +5,11 @@ To add an evaluation, write
 1. a config class that extends `EvalConfig` (any images) or `ClassificationConfig` (one class an
    image), with a field for each further option;
 2. a function `score(evaluation, features)` that returns the rows of results for the features of
-   one network;
-3. a function for the command that passes both to `evaluate`, and its row in `cli.COMMANDS`,
-   which makes it a command and `dino_xcit.NAME`.
+   one network; `features.chosen_parts` returns what --n_last_blocks and --avgpool_patchtokens name;
+3. a function for the command that passes both to `evaluate`, with the stem of the JSON file, which
+   is a constant in `run_folder.py`;
+4. its row in `cli.COMMANDS`, which makes it a command and `dino_xcit.NAME`. `resumes=True` prints,
+   after Ctrl-C, that the same command continues: true of features, which are cached.
 
 `tests/evaluate/test_frame.py` contains a complete one.
 """

@@ -20,7 +20,7 @@ from torch import Tensor
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.class_figures import draw_classes
 from dino_xcit.evaluate.feature_files import dump_features
-from dino_xcit.evaluate.features import choose_parts, select_parts
+from dino_xcit.evaluate.features import chosen_parts, select_parts
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.report import hits, scores, with_interval
 from dino_xcit.run_folder import KNN, classes_picture
@@ -237,8 +237,7 @@ def knn_eval(config: KnnConfig) -> Report:
 
 def _score(evaluation: Evaluation[KnnConfig], features: Features) -> list[Result]:
     config = evaluation.config
-    n_last_blocks, avgpool = config.n_last_blocks or 1, bool(config.avgpool_patchtokens)
-    parts = choose_parts(n_last_blocks, avgpool, features.shape[0])
+    parts = chosen_parts(config, features)
     for split in ("train", "validation"):
         features.split(split)  # extracted by all processes, before one dumps them
     if config.dump_features is not None and evaluation.writes(features):

@@ -18,6 +18,7 @@ from helpers import TINY
 from dino_xcit import cli
 from dino_xcit.config.evaluation import ClassificationConfig
 from dino_xcit.data import shapes
+from dino_xcit.evaluate.features import chosen_parts, select_parts
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.inputs import open_inputs
 from dino_xcit.evaluate.report import hits, scores, with_interval
@@ -58,9 +59,11 @@ def mean_eval(config: MeanConfig) -> Report:
 
 def score(evaluation: Evaluation[MeanConfig], features: Features) -> list[Result]:
     train, test = features.split("train"), features.split("validation")
+    parts = chosen_parts(evaluation.config, features)
+    x, y = (select_parts(split.features, parts).float() for split in (train, test))
     classes = torch.unique(train.labels)
-    means = torch.stack([train.features[train.labels == c, 0].mean(0) for c in classes])
-    distance = torch.cdist(test.features[:, 0].float(), means.float())  # (m, K)
+    means = torch.stack([x[train.labels == c].mean(0) for c in classes])
+    distance = torch.cdist(y, means)  # (m, K)
     ranked = classes[distance.argsort(dim=1)]
     if evaluation.writes(features):
         np.save(evaluation.file("means.npy"), means.numpy())
@@ -76,7 +79,9 @@ def score(evaluation: Evaluation[MeanConfig], features: Features) -> list[Result
 
 @pytest.fixture(autouse=True)
 def command(monkeypatch):
-    row = cli.Command(MeanConfig, "evaluate.mean:mean_eval", "classify by the nearest class mean")
+    row = cli.Command(
+        MeanConfig, "evaluate.mean:mean_eval", "classify by class means", resumes=True
+    )
     monkeypatch.setitem(cli.COMMANDS, "mean-eval", row)
     # Where the file would be.
     monkeypatch.setitem(sys.modules, "dino_xcit.evaluate.mean", sys.modules[__name__])
@@ -136,6 +141,17 @@ def test_the_toys_function_returns_what_the_file_contains(run):
     nearest = [min(range(10), key=lambda c: (x[0] - means[c]).norm()) for x in test.features]
     right = np.mean([c == label for c, label in zip(nearest, test.labels.tolist(), strict=True)])
     assert report["results"][0]["top1"] == pytest.approx(100 * right, abs=1e-3)
+
+
+def test_the_toy_takes_the_parts_of_features_that_are_named(run):
+    options = {
+        **vars(CPU_ONLY),
+        "weights": str(run),
+        "n_last_blocks": 2,
+        "avgpool_patchtokens": True,
+    }
+    mean_eval(MeanConfig(**{**options, "no_cache": True}))
+    assert np.load(run / "means.npy").shape == (10, 3 * 64)
 
 
 def test_features_in_files_are_evaluated_too(run, tmp_path):
