@@ -21,12 +21,6 @@ _MODULES = {
     "XCiT": "model.xcit",
     "DINOHead": "model.dino",
     "DINOLoss": "model.dino",
-    "PretrainConfig": "config.pretrain",
-    "KnnConfig": "config.evaluation",
-    "LinearConfig": "config.evaluation",
-    "SegConfig": "config.evaluation",
-    "AttentionConfig": "config.attention",
-    "ExportConfig": "config.export",
     "UserError": "errors",
     "load_backbone": "weights.load",
     "class_attention": "figures.maps",
@@ -38,26 +32,36 @@ __all__ = [*_MODULES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if not name.startswith("_") and name in _functions():
-        return _function(name)
+    if not name.startswith("_") and name in _of_commands():
+        return _of_commands()[name]()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_functions()])
+    return sorted([*__all__, *_of_commands()])
 
 
-def _functions() -> list[str]:
-    """Names of the commands' functions, of which `cli.COMMANDS` is the only list."""
+def _of_commands() -> dict[str, Callable[[], Any]]:
+    """What each row of `cli.COMMANDS` adds to the package: its function and its config, by name."""
     from dino_xcit.cli import COMMANDS
 
-    return [command.replace("-", "_") for command in COMMANDS]
+    functions = {name.replace("-", "_"): functools.partial(_function, name) for name in COMMANDS}
+    configs = {
+        row.config.__name__: functools.partial(_config, name) for name, row in COMMANDS.items()
+    }
+    return {**functions, **configs}
 
 
 @functools.cache
-def _function(name: str) -> Callable[..., Any]:
-    """Return the function of a command, which also takes the config's fields as keywords."""
+def _function(command: str) -> Callable[..., Any]:
+    """The command's function, which also takes the config's fields as keywords."""
     from dino_xcit.cli import COMMANDS, load_function, with_options
 
-    command = COMMANDS[name.replace("_", "-")]
-    return with_options(load_function(command), command.config)
+    row = COMMANDS[command]
+    return with_options(load_function(row), row.config)
+
+
+def _config(command: str) -> type:
+    from dino_xcit.cli import COMMANDS
+
+    return COMMANDS[command].config

@@ -1,6 +1,6 @@
-"""What a change of the code must not change: the numbers of a short run, and files that earlier versions wrote.
+"""What a change of the code must not change: numbers of a short run, files of earlier versions.
 
-`python tests/test_unchanged.py` writes golden.json again, for a change of the numbers that is meant.
+`python tests/test_unchanged.py` writes golden.json again, for an intended change of the numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def machine() -> str:
 
 def golden_rows(folder: Path) -> list[dict[str, str]]:
     """The columns of metrics.csv that are compared, of 20 steps of the demo's config."""
-    flags = "--num_images 256 --log_every_n_steps 1 --eval_every_n_epochs 0 --num_workers 0 --accelerator cpu --devices 1"
+    flags = "--num_images 256 --log_every_n_steps 1 --eval_every_n_epochs 0 --num_workers 0 "
+    flags += "--accelerator cpu --devices 1"
     demo = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
     pretrain(
         parse(

@@ -58,8 +58,7 @@ class DINOModule(L.LightningModule):
         self.register_buffer("_broken", torch.zeros(()), persistent=False)
         self.row: dict[str, float] = {}
         self.first_step = 0
-        self._scalars: dict[str, Tensor] = {}
-        self._step_loss: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}  # of loss and scalars, over the passes of a step
         self._gradient_norm: Tensor | None = None
         self._clock = (time.perf_counter(), 0)
 
@@ -108,17 +107,18 @@ class DINOModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass.
 
-        A loss term returns `(loss, {name: scalar})`. To add one, add its loss here and merge its
-        scalars: columns of metrics.csv and panels of curves.png follow.
+        A loss term returns `(loss, {name: scalar})`, the scalars detached. To add one, add its
+        weighted loss and merge its scalars here: columns of metrics.csv and panels of curves.png
+        follow, means over the passes of a step and over the processes.
         """
         groups = self.views(batch)
         temperature = self.schedules.teacher_temp(self.global_step)
         with torch.no_grad():
             teacher = self.teacher.embed(groups[:1])
         student = self.student.embed(groups, self.paths(batch))
-        loss, self._scalars = self.loss.of_embeddings(student, teacher, temperature)
-        detached = loss.detach()
-        self._step_loss = detached if self._step_loss is None else self._step_loss + detached
+        loss, scalars = self.loss.of_embeddings(student, teacher, temperature)
+        for name, value in {"loss": loss.detach(), **scalars}.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -140,7 +140,7 @@ class DINOModule(L.LightningModule):
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
         norms = clip_per_parameter(gradients, self.config.clip_grad)
         self._gradient_norm = torch.linalg.vector_norm(norms)
-        finite = self._mean_loss().isfinite()
+        finite = self._mean("loss").isfinite()
         if not self._is_float16:  # its scaler skips steps of infinite gradients by itself
             finite = finite & self._gradient_norm.isfinite()
             # The fused optimizer reads this flag on the device, and leaves weights and moments
@@ -172,7 +172,7 @@ class DINOModule(L.LightningModule):
         )
         self.loss.update_center()
         self.row = self._log_row(step) if self._logs(step) else {}
-        self._step_loss = None
+        self._sums.clear()
 
     # -- what is logged ----------------------------------------------------------------------
 
@@ -185,8 +185,7 @@ class DINOModule(L.LightningModule):
         """A row of metrics.csv; entropy and KL are in nats. Waits for the device once."""
         assert self._gradient_norm is not None
         tensors = {
-            "loss": self._mean_loss(),
-            **self._scalars,
+            **{name: self._mean(name) for name in self._sums},
             "center_norm": self.loss.center.norm(),
             "grad_norm": self._gradient_norm,
         }
@@ -208,9 +207,8 @@ class DINOModule(L.LightningModule):
             "images_per_second": images / (self._clock[0] - then),
         }
 
-    def _mean_loss(self) -> Tensor:
-        assert self._step_loss is not None
-        return self._step_loss / self.config.accumulate_grad_batches
+    def _mean(self, name: str) -> Tensor:
+        return self._sums[name] / self.config.accumulate_grad_batches
 
     def restart_clock(self) -> None:
         """Count images per second anew: what ran since the last row was no training."""

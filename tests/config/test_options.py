@@ -1,4 +1,7 @@
-"""Options of the commands: the list of all, their rules, and what loads from before."""
+"""Options of the commands: the list of all, their rules, and what loads from before.
+
+`python tests/config/test_options.py` writes options.txt again.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,17 @@ def default(field: dataclasses.Field) -> object:
     return field.default if made is dataclasses.MISSING else made()
 
 
-def test_every_option_and_its_default_is_listed():
-    """A new option, or a changed default, is a decision: write it into options.txt."""
-    lines = [
+def options() -> list[str]:
+    return [
         f"{command} --{field.name} {default(field)!r}"
         for command, row in COMMANDS.items()
         for field in dataclasses.fields(row.config)
     ]
-    assert lines == GOLDEN.read_text().splitlines()
+
+
+def test_every_option_and_its_default_is_listed():
+    """A new option, or a changed default, is a decision: write options.txt again."""
+    assert options() == GOLDEN.read_text().splitlines()
 
 
 NEEDED = {
@@ -96,3 +102,7 @@ def test_options_that_affect_results_are_compared():
     other = PretrainConfig(devices="4", num_workers=3)
     assert differing_options(one, other) == {"lr": (0.25, 0.0005)}
     assert {field.name for field in dataclasses.fields(PretrainConfig)} >= FREE_ON_RESUME
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("\n".join(options()) + "\n")
