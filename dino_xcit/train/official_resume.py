@@ -84,24 +84,32 @@ def resume_official(
         "lr_schedulers": [],
     }
     module.on_save_checkpoint(checkpoint)
-    anew = ["order and crops of the images"]
-    if problem:
-        anew.insert(0, problem)
-    else:
-        taken.append("optimizer")
-    if "center" not in taken:
-        anew.insert(0, "center")
-    if trainer.precision == "16-mixed":
+    return checkpoint, _summary(official, config, taken, problem, trainer.precision, step)
+
+
+def _summary(
+    official: OfficialRun,
+    config: PretrainConfig,
+    taken: list[str],
+    problem: str,
+    precision: str | int | None,
+    step: int,
+) -> str:
+    """One line: where the run continues, what was taken and what starts anew, other options."""
+    taken = [*taken, *([] if problem else ["optimizer"])]
+    anew = [*([] if "center" in taken else ["center"]), *([problem] if problem else [])]
+    anew.append("order and crops of the images")
+    if precision == "16-mixed":
         anew.append("the scaler of float16")
-    summary = (
+    line = (
         f"{official.flag}: continues after epoch {official.epoch} of {config.epochs}, step {step}; "
         f"taken: {', '.join(taken)}; anew: {', '.join(anew)}"
     )
-    differing = [
+    differing = ", ".join(
         f"--{name} was {then}, now {now}"
         for name, then, now in differing_arguments(official.content, config)
-    ]
-    return checkpoint, "; ".join([summary, *([", ".join(differing)] if differing else [])])
+    )
+    return f"{line}; {differing}" if differing else line
 
 
 def open_official(path: Path, config: PretrainConfig) -> OfficialRun:
