@@ -129,7 +129,7 @@ class KnnConfig(ClassificationConfig):
     """Weighted k-nearest-neighbour classification on frozen features, as official eval_knn.py."""
 
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
-    """numbers of neighbours k"""
+    """numbers of neighbours k. The default ones are at most the number of training images"""
     temperature: float = 0.07
     """softmax temperature of the vote: a neighbour's weight is exp(similarity / temperature)"""
     dump_features: str | None = None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dino_xcit.data.decode import one_line
 from dino_xcit.errors import ImageError
 
 if TYPE_CHECKING:
@@ -84,3 +85,11 @@ class EvalDataset(Dataset[tuple[Tensor, bool]]):
         except (ImageError, OSError):
             return torch.zeros(len(self.transform.mean), size, size, dtype=torch.uint8), False
         return centre_crop(image, size, resize_size), True
+
+    def problem(self, index: int) -> str:
+        """Return why the image cannot be read; empty if it can be read now."""
+        try:
+            self.images.read(index)
+        except (ImageError, OSError) as error:
+            return one_line(error)
+        return ""

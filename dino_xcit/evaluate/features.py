@@ -301,7 +301,9 @@ class FrozenFeatures:
         if readable.all():
             return Split(features, labels)
         unreadable = np.flatnonzero(~readable)
-        count, example = len(unreadable), images.name(int(unreadable[0]))
+        count, first = len(unreadable), int(unreadable[0])
+        problem = EvalDataset(images, self.extractor.transform).problem(first)
+        example = f"{images.name(first)}: {problem}" if problem else images.name(first)
         self.unreadable += count
         if count == len(images):
             raise UserError(f"none of the {count} images can be read; the first is {example}")

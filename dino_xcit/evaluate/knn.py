@@ -9,6 +9,7 @@ Axes: m test images, n training images, k neighbours.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.class_figures import draw_classes
 from dino_xcit.evaluate.feature_files import dump_features
@@ -24,14 +26,13 @@ from dino_xcit.evaluate.features import chosen_parts, select_parts
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.report import hits, scores, with_interval
 from dino_xcit.run_folder import KNN, classes_picture
-from dino_xcit.runtime import float64_device, progress, require_folder, summed
+from dino_xcit.runtime import float64_device, progress, require_folder, say, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.fabric import Fabric
 
-    from dino_xcit.config.evaluation import KnnConfig
     from dino_xcit.evaluate.features import Features
     from dino_xcit.evaluate.frame import Evaluation
     from dino_xcit.evaluate.report import Report, Result
@@ -78,10 +79,7 @@ def knn_classify(
     Raises:
         UserError: Some k exceeds the number of training images.
     """
-    if max(nb_knn) > len(train_features):
-        raise UserError(
-            f"--nb_knn {max(nb_knn)} is more than the {len(train_features)} training images"
-        )
+    require_neighbours(nb_knn, len(train_features))
     device = device or test_features.device
     train_labels = train_labels.to(device)
     ranked: dict[int, list[Tensor]] = {k: [] for k in nb_knn}
@@ -238,8 +236,13 @@ def knn_eval(config: KnnConfig) -> Report:
 def _score(evaluation: Evaluation[KnnConfig], features: Features) -> list[Result]:
     config = evaluation.config
     parts = chosen_parts(config, features)
+    neighbours(config, features)  # before the extraction, which may take hours
     for split in ("train", "validation"):
         features.split(split)  # extracted by all processes, before one dumps them
+    nb_knn = neighbours(config, features)  # unreadable images are left out by now
+    if nb_knn != config.nb_knn and evaluation.writes(features):
+        say(f"--nb_knn {' '.join(map(str, nb_knn))}: there are {max(nb_knn)} training images")
+    config = dataclasses.replace(config, nb_knn=nb_knn)
     if config.dump_features is not None and evaluation.writes(features):
         dump_features(features, parts, Path(config.dump_features))
     ranked = classify_shared(config, features, parts, evaluation.fabric)
@@ -255,6 +258,25 @@ def _score(evaluation: Evaluation[KnnConfig], features: Features) -> list[Result
             evaluation.class_names,
         )
     return results
+
+
+def neighbours(config: KnnConfig, features: Features) -> tuple[int, ...]:
+    """Numbers of neighbours k; the default ones are at most the number of training images.
+
+    Raises:
+        UserError: Another k than the default ones exceeds the number of training images.
+    """
+    images = len(features.labels("train"))
+    if config.nb_knn == KnnConfig.nb_knn:
+        return tuple(sorted({min(k, images) for k in config.nb_knn}))
+    require_neighbours(config.nb_knn, images)
+    return config.nb_knn
+
+
+def require_neighbours(nb_knn: Sequence[int], images: int) -> None:
+    """Raise UserError if some k exceeds the number of training images."""
+    if max(nb_knn) > images:
+        raise UserError(f"--nb_knn {max(nb_knn)} is more than the {images} training images")
 
 
 def classify_shared(

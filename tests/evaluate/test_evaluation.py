@@ -93,6 +93,20 @@ def test_knn_eval_prints_writes_and_caches(options, tmp_path, capsys):
     assert (again["results"], again["baselines"]) == (report["results"], report["baselines"])
 
 
+def test_default_neighbours_are_at_most_the_training_images(options, tmp_path, capsys):
+    few = [*options, "--num_images", "50"]
+    assert main(["knn-eval", *few]) == 0
+    assert [row["k"] for row in read(tmp_path / "out", "knn.json")["results"]] == [10, 20, 50]
+    assert "--nb_knn 10 20 50: there are 50 training images" in capsys.readouterr().err
+
+
+def test_named_neighbours_are_checked_before_the_extraction(options, tmp_path, capsys):
+    assert main(["knn-eval", *options, "--num_images", "50", "--nb_knn", "20", "51"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("--nb_knn 51 is more than the 50 training images")
+    assert not list((tmp_path / "cache").glob("*/features.npy"))
+
+
 def test_pretraining_logs_the_accuracy_that_knn_eval_finds(run, options, tmp_path):
     main(["knn-eval", *options, "--nb_knn", "20"])
     logged = (run / "metrics.csv").read_text().splitlines()
