@@ -24,7 +24,7 @@ from dino_xcit.evaluate.class_figures import draw_classes
 from dino_xcit.evaluate.feature_files import dump_features
 from dino_xcit.evaluate.features import chosen_parts, select_parts
 from dino_xcit.evaluate.frame import evaluate
-from dino_xcit.evaluate.report import hits, scores, with_interval
+from dino_xcit.evaluate.report import class_scores, hits, scores, with_interval
 from dino_xcit.run_folder import KNN, classes_picture
 from dino_xcit.runtime import float64_device, progress, require_folder, say, summed
 
@@ -212,6 +212,8 @@ COLUMNS = {
     "k": lambda row: str(row["k"]),
     "top-1 % [95 %]": lambda row: with_interval(row, "top1"),
     "top-5 % [95 %]": lambda row: with_interval(row, "top5"),
+    "balanced % [95 %]": lambda row: with_interval(row, "balanced_accuracy"),
+    "macro F1 % [95 %]": lambda row: with_interval(row, "macro_f1"),
 }
 
 
@@ -315,4 +317,6 @@ def _result(k: int, ranked: Tensor, features: Features, seed: int) -> Result:
     measures = {"top1": hits(ranked, labels, 1)}
     if k >= RANKS and len(torch.unique(features.labels("train"))) >= RANKS:
         measures["top5"] = hits(ranked, labels, RANKS)
-    return {"k": k, "top1": None, "top5": None, **scores(measures, seed)}
+    of_images = scores(measures, seed)
+    of_classes = class_scores([ranked[:, 0]], labels, seed)
+    return {"k": k, "top1": None, "top5": None, **of_images, **of_classes}

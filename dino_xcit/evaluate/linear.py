@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.class_figures import draw_classes
@@ -25,7 +26,14 @@ from dino_xcit.evaluate.probe import Head, ProbeTask, Scratch, load_head, save_h
 from dino_xcit.evaluate.probe_dino import dino_protocol
 from dino_xcit.evaluate.probe_heads import heads_protocol
 from dino_xcit.evaluate.probe_logistic import logistic_protocol
-from dino_xcit.evaluate.report import TOP, hits, output_folder, scores, with_interval
+from dino_xcit.evaluate.report import (
+    TOP,
+    class_scores,
+    hits,
+    output_folder,
+    scores,
+    with_interval,
+)
 from dino_xcit.run_folder import (
     LINEAR,
     LINEAR_EVALUATED,
@@ -33,6 +41,7 @@ from dino_xcit.run_folder import (
     classes_picture,
     head_file,
 )
+from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -48,6 +57,8 @@ COLUMNS: Mapping[str, Callable[[Result], str]] = {
     "labels": lambda row: f"{100 * row['train_fraction']:g} %",
     "top-1 % [95 %]": lambda row: with_interval(row, "top1"),
     "top-5 % [95 %]": lambda row: with_interval(row, "top5"),
+    "balanced % [95 %]": lambda row: with_interval(row, "balanced_accuracy"),
+    "macro F1 % [95 %]": lambda row: with_interval(row, "macro_f1"),
     "chosen": lambda row: _chosen_text(row["chosen"]),
 }
 PROTOCOLS: Mapping[str, Callable[[ProbeTask], Head]] = {
@@ -89,14 +100,16 @@ def _score_trained(
     for fraction in sorted(config.train_fraction):
         seeds = range(config.seed, config.seed + config.num_seeds)
         heads = [_train(evaluation, features, scratch, fraction, seed) for seed in seeds]
-        result, ranked = _result(evaluation, features, heads, fraction)
+        labels = features.split("validation").labels
+        result, ranked = _result(evaluation, features, heads, fraction, labels)
         results.append(result)
         if evaluation.writes(features):
             suffix = "" if fraction == 1 else f"_{fraction:g}"
             path = evaluation.file(head_file(name, suffix))
             save_head(heads[0], config, evaluation.class_names, path)
     if evaluation.writes(features):  # the classes with the largest fraction
-        _draw(evaluation, features, classes_picture(name), result, ranked)
+        names = evaluation.class_names
+        _draw(evaluation, features, classes_picture(name), ranked, labels, result, names)
     return results
 
 
@@ -131,6 +144,7 @@ def _score_saved(
         UserError: The head was trained on other features, sizes or classes.
     """
     config, flag = evaluation.config, f"--evaluate {evaluation.config.evaluate}"
+    head_names: dict[int, str] = about["classes"]
     dim, expected = head.choice.dim(features), head.weight.shape[1]
     if dim != expected:
         raise UserError(f"{flag} takes features of {expected} channels, these have {dim}")
@@ -139,15 +153,45 @@ def _score_saved(
             raise UserError(
                 f"{flag} was trained at --{name} {about[name]}, not {getattr(config, name)}"
             )
-    if about["classes"] != evaluation.class_names:
-        raise UserError(
-            f"{flag} has the classes {_first_names(about['classes'])}; "
-            f"the images have {_first_names(evaluation.class_names)}"
-        )
-    result, ranked = _result(evaluation, features, [head], head.chosen["train_fraction"])
+    split = features.split("validation")
+    labels = as_numbered(head_names, evaluation.class_names, split.labels, flag)
+    fraction = head.chosen["train_fraction"]
+    result, ranked = _result(evaluation, features, [head], fraction, labels)
     if evaluation.writes(features):
-        _draw(evaluation, features, classes_picture(LINEAR_EVALUATED), result, ranked)
+        picture = classes_picture(LINEAR_EVALUATED)
+        _draw(evaluation, features, picture, ranked, labels, result, head_names)
     return [result]
+
+
+def as_numbered(
+    head_names: Mapping[int, str], names: Mapping[int, str], labels: Tensor, flag: str
+) -> Tensor:
+    """Labels of images, numbered as a head's classes of the same names.
+
+    Args:
+        head_names: Names of the head's classes, by number.
+        names: Names of the images' classes, by label; they may be some of the head's.
+        labels: Of the images, (m,).
+        flag: That named the head, for the error.
+
+    Raises:
+        UserError: The head lacks classes of the images, or only one of both has names.
+    """
+    numbers = {name: number for number, name in head_names.items()}
+    if not set(names.values()) <= set(numbers) or bool(names) != bool(numbers):
+        raise UserError(
+            f"{flag} has the classes {_first_names(head_names)}; "
+            f"the images have {_first_names(names)}"
+        )
+    if not names:
+        return labels
+    present = labels.unique().tolist()
+    if len(present) < len(numbers):
+        say(f"the images are of {len(present)} of the {len(numbers)} classes of {flag}")
+    number_of = torch.zeros(max(names) + 1, dtype=torch.int64)
+    for label, name in names.items():
+        number_of[label] = numbers[name]
+    return number_of[labels]
 
 
 def _first_names(names: Mapping[int, str]) -> str:
@@ -160,20 +204,28 @@ def _first_names(names: Mapping[int, str]) -> str:
 
 
 def _result(
-    evaluation: Evaluation[LinearConfig], features: Features, heads: list[Head], fraction: float
+    evaluation: Evaluation[LinearConfig],
+    features: Features,
+    heads: list[Head],
+    fraction: float,
+    labels: Tensor,
 ) -> tuple[Result, Tensor]:
-    """A row of results, and the first head's ranked classes of the validation images."""
-    split = features.split("validation")
-    ranked = [head.rank(split.features, evaluation.fabric.device) for head in heads]
+    """A row of results, and the first head's ranked classes of the validation images.
+
+    `labels` are those of the validation images, numbered as the heads' classes.
+    """
+    tested, seed = features.split("validation").features, evaluation.config.seed
+    ranked = [head.rank(tested, evaluation.fabric.device) for head in heads]
     tops = {"top1": 1, "top5": TOP} if len(heads[0].bias) >= TOP else {"top1": 1}
     measures = {
-        name: np.mean([hits(of_head, split.labels, top) for of_head in ranked], axis=0)
+        name: np.mean([hits(of_head, labels, top) for of_head in ranked], axis=0)
         for name, top in tops.items()
     }
     result: Result = {"train_fraction": fraction, "top1": None, "top5": None}
-    result |= scores(measures, evaluation.config.seed)
+    result |= scores(measures, seed)
+    result |= class_scores([of_head[:, 0] for of_head in ranked], labels, seed)
     if len(heads) > 1:
-        of_seeds = [100 * float(hits(of_head, split.labels, 1).mean()) for of_head in ranked]
+        of_seeds = [100 * float(hits(of_head, labels, 1).mean()) for of_head in ranked]
         result["top1_of_seeds"] = [round(value, 3) for value in of_seeds]
         result["top1_std"] = round(float(np.std(of_seeds, ddof=1)), 3)
     result["chosen"] = heads[0].chosen
@@ -184,14 +236,14 @@ def _draw(
     evaluation: Evaluation[LinearConfig],
     features: Features,
     name: str,
-    result: Result,
     ranked: Tensor,
+    labels: Tensor,
+    result: Result,
+    names: Mapping[int, str],
 ) -> None:
     protocol = result["chosen"]["protocol"]
     title = f"{features.name}: linear ({protocol}), top-1 {result['top1']:.1f} %"
-    labels = features.labels("validation").numpy()
-    path = evaluation.file(name)
-    draw_classes(path, title, ranked[:, 0].numpy(), labels, evaluation.class_names)
+    draw_classes(evaluation.file(name), title, ranked[:, 0].numpy(), labels.numpy(), names)
 
 
 def _chosen_text(chosen: dict[str, Any]) -> str:

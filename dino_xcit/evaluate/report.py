@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dino_xcit.evaluate.features import Features
 
 RESAMPLES = 10_000  # of a 95 % interval
+CLASS_RESAMPLES = 1000  # of measures that are means over classes, which take longer
 TOP = 5  # classes ranked per image
 
 Result: TypeAlias = dict[str, Any]
@@ -90,6 +91,50 @@ def bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
     sampled = np.random.default_rng(seed).multinomial(m, counts / m, size=RESAMPLES)
     low, high = np.quantile(sampled @ distinct / m, [0.025, 0.975])
     return float(low), float(high)
+
+
+def class_scores(predictions: Sequence[Tensor], labels: Tensor, seed: int) -> Result:
+    """Balanced accuracy and macro F1 in percent, and their 95 % intervals over resampled images.
+
+    Both are means over the classes that occur, so that rare classes weigh as much as frequent ones.
+
+    Args:
+        predictions: Predicted class of each image (m,), of each classifier; the results are means
+            over the classifiers.
+        labels: True class of each image (m,).
+        seed: Of the resampling.
+    """
+    m, rng = len(labels), np.random.default_rng(seed)
+    _, numbered = np.unique(torch.stack([labels, *predictions]).numpy(), return_inverse=True)
+    true, *predicted = numbered.reshape(-1, m)
+
+    def measured(times: np.ndarray) -> np.ndarray:
+        measures = [_class_measures(true, of_one, times) for of_one in predicted]
+        mean: np.ndarray = np.array(measures).mean(axis=0)
+        return mean
+
+    resampled = [
+        measured(np.bincount(rng.integers(m, size=m), minlength=m)) for _ in range(CLASS_RESAMPLES)
+    ]
+    bounds = np.quantile(resampled, [0.025, 0.975], axis=0).T
+    result: Result = {}
+    values = measured(np.ones(m))
+    for name, value, interval in zip(
+        ("balanced_accuracy", "macro_f1"), values, bounds, strict=True
+    ):
+        result[name] = round(100 * float(value), 3)
+        result[f"{name}_ci95"] = [round(100 * float(bound), 3) for bound in interval]
+    return result
+
+
+def _class_measures(true: np.ndarray, predicted: np.ndarray, times: np.ndarray) -> list[float]:
+    """Balanced accuracy and macro F1 of images that count `times` times each, all (m,)."""
+    classes = max(true.max(), predicted.max()) + 1
+    images, predictions = (np.bincount(of, times, classes) for of in (true, predicted))
+    right = np.bincount(true, times * (true == predicted), classes)
+    with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
+        measures = right / images, 2 * right / (images + predictions)
+    return [float(np.nanmean(measure)) for measure in measures]
 
 
 # -- report ------------------------------------------------------------------------------------

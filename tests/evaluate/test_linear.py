@@ -17,6 +17,7 @@ from torch import nn
 from dino_xcit.config.evaluation import LinearConfig
 from dino_xcit.data.crops import sample_boxes
 from dino_xcit.data.images import ShapeSet
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate import probe, probe_heads, probe_logistic
 from dino_xcit.evaluate.feature_files import FileFeatures
 from dino_xcit.evaluate.inputs import open_inputs
@@ -464,6 +465,33 @@ def test_a_head_is_evaluated_again_to_the_same_numbers(files):
     assert report["protocol"] == "logistic"
     assert (files / "again/linear_evaluate.json").exists()
     assert not list((files / "again").glob("*.safetensors"))
+
+
+def test_a_head_is_evaluated_on_images_of_some_of_its_classes_by_name(files, capsys):
+    linear_eval(config_of(files, protocol="logistic", c=(1.0,)))
+    head = files / "linear_logistic_head.safetensors"
+    saved, _ = load_head(head)
+    for split in ("train", "test"):  # labels 1 and 3 are then numbered 0 and 1
+        labels = torch.load(files / f"{split}labels.pth")
+        rows = (labels == 1) | (labels == 3)
+        x = torch.load(files / f"{split}feat.pth")[rows]
+        torch.save(labels[rows], files / f"{split}labels.pth")
+        torch.save(x, files / f"{split}feat.pth")
+    report = linear_eval(config_of(files, evaluate=str(head)))
+    assert "the images are of 2 of the 4 classes of --evaluate" in capsys.readouterr().err
+    right = saved.rank(x[:, None], torch.device("cpu"))[:, 0] == labels[rows]
+    top1 = report["results"][0]["top1"]
+    assert top1 == pytest.approx(100 * right.float().mean().item(), abs=1e-3)
+    assert top1 > 60
+    assert report["data"]["classes"] == 2
+
+
+def test_a_head_without_a_class_of_the_images_is_refused(files):
+    linear_eval(config_of(files, protocol="logistic", c=(1.0,)))
+    head = files / "linear_logistic_head.safetensors"
+    torch.save(torch.load(files / "testlabels.pth") + 1, files / "testlabels.pth")
+    with pytest.raises(UserError, match=r"--evaluate .* has the classes 0, 1, 2, ... \(4\)"):
+        linear_eval(config_of(files, evaluate=str(head)))
 
 
 def test_other_files_and_heads_of_other_features_are_errors(files):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY
+from sklearn.metrics import f1_score, recall_score
 
 from dino_xcit.config.evaluation import EvalConfig, KnnConfig
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.evaluate.report import (
     bootstrap,
+    class_scores,
     hits,
     output_folder,
     scores,
@@ -51,6 +53,29 @@ def test_bootstrap_is_a_loop_over_resampled_images(values, images):
 @pytest.mark.parametrize(("share", "value"), [(True, 1.0), (False, 0.0), (0.4, 0.4)])
 def test_bootstrap_of_equal_images_has_no_width(share, value):
     assert bootstrap(np.full(7, share), 0) == pytest.approx((value, value), abs=1e-12)
+
+
+def balanced_accuracy(labels, guess):
+    return recall_score(labels, guess, labels=np.unique(labels), average="macro")
+
+
+@pytest.mark.parametrize("classifiers", [1, 2])
+def test_scores_over_classes_are_those_of_scikit_learn(classifiers):
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 2, 7], 300, p=[0.8, 0.15, 0.05])  # class 1 is only predicted
+    guesses = [np.where(rng.random(300) < 0.7, labels, rng.integers(0, 3, 300)) for _ in "ab"]
+    guesses = guesses[:classifiers]
+    found = class_scores([torch.from_numpy(g) for g in guesses], torch.from_numpy(labels), 0)
+    balanced = [balanced_accuracy(labels, guess) for guess in guesses]
+    f1 = [f1_score(labels, guess, average="macro") for guess in guesses]
+    assert found["balanced_accuracy"] == pytest.approx(100 * np.mean(balanced), abs=1e-3)
+    assert found["macro_f1"] == pytest.approx(100 * np.mean(f1), abs=1e-3)
+    rows = [rng.integers(0, 300, 300) for _ in range(1000)]
+    resampled = [np.mean([balanced_accuracy(labels[r], g[r]) for g in guesses]) for r in rows]
+    expected = 100 * np.quantile(resampled, [0.025, 0.975])
+    np.testing.assert_allclose(found["balanced_accuracy_ci95"], expected, atol=2)
+    low, high = found["macro_f1_ci95"]
+    assert low < found["macro_f1"] < high
 
 
 def test_bootstrap_depends_on_the_seed_alone():
