@@ -47,6 +47,12 @@ class Checks:
         (precision,) = self._values("precision")
         self(precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
 
+    def columns(self) -> None:
+        """Names of columns are given for Hugging Face's sets only."""
+        named = (getattr(self.config, "dataset", None) or "").startswith("hfds/")
+        for flag in ("input_key", "target_key"):
+            self(named or not self._values(flag), flag, "nothing without --dataset hfds/NAME")
+
     def _values(self, flag: str) -> tuple[Any, ...]:
         """Return the flag's value or values; none if it is None."""
         value = getattr(self.config, flag)
@@ -56,11 +62,13 @@ class Checks:
 
 
 def lists_to_tuples(config: DataclassInstance) -> None:
-    """Make every list among the options a tuple, which is what the fields are declared as.
+    """Make every list a tuple, and a single value of an option that takes several a tuple of it.
 
-    Lists come from YAML files and from Python callers.
+    Both come from YAML files and from Python callers.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, list):
             object.__setattr__(config, field.name, tuple(value))
+        elif str(field.type).startswith("tuple[") and not isinstance(value, tuple):
+            object.__setattr__(config, field.name, () if value is None else (value,))

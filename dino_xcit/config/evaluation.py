@@ -30,9 +30,14 @@ class EvalConfig:
     """folder of labelled images in train/ and val/, or the root of a named data set. Default:
     the run's own data"""
     dataset: str | None = None
-    """timm data set name: torch/... or hfds/...; or shapes"""
+    """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
+    such as shapes"""
+    input_key: str | None = None
+    """column of the images of hfds/NAME. Default: image, else the first column of images"""
+    target_key: str | None = None
+    """column of the labels of hfds/NAME. Default: label, else the images have no labels"""
     num_images: int | None = None
-    """training images to use, sampled with the seed (shapes: how many to generate). Default:
+    """training images to use, sampled with the seed (generated images: how many). Default:
     all"""
     in_chans: int | None = None
     """image channels. Default: the weights' own"""
@@ -87,6 +92,7 @@ class EvalConfig:
         check.at_least(0, "seed", "num_workers")
         check.positive("std")
         check.precision()
+        check.columns()
 
     def _check_source(self) -> None:
         if self.weights is None:
@@ -102,6 +108,9 @@ class ClassificationConfig(EvalConfig):
     Default: 1"""
     avgpool_patchtokens: bool | None = None
     """append the mean of the last layer's patch tokens. Default: false"""
+    val_fraction: float | None = None
+    """share of each class's images to hold out, sampled with the seed, as validation images of a
+    data set that has none"""
     load_features: str | None = None
     """folder with trainfeat.pth, testfeat.pth, trainlabels.pth and testlabels.pth to evaluate
     instead of --weights"""
@@ -109,13 +118,23 @@ class ClassificationConfig(EvalConfig):
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for values that are not allowed."""
         super().__post_init__()
-        Checks(self).at_least(1, "n_last_blocks")
+        check = Checks(self)
+        check.at_least(1, "n_last_blocks")
+        share = self.val_fraction
+        check(share is None or 0 < share < 1, "val_fraction", "a share between 0 and 1")
 
     def _check_source(self) -> None:
         if (self.weights is None) == (self.load_features is None):
             found = "both are given" if self.weights else "neither is"
             raise UserError(f"expected --weights or --load_features, {found}")
-        of_images = ("baselines", "data_path", "dataset", "num_images", "image_size")
+        of_images = (
+            "baselines",
+            "data_path",
+            "dataset",
+            "num_images",
+            "val_fraction",
+            "image_size",
+        )
         unused = [flag for flag in (*of_images, "n_last_blocks") if getattr(self, flag)]
         if self.load_features is not None and unused:
             raise UserError(

@@ -20,10 +20,14 @@ class PretrainConfig:
     data_path: str | None = None
     """folder of images (directly, or in train/ and val/), or the root of a named data set"""
     dataset: str | None = None
-    """timm data set name: torch/... or hfds/...; or shapes, generated in memory. Default: the
-    folder --data_path, else shapes"""
+    """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
+    such as shapes. Default: the folder --data_path, else shapes"""
+    input_key: str | None = None
+    """column of the images of hfds/NAME. Default: image, else the first column of images"""
+    target_key: str | None = None
+    """column of the labels of hfds/NAME. Default: label, else the images have no labels"""
     num_images: int | None = None
-    """images to train on. shapes: how many to generate (default 10000); other sets: a subset
+    """images to train on. Generated images: how many (shapes: default 10000); others: a subset
     sampled with the seed (default all)"""
     in_chans: int = 3
     """image channels: 1 grey, 3 RGB"""
@@ -196,6 +200,7 @@ class PretrainConfig:
         self._check_machine(check)
 
     def _check_images(self, check: Checks) -> None:
+        check.columns()
         for flag in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, flag)
             check(0 < low <= high <= 1, flag, "two shares with 0 < from <= to <= 1")

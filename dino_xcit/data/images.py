@@ -1,6 +1,7 @@
 """Sets of images: where they come from, and how one image of them is read.
 
-To add a source, write a class with the `ImageSet` interface and a row in `SOURCES`.
+To add a source, write a class with the `ImageSet` interface in a file of its own, and a row in
+`SOURCES`.
 """
 
 from __future__ import annotations
@@ -8,23 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import (
-    EXTENSIONS,
-    decode,
-    from_pil,
-    one_line,
-    reading_images,
-    require_readable,
-    time_limit,
-)
+from dino_xcit.data.folder import open_folder
+from dino_xcit.data.named import open_hugging_face, open_torch
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -36,10 +28,8 @@ if TYPE_CHECKING:
     from dino_xcit.config.pretrain import PretrainConfig
 
     Config: TypeAlias = PretrainConfig | EvalConfig
-    """Options that name the images: data_path, dataset, num_images, in_chans and seed."""
+    """Options that name the images: data_path, dataset, num_images, input_key, ..."""
 
-SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "test", "eval")}
-"""Names of each split's folder or list."""
 FINGERPRINTED_IMAGES = 16  # whose pixels are part of a set's fingerprint
 
 
@@ -102,77 +92,12 @@ class ShapeSet:
         return ["shapes", self.seed, self.split, self.count, self.channels]
 
 
-class TimmSet:
-    """A data set of timm's factory: an image folder, or one of torchvision or Hugging Face."""
-
-    def __init__(self, dataset: Any, channels: int, labelled: bool = False) -> None:
-        """Wrap the data set.
-
-        Args:
-            dataset: timm's set with a `reader` of files, or torchvision's, which returns PIL
-                images.
-            channels: Channels of the images that are read.
-            labelled: Whether a single class is a class; else a set of one class has no labels.
-        """
-        require_readable(channels)
-        self.dataset, self.channels = dataset, channels
-        self.reader = getattr(dataset, "reader", None)
-        labels = _labels(dataset)
-        single = labels is not None and len(np.unique(labels)) <= 1
-        self.labels = None if single and not labelled else labels
-        self.classes: dict[str, int] | None = getattr(
-            dataset, "class_to_idx", getattr(self.reader, "class_to_idx", None)
-        )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int) -> Tensor:
-        """See `ImageSet`."""
-        with time_limit():
-            if self.reader is None:
-                with reading_images():
-                    image = self.dataset[index][0]
-                    return from_pil(image, self.channels)
-            with self.reader[index][0] as file:
-                data = file.read()
-            return decode(data, self.channels)
-
-    def name(self, index: int) -> str:
-        """See `ImageSet`."""
-        return str(self.reader.filename(index, absolute=True)) if self.reader else f"image {index}"
-
-    def identity(self) -> list[Any]:
-        """See `ImageSet`."""
-        files = [path for path, _ in getattr(self.reader, "samples", [])]
-        stats = [Path(path).stat() for path in files if Path(path).exists()]
-        return [
-            type(self.dataset).__name__,
-            len(self),
-            self.channels,
-            files,
-            [(s.st_size, s.st_mtime_ns) for s in stats],
-        ]
-
-
-def _labels(dataset: Any) -> np.ndarray | None:
-    reader: Any = getattr(dataset, "reader", None)
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if hasattr(reader, "samples"):
-        labels = [target for _, target in reader.samples]
-    elif hasattr(reader, "label_key"):
-        labels = reader.dataset[reader.label_key]
-    return None if labels is None else np.asarray(labels)
-
-
 class Subset:
-    """A number of images of a set, sampled by the seed."""
+    """Some images of a set."""
 
-    def __init__(self, images: ImageSet, count: int, seed: int) -> None:
-        self.images = images
-        permutation = np.random.default_rng((seed, len(images))).permutation(len(images))
-        self.indices = np.sort(permutation[:count])
-        self.labels = None if images.labels is None else images.labels[self.indices]
+    def __init__(self, images: ImageSet, indices: np.ndarray) -> None:
+        self.images, self.indices = images, indices
+        self.labels = None if images.labels is None else images.labels[indices]
         self.classes = images.classes
 
     def __len__(self) -> int:
@@ -191,6 +116,35 @@ class Subset:
         return [self.images.identity(), self.indices.tolist()]
 
 
+def sampled(images: ImageSet, count: int, seed: int) -> Subset:
+    """Return a number of images of a set, sampled by the seed, in their order."""
+    permutation = np.random.default_rng((seed, len(images))).permutation(len(images))
+    return Subset(images, np.sort(permutation[:count]))
+
+
+def held_out(images: ImageSet, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Divide a set into training and validation images by the seed.
+
+    Args:
+        images: The set.
+        fraction: Share of each class's images that are held out; at least one, and never all.
+        seed: Of the choice.
+
+    Returns:
+        The training images and those held out, each in the order of the set.
+    """
+    labels = np.zeros(len(images), dtype=int) if images.labels is None else images.labels
+    permutation = np.random.default_rng((seed, len(images))).permutation(len(images))
+    chosen: list[np.ndarray] = []
+    for label in np.unique(labels):
+        of_class = permutation[labels[permutation] == label]
+        count = min(max(1, round(fraction * len(of_class))), len(of_class) - 1)
+        chosen.append(of_class[:count])
+    validation = np.sort(np.concatenate(chosen))
+    train = np.setdiff1d(np.arange(len(images)), validation)
+    return Subset(images, train), Subset(images, validation)
+
+
 def fingerprint(images: ImageSet) -> str:
     """Return a hash of the set's identity, its labels and the pixels of a few of its images."""
     digest = hashlib.sha256(json.dumps(images.identity()).encode())
@@ -203,6 +157,32 @@ def fingerprint(images: ImageSet) -> str:
 
 
 # -- sources -----------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """A kind of images that `--dataset` names."""
+
+    open: Callable[[Config, str, dict[str, int] | None], ImageSet | None]
+    """opens a split, with the labels of the classes if they are known; None if there is none"""
+    expected: str
+    """its name in messages"""
+    generated: bool = False
+    """whether the images are made from --seed, as many as --num_images; else --num_images is a
+    subset that is sampled with the seed"""
+
+
+def source_of(config: Config) -> Source:
+    """Return the source that the options name.
+
+    Raises:
+        UserError: There is no source of this name.
+    """
+    name = config.dataset or ("" if config.data_path else "shapes")
+    for prefix, source in SOURCES.items():
+        if name == prefix or (prefix.endswith("/") and name.startswith(prefix)):
+            return source
+    expected = ", ".join(source.expected for source in SOURCES.values())
+    raise UserError(f"--dataset {name} is unknown; expected {expected}")
 
 
 def open_images(
@@ -222,14 +202,18 @@ def open_images(
     Raises:
         UserError: There are no images to open; the message names the flag.
     """
-    name = config.dataset or ("" if config.data_path else "shapes")
-    for prefix, open_source in SOURCES.items():
-        if name == prefix or (prefix.endswith("/") and name.startswith(prefix)):
-            return open_source(config, split, classes)
-    raise UserError(
-        f"--dataset {name} is unknown; expected shapes, torch/NAME (torchvision) or hfds/NAME "
-        "(Hugging Face)"
-    )
+    source = source_of(config)
+    images = source.open(config, split, classes)
+    if images is None or source.generated or split != "train" or not config.num_images:
+        return images
+    require_images(config.num_images, len(images))
+    return sampled(images, config.num_images, config.seed)
+
+
+def require_images(num_images: int, available: int) -> None:
+    """Raise UserError if --num_images is more than there are."""
+    if num_images > available:
+        raise UserError(f"--num_images {num_images} is more than the {available} images found")
 
 
 def _open_shapes(config: Config, split: str, _classes: dict[str, int] | None) -> ImageSet:
@@ -241,75 +225,10 @@ def shape_counts(config: Config) -> dict[str, int]:
     return {"train": config.num_images or shapes.COUNT, "validation": shapes.VALIDATION_COUNT}
 
 
-def _open_folder(config: Config, split: str, classes: dict[str, int] | None) -> ImageSet | None:
-    from timm.data.dataset_factory import create_dataset
-
-    root = Path(config.data_path or "")
-    if not root.is_dir():
-        kind = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"--data_path {root} {kind}; expected a folder of images")
-    of_split = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
-    if split == "validation" and of_split is None:
-        return None
-    folder = of_split or root
-    try:
-        dataset = create_dataset(
-            "",
-            root=str(folder),
-            search_split=False,
-            class_map=classes or {},
-            input_key=";".join(EXTENSIONS),
-        )
-    except RuntimeError:  # timm: "Found 0 images"
-        if split == "validation":
-            return None
-        files = sum(len(names) for _, _, names in os.walk(folder))
-        raise UserError(
-            f"no images in --data_path {folder} ({files} other files); expected files ending in "
-            f"{' '.join(EXTENSIONS)}"
-        ) from None
-    images = TimmSet(dataset, config.in_chans or 3, labelled=classes is not None)
-    return _limited(images, config, split)
-
-
-def _open_named(config: Config, split: str, _classes: dict[str, int] | None) -> ImageSet | None:
-    from timm.data.dataset_factory import create_dataset
-
-    name = config.dataset or ""
-    try:
-        dataset = create_dataset(name, root=config.data_path, split=split)
-    except ImportError as error:
-        raise UserError(
-            f"--dataset {name} needs a package that is not installed: {error}"
-        ) from error
-    except (AssertionError, RuntimeError, OSError, ValueError) as error:
-        if split == "validation":  # the training images could be opened, so the split is missing
-            return None
-        raise UserError(
-            f"--dataset {name} could not be opened at --data_path {config.data_path}: "
-            f"{one_line(error)}"
-        ) from error
-    return _limited(TimmSet(dataset, config.in_chans or 3), config, split)
-
-
-def _limited(images: ImageSet, config: Config, split: str) -> ImageSet:
-    """Apply --num_images to the training images."""
-    if split != "train" or not config.num_images:
-        return images
-    require_images(config.num_images, len(images))
-    return Subset(images, config.num_images, config.seed)
-
-
-def require_images(num_images: int, available: int) -> None:
-    """Raise UserError if --num_images is more than there are."""
-    if num_images > available:
-        raise UserError(f"--num_images {num_images} is more than the {available} images found")
-
-
-SOURCES: dict[str, Callable[[Config, str, dict[str, int] | None], ImageSet | None]] = {
-    "": _open_folder,  # --data_path without --dataset
-    "shapes": _open_shapes,
-    "torch/": _open_named,
-    "hfds/": _open_named,
+SOURCES = {
+    "shapes": Source(_open_shapes, "shapes (generated)", generated=True),
+    "torch/": Source(open_torch, "torch/NAME (torchvision)"),
+    "hfds/": Source(open_hugging_face, "hfds/NAME (Hugging Face)"),
+    "": Source(open_folder, "nothing, for a folder --data_path"),
 }
-"""Functions that open a source, by --dataset or, with a slash at its end, a prefix of it."""
+"""Sources by --dataset or, with a slash at its end, a prefix of it."""

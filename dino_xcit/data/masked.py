@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from dino_xcit.data import shapes
 from dino_xcit.data.decode import EXTENSIONS, FORMATS, decode, reading_images, require_readable
 from dino_xcit.data.framing import Transform, centre_crop
-from dino_xcit.data.images import SPLITS, ImageSet, ShapeSet, Subset, require_images, shape_counts
+from dino_xcit.data.images import ImageSet, ShapeSet, require_images, sampled, shape_counts
+from dino_xcit.data.splits import SPLITS
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def open_masked(config: SegConfig) -> tuple[dict[str, MaskedSet], dict[str, int]
     )
     if config.num_images:
         require_images(config.num_images, len(train))
-        chosen = Subset(train, config.num_images, config.seed).indices
+        chosen = sampled(train, config.num_images, config.seed).indices
         train = MaskedFiles(
             [train.images[i] for i in chosen], [train.masks[i] for i in chosen], channels
         )

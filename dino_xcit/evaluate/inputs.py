@@ -15,7 +15,16 @@ import torch
 from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.data.framing import Transform, default_resize
-from dino_xcit.data.images import ImageSet, open_images
+from dino_xcit.data.images import (
+    ImageSet,
+    Subset,
+    held_out,
+    open_images,
+    require_images,
+    sampled,
+    source_of,
+)
+from dino_xcit.data.splits import NoTrainingImagesError
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_files import FileFeatures
 from dino_xcit.evaluate.features import (
@@ -27,7 +36,8 @@ from dino_xcit.evaluate.features import (
     class_features,
 )
 from dino_xcit.runtime import require_folder, resolve_precision, say
-from dino_xcit.weights.load import build, load_backbone, read_run
+from dino_xcit.weights.build import build
+from dino_xcit.weights.load import load_backbone, read_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -56,46 +66,130 @@ class Task(NamedTuple):
 def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
     """Open training and validation images with common labels.
 
+    Without a folder of validation images, `--val_fraction` holds out some of the training images.
+    With `linear-eval --evaluate`, which does not train, there may be no training images.
+
     Returns:
         The images of each split, and the classes' labels by name.
 
     Raises:
-        UserError: There are no images, or they have no labels.
+        UserError: There are no images, or their labels cannot be scored.
     """
-    named = config.dataset is not None
-    where = f"--dataset {config.dataset}" if named else f"--data_path {config.data_path}"
-    train, validation = open_images(config, "train"), open_images(config, "validation")
-    assert train is not None
+    fraction: float | None = getattr(config, "val_fraction", None)
+    train, validation = _training_images(config), open_images(config, "validation")
+    where = _where(config)
+    if fraction is not None and train is not None:
+        if validation is not None:
+            raise UserError(f"--val_fraction {fraction:g}: {where} has validation images already")
+        train, validation = _hold_out(config, fraction)
     if validation is None:
-        raise UserError(f"{where} has no validation images; expected val/ beside train/")
+        raise UserError(
+            f"{where} has no validation images; expected val/ beside train/, or --val_fraction 0.2 "
+            "to hold out some of the training images"
+        )
+    if config.dataset is not None:
+        classes = (train or validation).classes or {}
+    else:
+        train, validation, classes = _with_common_labels(config, train, validation)
+    train = train or Subset(validation, np.arange(0))
     for name, images in (("training", train), ("validation", validation)):
-        in_one_folder = not named and "" in (images.classes or {})
-        # A validation folder of one class has no labels yet: it gets those of the training images.
-        may_lack_labels = name == "validation" and not named
-        if in_one_folder or (images.labels is None and not may_lack_labels):
+        if images.labels is None:
+            expected = "a folder for each class" if config.dataset is None else "--target_key"
+            raise UserError(f"the {name} images of {where} have no labels; expected {expected}")
+    _check_labels(where, train, validation)
+    return {"train": train, "validation": validation}, classes
+
+
+def _where(config: EvalConfig) -> str:
+    if config.dataset is not None:
+        return f"--dataset {config.dataset}"
+    return f"--data_path {config.data_path}"
+
+
+def _training_images(config: EvalConfig) -> ImageSet | None:
+    """The training images, or None if they are neither there nor needed."""
+    try:
+        return open_images(config, "train")
+    except NoTrainingImagesError:
+        if getattr(config, "evaluate", None) is None:
+            raise
+        return None
+
+
+def _hold_out(config: EvalConfig, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Divide the training images, class by class, by the seed; --num_images is then applied."""
+    every = open_images(dataclasses.replace(config, num_images=None), "train")
+    assert every is not None
+    train, validation = held_out(every, fraction, config.seed)
+    say(
+        f"{len(validation)} of the {len(every)} images, {fraction:.3g} of each class, are held out "
+        f"by --seed {config.seed} as validation images"
+    )
+    if config.num_images:
+        require_images(config.num_images, len(train))
+        train = sampled(train, config.num_images, config.seed)
+    return train, validation
+
+
+def _with_common_labels(
+    config: EvalConfig, train: ImageSet | None, validation: ImageSet
+) -> tuple[ImageSet | None, ImageSet, dict[str, int]]:
+    """Number the classes of a folder's splits alike.
+
+    Raises:
+        UserError: Images lie outside of class folders, or the splits have no class in common.
+    """
+    where = _where(config)
+    sides = {"training": train, "validation": validation}
+    for name, images in sides.items():
+        if images is not None and "" in (images.classes or {}):
             raise UserError(
                 f"the {name} images of {where} have no labels; expected a folder for each class"
             )
-    classes = train.classes or {}
-    if not named and validation.classes != train.classes:
-        # Each split numbers its own classes, so both are opened again with the classes of both.
-        names = sorted({*classes, *(validation.classes or {})})
-        classes = {name: label for label, name in enumerate(names)}
-        train = open_images(config, "train", classes)
-        validation = open_images(config, "validation", classes)
-        assert train is not None
-        assert validation is not None
+    of_train, of_validation = (
+        set(images.classes or {}) if images is not None else set() for images in sides.values()
+    )
+    if train is not None and len(of_train | of_validation) == 1:
+        raise UserError(
+            f"{where} has one class, {next(iter(of_validation))}/, so every score would be 100 %; "
+            "expected a folder for each class"
+        )
+    if of_train == of_validation:
+        return train, validation, validation.classes or {}
+    if train is None:  # the only class of a head's validation images is a class
+        classes = validation.classes or {}
+        return None, open_images(config, "validation", classes) or validation, classes
+    if not of_train & of_validation:
+        raise UserError(
+            f"the splits of {where} have no class in common: training {_first(of_train)}, "
+            f"validation {_first(of_validation)}; expected the same folders in both"
+        )
+    # Each split numbers its own classes, so both are opened again with the classes of both.
+    classes = {name: label for label, name in enumerate(sorted(of_train | of_validation))}
+    common_train = open_images(config, "train", classes)
+    common_validation = open_images(config, "validation", classes)
+    assert common_train is not None
+    assert common_validation is not None
+    return common_train, common_validation, classes
+
+
+def _first(names: set[str]) -> str:
+    """`cat, dog, emu, ...`."""
+    return ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])])
+
+
+def _check_labels(where: str, train: ImageSet, validation: ImageSet) -> None:
+    """Refuse labels that are kept secret; report classes that no training image has."""
     assert train.labels is not None
     assert validation.labels is not None
-    if min(validation.labels.min(), train.labels.min()) < 0:
+    if min(validation.labels.min(), train.labels.min(initial=0)) < 0:
         raise UserError(f"{where} has negative labels, which stand for labels that are kept secret")
     unseen = np.setdiff1d(validation.labels, train.labels)
-    if len(unseen):
+    if len(unseen) and len(train):
         say(
             f"{len(unseen)} classes of the validation images have no training images: "
             "they count as wrong"
         )
-    return {"train": train, "validation": validation}, classes
 
 
 CLASSIFICATION = Task(open_splits, class_features, lambda _: Pixels())
@@ -200,7 +294,7 @@ def resolve(config: Config, metadata: Mapping[str, Any]) -> tuple[Config, int]:
 
     Returns:
         The config with channels, sizes, mean and std, and the run's own data if no other are named;
-        and the seed of the images, which is the run's if they are the shapes of its pretraining.
+        and the seed of the images, which is the run's if its own images are generated.
 
     Raises:
         UserError: Options do not fit the weights, or no data are known.
@@ -240,7 +334,13 @@ def _with_the_runs_images(config: Config) -> tuple[Config, int]:
             "whose images would be the default"
         )
     dataset = run.dataset or (None if run.data_path else "shapes")
-    config = dataclasses.replace(config, data_path=run.data_path, dataset=dataset)
-    if dataset != "shapes":
+    config = dataclasses.replace(
+        config,
+        data_path=run.data_path,
+        dataset=dataset,
+        input_key=run.input_key,
+        target_key=run.target_key,
+    )
+    if not source_of(config).generated:
         return config, config.seed
     return dataclasses.replace(config, num_images=config.num_images or run.num_images), run.seed

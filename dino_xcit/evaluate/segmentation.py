@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_xcit.data.framing import EvalDataset
-from dino_xcit.data.images import SPLITS
+from dino_xcit.data.splits import SPLITS
 from dino_xcit.data.masked import MaskedSet, open_masked
 from dino_xcit.evaluate.class_figures import UNNAMED, SegmentedImage, draw_segmentation
 from dino_xcit.evaluate.features import FrozenFeatures

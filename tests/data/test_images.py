@@ -12,6 +12,7 @@ from timm.data.readers import get_img_extensions
 
 from dino_xcit.data import images as images_module
 from dino_xcit.data.images import fingerprint, open_images
+from dino_xcit.data.named import TorchSet
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
             ],
             2,
         ),
-        (["2021/jan/a.jpg", "2021/feb/b.jpg", "2021/feb/c.TIF"], 2),
+        (["2021/jan/a.jpg", "2022/feb/b.jpg", "2022/mar/c.TIF"], 2),
     ],
 )
 def test_folders_flat_labelled_split_and_nested(tmp_path, names, classes):
@@ -87,7 +88,9 @@ def test_empty_and_wrong_folders_say_what_was_found(tmp_path):
 
 def test_only_known_kinds_of_named_sets_are_opened(tmp_path):
     make_folder(tmp_path, ["a.png"])
-    with pytest.raises(UserError, match="--dataset photos is unknown; expected shapes, torch/NAME"):
+    with pytest.raises(
+        UserError, match=r"--dataset photos is unknown; expected shapes .*, torch/NAME"
+    ):
         open_images(dataclasses.replace(TINY, dataset="photos", data_path=str(tmp_path)), "train")
 
 
@@ -128,7 +131,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def test_errors_of_torchvisions_sets_are_unreadable_images():
     with pytest.raises(ImageError, match="broken PNG file"):
-        images_module.TimmSet(Pictures(), 3).read(0)
+        TorchSet(Pictures(), 3).read(0)
 
 
 def test_channels_that_no_file_has_are_refused_as_the_set_is_opened(tmp_path):
@@ -145,7 +148,8 @@ def test_a_source_is_a_row_in_the_table(monkeypatch):
     def open_own(config, split, classes):
         return Own(1, f"{config.dataset} {split}", 7, 3)
 
-    monkeypatch.setitem(images_module.SOURCES, "own/", open_own)
+    own = images_module.Source(open_own, "own/NAME", generated=True)
+    monkeypatch.setitem(images_module.SOURCES, "own/", own)
     images = open_images(dataclasses.replace(TINY, dataset="own/name"), "validation")
     assert isinstance(images, Own)
     assert (images.split, len(images)) == ("own/name validation", 7)

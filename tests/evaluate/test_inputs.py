@@ -19,11 +19,12 @@ from evaluation_helpers import (
 )
 from helpers import TINY
 
+from dino_xcit.config.evaluation import LinearConfig
 from dino_xcit.data import shapes
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate import inputs
 from dino_xcit.evaluate.features import Pixels
-from dino_xcit.evaluate.inputs import baselines, resolve
+from dino_xcit.evaluate.inputs import baselines, open_splits, resolve
 from dino_xcit.evaluate.knn import knn_classify
 from dino_xcit.evaluate.report import hits
 from dino_xcit.run_folder import TEACHER
@@ -145,7 +146,7 @@ def names_and_labels(frozen, classes, split):
         ["train/a/1.png", "train/b/2.png", "train/c/3.png", "val/b/4.png", "val/c/5.png"],
         ["train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png", "val/c/5.png"],
         ["train/a/1.png", "train/c/2.png", "val/a/3.png", "val/b/4.png", "val/c/5.png"],
-        ["train/b/1.png", "train/c/2.png", "val/a/3.png", "val/a/4.png"],
+        ["train/b/1.png", "train/c/2.png", "val/a/3.png", "val/b/4.png"],
     ],
 )
 def test_labels_agree_between_splits_with_other_classes(config, fabric, tmp_path, capsys, names):
@@ -194,7 +195,15 @@ def test_images_of_a_class_without_training_images_count_as_wrong(config, fabric
         ),
         (
             ["train/a/1.png", "train/a/2.png", "val/a/3.png"],
-            "the training images of --data_path .* have no labels",
+            "--data_path .* has one class, a/, so every score would be 100 %",
+        ),
+        (
+            ["train/a/1.png", "train/b/2.png", "val/images/3.png"],
+            "have no class in common: training a, b, validation images",
+        ),
+        (
+            ["photos/a/1.png", "photos/b/2.png", "val/a/3.png"],
+            "--data_path .* has val/ but no train/ .found photos/., and validation images must not",
         ),
         (
             ["train/a/1.png", "train/b/2.png"],
@@ -209,6 +218,53 @@ def test_folders_without_labels_or_validation_images_are_errors(
     root = random_folder(tmp_path / "other", names)
     with pytest.raises(ValueError, match=problem):
         opened(dataclasses.replace(config, data_path=str(root)), fabric)
+
+
+def test_classes_in_deep_folders_are_those_below_the_split(config, fabric, tmp_path):
+    names = [
+        f"{split}/{name}/{year}/1.png"
+        for split in ("train", "val")
+        for name, year in (("cat", "2020"), ("dog", "2020"), ("cat", "2021"))
+    ]
+    root = random_folder(tmp_path / "other", names)
+    _, frozen, classes, _ = opened(dataclasses.replace(config, data_path=str(root)), fabric)
+    assert classes == {0: "cat", 1: "dog"}
+    assert frozen.labels("validation").tolist() == [0, 0, 1]
+
+
+def test_a_saved_head_needs_no_training_images(tmp_path):
+    root = random_folder(tmp_path / "other", ["val/a/1.png", "val/b/2.png"])
+    config = LinearConfig(weights="W", evaluate="head.safetensors", data_path=str(root))
+    images, classes = open_splits(config)
+    assert classes == {"a": 0, "b": 1}
+    assert (len(images["train"]), images["validation"].labels.tolist()) == (0, [0, 1])
+    with pytest.raises(ValueError, match="has val/ but no train/"):
+        open_splits(dataclasses.replace(config, evaluate=None))
+
+
+def test_a_share_of_each_class_is_held_out_where_there_is_no_split(
+    config, fabric, tmp_path, capsys
+):
+    root = random_folder(tmp_path / "other", [f"{c}/{i}.png" for c in "ab" for i in range(10)])
+    splits = []
+    for seed in (0, 0, 1):
+        own = dataclasses.replace(config, data_path=str(root), val_fraction=0.3, seed=seed)
+        _, frozen, _, _ = opened(own, fabric)
+        assert np.bincount(frozen.labels("train")).tolist() == [7, 7]
+        assert np.bincount(frozen.labels("validation")).tolist() == [3, 3]
+        images = frozen.images
+        names = [{of.name(i) for i in range(len(of))} for of in images.values()]
+        assert not names[0] & names[1]
+        splits.append(names)
+    assert splits[0] == splits[1] != splits[2]
+    assert (
+        "6 of the 20 images, 0.3 of each class, are held out by --seed" in capsys.readouterr().err
+    )
+
+
+def test_a_share_is_held_out_of_images_without_a_split_only(config, fabric):
+    with pytest.raises(ValueError, match=r"--val_fraction 0.3: .* has validation images already"):
+        opened(dataclasses.replace(config, val_fraction=0.3), fabric)
 
 
 def test_labels_that_are_kept_secret_are_an_error(config, fabric, monkeypatch):

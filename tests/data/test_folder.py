@@ -1,0 +1,182 @@
+"""Folders of images: splits, classes, order, and what is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import folder_config, make_folder
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from dino_xcit.data import folder as folder_module
+from dino_xcit.data.decode import EXTENSIONS
+from dino_xcit.data.images import open_images
+from dino_xcit.errors import UserError
+from dino_xcit.run_folder import CONFIG, METRICS
+
+
+def paths(images) -> list[str]:
+    return [str(Path(images.name(i))) for i in range(len(images))]
+
+
+# -- classes and order -------------------------------------------------------------------------
+
+
+def test_plain_class_folders_keep_timms_order_and_labels(tmp_path):
+    names = ["img10", "img9", "Img2", "a", "B", "x1y20", "x1y3"]
+    root = make_folder(
+        tmp_path, [f"train/{c}/{name}.png" for c in ("n10", "n9", "Cat", "dog") for name in names]
+    )
+    images = open_images(folder_config(root), "train")
+    timms = ReaderImageFolder(str(root / "train"), input_key=";".join(EXTENSIONS))
+    assert paths(images) == [path for path, _ in timms.samples]
+    assert images.labels.tolist() == [label for _, label in timms.samples]
+    assert images.classes == timms.class_to_idx
+
+
+def test_names_that_differ_in_case_or_zeros_have_an_order_of_their_own(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, ["img1.png", "img01.png", "IMG1.png"])
+    first = paths(open_images(folder_config(root), "train"))
+    walk = os.walk
+    backwards = lambda *a, **k: ((p, d[::-1], f[::-1]) for p, d, f in walk(*a, **k))  # noqa: E731
+    monkeypatch.setattr(folder_module.os, "walk", backwards)
+    assert paths(open_images(folder_config(root), "train")) == first
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/cat/2020/a.png", "train/dog/2020/b.png", "train/dog/2021/c.png"],
+        ["train/cat/images/x.jpg", "train/dog/images/y.jpg"],
+        ["cat/a.png", "dog/deep/er/b.png"],
+    ],
+)
+def test_the_class_is_the_first_folder_below_the_split(tmp_path, names):
+    images = open_images(folder_config(make_folder(tmp_path, names)), "train")
+    assert images.classes == {"cat": 0, "dog": 1}
+    assert ["cat" if "/cat/" in path else "dog" for path in paths(images)] == [
+        ("cat", "dog")[label] for label in images.labels
+    ]
+
+
+def test_hidden_folders_and_those_of_archives_are_no_classes(tmp_path):
+    names = [".ipynb_checkpoints/a.png", "__MACOSX/cat/b.png", "cat/c.png", "cat/.x/d.png"]
+    root = make_folder(tmp_path, [*names, "dog/e.png"])
+    (root / "cat" / "._c.png").write_bytes(b"metadata")
+    images = open_images(folder_config(root), "train")
+    assert [Path(path).name for path in paths(images)] == ["c.png", "e.png"]
+    assert images.classes == {"cat": 0, "dog": 1}
+
+
+# -- splits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("Train", "Val"),
+        ("TRAIN", "valid"),
+        ("training", "validation"),
+        ("train_images", "val_images"),
+        ("train2017", "val2017"),
+        ("training_set", "test_set"),
+        ("trainset", "dev"),
+    ],
+)
+def test_splits_are_found_by_their_usual_names(tmp_path, train, validation):
+    names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{validation}/a/3.png"]
+    config = folder_config(make_folder(tmp_path, names))
+    assert (len(open_images(config, "train")), len(open_images(config, "validation"))) == (2, 1)
+
+
+def test_val_is_preferred_to_test(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["train/1.png", "test/2.png", "val/3.png"]))
+    assert Path(paths(open_images(config, "validation"))[0]).name == "3.png"
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["train2014/1.png", "train2017/2.png"]))
+    with pytest.raises(UserError, match="both train2014/ and train2017/"):
+        open_images(config, "train")
+
+
+@pytest.mark.parametrize("names", [["cat/1.png", "dog/2.png"], ["my_photos/cat/1.png"], []])
+@pytest.mark.parametrize("validation", ["val", "Valid"])
+def test_validation_images_are_never_training_images(tmp_path, names, validation):
+    root = make_folder(tmp_path, [*names, f"{validation}/cat/3.png"])
+    folder = names[0].split("/")[0] if names else validation
+    with pytest.raises(UserError, match=rf"has {validation}/ but no train/.*{root / folder}$"):
+        open_images(folder_config(root), "train")
+
+
+def test_a_class_named_train_is_one_of_the_classes_and_said(tmp_path):
+    images = open_images(
+        folder_config(make_folder(tmp_path, ["bus/1.png", "car/2.png", "train/3.png"])), "train"
+    )
+    assert images.classes == {"bus": 0, "car": 1, "train": 2}
+    assert "train/ is taken as a class beside bus/, car/" in images.notes[0]
+
+
+def test_folders_beside_the_training_folder_are_named(tmp_path):
+    names = ["train/cat/1.png", "extra/cat/2.png", "val/cat/3.png"]
+    root = make_folder(tmp_path, names)
+    (root / "docs").mkdir()
+    images = open_images(folder_config(root), "train")
+    assert len(images) == 1
+    assert images.notes == ("training images are those in train/; extra/ beside it not used",)
+
+
+# -- what is left out --------------------------------------------------------------------------
+
+
+def test_an_output_folder_inside_the_data_is_no_class(tmp_path):
+    root = make_folder(tmp_path, ["cat/1.png", "runs/mine/crops.png", "old/run/crops.png"])
+    for name in (CONFIG, METRICS):
+        (root / "old/run" / name).write_text("")
+    images = open_images(folder_config(root, output_dir=str(root / "runs/mine")), "train")
+    assert paths(images) == [str(root / "cat/1.png")]
+
+
+def test_the_folder_of_the_images_is_no_output_folder(tmp_path):
+    root = make_folder(tmp_path, ["1.png"])
+    with pytest.raises(UserError, match=r"--output_dir .* is the folder of the images"):
+        open_images(folder_config(root, output_dir=str(root)), "train")
+
+
+def test_a_link_to_a_folder_above_is_not_followed_and_other_links_are(tmp_path):
+    root = make_folder(tmp_path / "data", ["cat/1.png"])
+    make_folder(tmp_path / "other", ["2.png"])
+    (root / "cat" / "up").symlink_to(root)
+    (root / "dog").symlink_to(tmp_path / "other")
+    assert paths(open_images(folder_config(root), "train")) == [
+        str(root / "cat/1.png"),
+        str(root / "dog/2.png"),
+    ]
+
+
+def test_folders_that_cannot_be_opened_and_other_files_are_counted(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, ["cat/1.png", "dog/2.png"])
+    for name in ("a.HEIC", "b.heic", "c.mp4", "README"):
+        (root / "cat" / name).write_text("")
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(folder_module.os, "scandir", guarded)
+    monkeypatch.setattr(os, "scandir", guarded)
+    listing = folder_module.list_images(root)
+    assert [Path(file).name for file in listing.files] == ["1.png"]
+    assert listing.ignored == {".heic": 2, ".mp4": 1, "README": 1}
+    assert listing.unopened == [f"{root / 'dog'} (Permission denied)"]
+
+
+def test_labels_of_given_classes_leave_other_classes_out(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["train/a/1.png", "train/b/2.png"]))
+    images = open_images(config, "train", {"b": 7})
+    assert np.array_equal(images.labels, [7])
+    assert len(images) == 1
