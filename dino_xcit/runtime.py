@@ -178,7 +178,21 @@ def keep_freed_memory() -> None:
 @rank_zero_only
 def say(message: str) -> None:
     """Print a line to stderr, from the first process only, above any progress bar."""
-    tqdm.write(message, file=sys.stderr)
+    if sys.stderr.isatty():
+        tqdm.write(message, file=sys.stderr)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """A file for tqdm that makes a line of each state of a bar, instead of drawing over it."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
 
 
 def progress(total: int, description: str, unit: str, shown: bool, initial: int = 0) -> tqdm:
@@ -193,6 +207,7 @@ def progress(total: int, description: str, unit: str, shown: bool, initial: int 
         unit=unit,
         initial=initial,
         disable=not shown,
+        file=sys.stderr if terminal else _Lines(),
         mininterval=0.1 if terminal else 30,
         delay=0 if terminal else 30,
         leave=False,
