@@ -10,11 +10,11 @@ import time
 import warnings
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from dino_xcit.data.pixels import Storage, from_pil, with_fourth_band
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 # without this list it would start Ghostscript for a file that holds PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 JPEG = b"\xff\xd8"  # first bytes
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 SECONDS_TO_READ = 60  # after which an image counts as unreadable, so a hanging file system ends
 
 
@@ -44,8 +44,8 @@ def decode(data: bytes, channels: int) -> Tensor:
         uint8 (channels, H, W).
 
     Raises:
-        ImageError: Neither decoder can read it, or it has more than 179 million pixels, PIL's
-            limit.
+        ImageError: Neither decoder can read it, its pixels cannot be read faithfully
+            (`pixels.py`), or it has more than 179 million, PIL's limit.
         UserError: Files cannot be read with this number of channels.
     """
     if decode_image is not None and channels in (1, 3) and data.startswith(JPEG):
@@ -55,31 +55,22 @@ def decode(data: bytes, channels: int) -> Tensor:
         with contextlib.suppress(RuntimeError):
             pixels: Tensor = decode_image(encoded, mode, apply_exif_orientation=True)
             return pixels
+    with reading_images():
+        if channels == 4 and data.startswith(TIFF[:2]):
+            data = with_fourth_band(data)
     with reading_images(), _open(data) as file:
-        return from_pil(ImageOps.exif_transpose(file), channels)
+        storage = Storage.of(file, data)
+        return from_pil(ImageOps.exif_transpose(file), channels, storage)
 
 
 def _open(data: bytes) -> Image.Image:
     with reading_images():
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def from_pil(image: Image.Image, channels: int) -> Tensor:
-    """Convert a PIL image to uint8 (channels, H, W)."""
-    require_readable(channels)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip instead of scale
-        levels = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    array = np.array(image.convert(PIL_MODES[channels]))
-    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
-
-
-def require_readable(channels: int) -> None:
-    """Raise UserError if image files cannot be read with this number of channels."""
-    if channels not in PIL_MODES:
-        raise UserError(
-            f"image files cannot be read with --in_chans {channels}; expected 1, 3 or 4"
-        )
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            if data.startswith(TIFF):
+                raise ImageError("a TIFF that PIL cannot read; expected 1, 3 or 4 bands") from None
+            raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dino_xcit.data.decode import EXTENSIONS, decode, require_readable, time_limit
+from dino_xcit.data.decode import EXTENSIONS, decode, time_limit
+from dino_xcit.data.pixels import require_readable
 from dino_xcit.data.splits import NoTrainingImagesError, find_split, is_split
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dino_xcit.data.decode import (
-    decode,
-    from_pil,
-    one_line,
-    reading_images,
-    require_readable,
-    time_limit,
-)
+from dino_xcit.data.decode import decode, one_line, reading_images, time_limit
+from dino_xcit.data.pixels import from_pil, require_readable
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
