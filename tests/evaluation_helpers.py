@@ -14,8 +14,9 @@ from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.data.framing import Transform
 from dino_xcit.evaluate.inputs import open_inputs
 from dino_xcit.run_folder import METRICS, TEACHER, write_config
+from dino_xcit.weights.build import build
 from dino_xcit.weights.formats import backbone_metadata
-from dino_xcit.weights.load import build, save_backbone
+from dino_xcit.weights.load import save_backbone
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from dino_xcit.evaluate.features import Split, choose_parts, select_parts
 from dino_xcit.evaluate.report import TOP
 from dino_xcit.evaluate.torch_file import DamagedFileError, read_torch_file
 from dino_xcit.files import replacing
-from dino_xcit.weights.formats import write_safetensors
+from dino_xcit.weights.reading import write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -24,7 +24,7 @@ from dino_xcit.evaluate.feature_store import DONE, FeatureStore, extract_shared
 from dino_xcit.evaluate.features import digest_of
 from dino_xcit.files import replacing
 from dino_xcit.runtime import progress, say, summed
-from dino_xcit.weights.formats import write_safetensors
+from dino_xcit.weights.reading import write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

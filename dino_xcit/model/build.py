@@ -19,7 +19,7 @@ def build_backbone(
     arch: str,
     *,
     in_chans: int = 3,
-    image_size: int = 224,
+    image_size: int | None = None,
     grad_checkpointing: bool = False,
     sampled_paths: bool = False,
     ablations: Mapping[str, bool] | None = None,
@@ -29,7 +29,8 @@ def build_backbone(
     Args:
         arch: short, official or timm name of an XCiT, `timm:NAME` or `hf-hub:ORG/NAME`.
         in_chans: channels of the images.
-        image_size: side of the largest images in pixels, for networks with learned positions.
+        image_size: side of the largest images in pixels, for networks with learned positions;
+            None: their own.
         grad_checkpointing: recompute layers in the backward pass; XCiT only.
         sampled_paths: whether a timm network takes `paths`; XCiT always does.
         ablations: values of the switches in `ABLATIONS`; XCiT only.

@@ -7,7 +7,8 @@ to which timm gives stochastic depth (usually all but the first), instead of ris
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from dino_xcit.errors import UserError
 from dino_xcit.model.backbone import HUB, TIMM, Backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PATCH_SIZE = 16
 """for networks that do not state the stride of their last features"""
@@ -89,6 +93,13 @@ class TimmBackbone(Backbone):
             return tokens.flatten(1, 2)
         return tokens.flatten(2).mT
 
+    def set_image_size(self, size: int) -> None:
+        """Resample learned positions for square images, of networks that can and need it."""
+        network: Any = self.network
+        if hasattr(network, "set_input_size") and not getattr(network, "dynamic_img_size", False):
+            with contextlib.suppress(AssertionError):  # no multiple of the patch
+                network.set_input_size(img_size=(size, size))
+
     def check_image_size(self, size: int, flag: str) -> None:
         """See `Backbone.check_image_size`; computes the feature of one image."""
         device = next(self.parameters()).device
@@ -118,7 +129,9 @@ class TimmBackbone(Backbone):
             drop_path.factors = None if paths is None else paths[:, layer, 0]
 
 
-def build_timm(arch: str, *, in_chans: int, image_size: int, sampled_paths: bool) -> TimmBackbone:
+def build_timm(
+    arch: str, *, in_chans: int, image_size: int | None, sampled_paths: bool
+) -> TimmBackbone:
     """Build a timm network with random weights.
 
     Args:
@@ -131,38 +144,55 @@ def build_timm(arch: str, *, in_chans: int, image_size: int, sampled_paths: bool
     Raises:
         UserError: timm cannot build it, or it does not return one feature vector per image.
     """
+    # Any rate above 0 creates the layers that `_replace_drop_paths` replaces.
+    depth = {"drop_path_rate": 0.1} if sampled_paths else {}
+    necessary = {"num_classes": 0, "in_chans": in_chans, "pretrained": False}
     try:
-        network = _create(arch.removeprefix(TIMM), in_chans, image_size, sampled_paths)
+        network = create_network(arch.removeprefix(TIMM), image_size, depth, **necessary)
     except (OSError, RuntimeError, ValueError) as error:  # of the hub, of unknown names, of sizes
         raise UserError(f"--arch {arch}: {' '.join(str(error).split())}") from error
-    if network is None:
+    except TypeError:
         raise UserError(
             f"--arch {arch} takes no in_chans or num_classes; expected another network of timm"
-        )
+        ) from None
     return TimmBackbone(network, arch, in_chans=in_chans, sampled_paths=sampled_paths)
+
+
+def create_network(
+    name: str,
+    image_size: int | None,
+    optional: Mapping[str, Any] | None = None,
+    **necessary: Any,
+) -> nn.Module:
+    """Call `timm.create_model` with all options that the network takes.
+
+    A network refuses an option that it does not know by a TypeError. Those with learned positions
+    know `img_size`, and some of them `dynamic_img_size`, which local crops need.
+
+    Args:
+        name: of the network, without `timm:`.
+        image_size: side of the images in pixels; None: the network's own.
+        optional: options that the network need not take.
+        **necessary: options that it has to take.
+
+    Raises:
+        TypeError: it does not take them.
+    """
+    others = dict(optional or {})
+    if image_size is not None:
+        size: dict[str, Any] = {"img_size": image_size}
+        for options in ({**size, "dynamic_img_size": True, **others}, {**size, **others}):
+            with contextlib.suppress(TypeError):
+                return timm.create_model(name, **necessary, **options)
+    if others:
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, **necessary, **others)
+    return timm.create_model(name, **necessary)
 
 
 def is_timm(arch: str) -> bool:
     """Whether the name is `timm:NAME` of another network than XCiT, or `hf-hub:ORG/NAME`."""
     return arch.startswith((TIMM, HUB)) and not arch.startswith(f"{TIMM}xcit_")
-
-
-def _create(name: str, in_chans: int, image_size: int, drop_paths: bool) -> nn.Module | None:
-    """Build the network with all options that it takes; None if it lacks a necessary one.
-
-    A network refuses an option that it does not know by a TypeError. Those with learned positions
-    know `img_size`, and some of them `dynamic_img_size`, which local crops need.
-    """
-    necessary: dict[str, Any] = {"num_classes": 0, "in_chans": in_chans, "pretrained": False}
-    # Any rate above 0 creates the layers that `_replace_drop_paths` replaces.
-    depth: dict[str, Any] = {"drop_path_rate": 0.1} if drop_paths else {}
-    size: dict[str, Any] = {"img_size": image_size}
-    for optional in ({**size, "dynamic_img_size": True, **depth}, {**size, **depth}, depth, {}):
-        try:
-            return timm.create_model(name, **necessary, **optional)
-        except TypeError:
-            continue
-    return None
 
 
 def _replace_drop_paths(network: nn.Module) -> list[SampledDropPath]:

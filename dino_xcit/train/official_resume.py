@@ -18,8 +18,9 @@ from torch import Tensor
 from dino_xcit.config.pretrain import FREE_ON_RESUME, PretrainConfig
 from dino_xcit.errors import UserError
 from dino_xcit.train.optimizer import adamw
-from dino_xcit.weights.formats import read_file, to_our_names
-from dino_xcit.weights.load import load_networks
+from dino_xcit.weights.formats import to_our_names
+from dino_xcit.weights.reading import read_file
+from dino_xcit.weights.start import load_networks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

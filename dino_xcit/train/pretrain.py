@@ -39,7 +39,7 @@ from dino_xcit.train.official_resume import resume_official
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.train.signals import StopSignals
 from dino_xcit.train.trainer import CropData, make_trainer
-from dino_xcit.weights.load import start_from
+from dino_xcit.weights.start import start_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,9 +1,8 @@
-"""Checkpoint files of this toolkit and of others: tensors under our names, and back.
+"""Networks in checkpoints of this toolkit and of others: tensors under our names, and back.
 
-Our names are timm's. These files are recognised by their content: safetensors; files of torch.save
-from this toolkit's Lightning module, from official DINO (the backbone alone, or student and teacher
-with their heads), from official XCiT (supervised), and from anyone else who kept timm's names.
-Only tensors and plain values are read (`weights_only`), never code.
+Our names are timm's. A network is recognised by its content: of this toolkit's Lightning module, of
+official DINO (the backbone alone, or student and teacher with their heads), of official XCiT
+(supervised), and of anyone else who kept timm's names, under any prefix.
 
 Official names differ from timm's in two places: `pos_embeder` for `pos_embed`, and one `qkv` for
 class attention's query, key and value (`q`, `k`, `v`).
@@ -11,36 +10,29 @@ class attention's query, key and value (`q`, `k`, `v`).
 
 from __future__ import annotations
 
-import argparse
-import json
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import ABLATIONS, ARCHITECTURES, resolve_architecture
 from dino_xcit.model.timm_backbone import is_timm
 from dino_xcit.run_folder import from_plain
+from dino_xcit.weights.networks import chosen, flattened, heads, part, prefixes, without_heads
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Collection, Sequence
 
     from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.weights.reading import Tensors
 
-Tensors = dict[str, Tensor]
 KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
-NETWORKS = ("teacher", "student")  # in a DINO checkpoint, ours or official
 # Prefixes of DistributedDataParallel, of torch.compile, and of DINO's multi-crop wrapper.
 WRAPPERS = re.compile(r"(module\.|_orig_mod\.|backbone\.)+")
-# Keys under which others keep weights; averaged weights first, as timm.
-NESTED = ("model_ema", "state_dict_ema", "model", "state_dict")
 # XCiT's stem has a convolution for each halving of the image.
 STEM = re.compile(r"patch_embed\.proj\.\d+\.0\.weight")
 CLASS_QKV = re.compile(r"cls_attn_blocks\.\d+\.attn\.qkv\.(weight|bias)")
@@ -60,6 +52,8 @@ class Checkpoint:
     """DINO's center, (1, K), if the file has it"""
     metadata: dict[str, Any]
     """plain values: architecture, channels, ablations; in our own files also the normalisation"""
+    left_behind: list[str] = field(default_factory=list)
+    """names of heads that are not DINO's"""
 
 
 def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
@@ -70,51 +64,70 @@ def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
-# -- files -------------------------------------------------------------------------------------
-
-
-def read_checkpoint(
-    path: Path, networks: Sequence[str] = ("teacher",), arch: str | None = None
-) -> Checkpoint:
-    """Read one network of a file.
-
-    Args:
-        path: the file.
-        networks: names of networks in order of preference, for files with teacher and student.
-        arch: architecture; default: as the file's metadata or its tensors' shapes give it.
-
-    Raises:
-        UserError: the file holds no backbone; the message is what it is instead.
-    """
-    return select_network(*read_file(path), networks, arch)
+# -- networks -------------------------------------------------------------------------------------
 
 
 def select_network(
     content: Mapping[str, Any],
     metadata: Mapping[str, Any],
     networks: Sequence[str],
-    arch: str | None = None,
+    names: Collection[str] = (),
 ) -> Checkpoint:
-    """Return one network of what `read_file` read; see `read_checkpoint`."""
-    tensors = _choose(content, networks)
-    if "config" in content and "pytorch-lightning_version" in content:
-        try:
-            metadata = backbone_metadata(from_plain(content["config"]))
-        except UserError as error:
-            raise UserError(f"is a checkpoint of another version: {error}") from None
-    if is_timm(arch or metadata.get("arch", "")):
-        backbone, head = split_head(tensors)
-        described: dict[str, Any] = {}
-    else:
-        backbone, head = to_our_names(tensors)
+    """Return one network of what `read_file` read.
+
+    Args:
+        content: of the file.
+        metadata: of the file, as `file_metadata` returns it.
+        networks: names of networks in order of preference, for files with teacher and student.
+        names: of the tensors of the timm network that is looked for; default: an XCiT is.
+
+    Raises:
+        UserError: the file holds no such network; the message is what it is instead.
+    """
+    tensors = flattened(content)
+    if not tensors:
+        raise UserError(f"holds no network: {listed(list(content)) or 'nothing'} beside 0 tensors")
+    found = prefixes(tensors, names)
+    if names and not found:  # perhaps an XCiT, whose architecture a message can give
+        names, found = (), prefixes(tensors)
+    prefix = chosen(tensors, found, networks) if found else ""
+    backbone = without_heads(part(tensors, prefix), names)
+    head = _head(tensors, prefix)
+    described: dict[str, Any] = {}
+    if not names:
+        backbone, _ = to_our_names(backbone)
         described = describe(backbone)
-    given = {"arch": arch} if arch else {}
     return Checkpoint(
         backbone=backbone,
-        head=head if "last_layer.weight_v" in head else {},
+        head=head,
         center=_center(content),
-        metadata={**described, **metadata, **given},
+        metadata={**described, **metadata},
+        left_behind=[] if head else heads(tensors, found, names),
     )
+
+
+def file_metadata(content: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a file's network: of our safetensors, or of a run's checkpoint.
+
+    Raises:
+        UserError: it is the checkpoint of a run of another version.
+    """
+    if not ("config" in content and "pytorch-lightning_version" in content):
+        return dict(metadata)
+    try:
+        return backbone_metadata(from_plain(content["config"]))
+    except UserError as error:
+        raise UserError(f"is a checkpoint of another version: {error}") from None
+
+
+def _head(tensors: Tensors, prefix: str) -> Tensors:
+    """Return DINO's head, which is under the backbone's prefix or beside the backbone."""
+    owner = prefix.rstrip(".").rpartition(".")[0]
+    for name in (f"{prefix}head.", f"{owner}.head.".lstrip(".")):
+        _, head = to_our_names({f"head.{n}": tensor for n, tensor in part(tensors, name).items()})
+        if "last_layer.weight_v" in head:
+            return head
+    return {}
 
 
 def _center(content: Mapping[str, Any]) -> Tensor | None:
@@ -125,105 +138,6 @@ def _center(content: Mapping[str, Any]) -> Tensor | None:
             center: Tensor = part[name]
             return center
     return None
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a file of tensors.
-
-    Returns:
-        Its content, and the metadata of our own safetensors files.
-
-    Raises:
-        UserError: it is something else; the message is what.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        start = file.read(512)
-    if not start:
-        raise UserError("is empty (0 bytes)")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError("is a pointer of git-lfs, not the file itself: `git lfs pull` fetches it")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError("is a web page, not weights: download it again")
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return _read_safetensors(path)
-    return _read_torch(path), {}
-
-
-def _read_torch(path: Path) -> dict[str, Any]:
-    broken = "is cut off, or no file of torch.save or safetensors"
-    try:
-        # Official DINO keeps its command line beside the tensors, in this class.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+)", str(error))
-        if code is None:
-            raise UserError(broken) from None
-        raise UserError(
-            f"holds code ({code[1]}), which is never run; save its tensors alone"
-        ) from None
-    except Exception:  # damaged files raise errors of many types
-        raise UserError(broken) from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"holds a {type(content).__name__}; expected tensors by their names")
-    return dict(content)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("dino_xcit", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"is not a readable safetensors file: {error}") from None
-    return tensors, metadata if isinstance(metadata, dict) else {}
-
-
-def write_safetensors(tensors: Tensors, path: Path, about: dict[str, Any]) -> None:
-    """Write tensors, with `about` as JSON in the metadata under `dino_xcit`.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    try:
-        save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
-    except SafetensorError as error:  # also of a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
-
-
-def _choose(content: Mapping[str, Any], networks: Sequence[str]) -> Tensors:
-    """Return the tensors of the first of these networks that the file has, under the file's names.
-
-    A file without teacher and student has one network.
-    """
-    nested = (content[key] for key in NESTED if isinstance(content.get(key), Mapping))
-    outer = next(nested, content)
-    of_networks = {
-        name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)
-    }
-    for name in NETWORKS:  # in a Lightning module's state dict the networks are prefixes
-        prefix = f"{name}."
-        tensors = {key.removeprefix(prefix): outer[key] for key in outer if key.startswith(prefix)}
-        if tensors:
-            of_networks[name] = tensors
-    if not of_networks:
-        return _tensors(outer)
-    chosen = next((of_networks[name] for name in networks if name in of_networks), None)
-    if chosen is None:
-        raise UserError(
-            f"has no {networks[0]}, only the {' and '.join(of_networks)}; "
-            "name it with --checkpoint_key"
-        )
-    return _tensors(chosen)
-
-
-def _tensors(content: Mapping[str, Any]) -> Tensors:
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if others or not content:
-        count = len(content) - len(others)
-        raise UserError(f"holds no network: {listed(others) or 'nothing'} beside {count} tensors")
-    return dict(content)
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -265,17 +179,6 @@ def to_official_names(backbone: Tensors) -> Tensors:
             parts = [backbone[f"{part[1]}.{letter}.{part[3]}"] for letter in "qkv"]
             official[f"{part[1]}.qkv.{part[3]}"] = torch.cat(parts)
     return official
-
-
-def split_head(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Split the tensors of a timm network, or of one with DINO's head, into backbone and head."""
-    if not any(name.startswith("backbone.") for name in tensors):
-        return tensors, {}
-    backbone, head = (
-        {name.removeprefix(part): t for name, t in tensors.items() if name.startswith(part)}
-        for part in ("backbone.", "head.")
-    )
-    return backbone, head
 
 
 def describe(backbone: Tensors) -> dict[str, Any]:

@@ -7,13 +7,16 @@ import dataclasses
 import pytest
 import torch
 from helpers import saved_part
+from timm.models import adapt_input_conv
 
+from dino_xcit.errors import UserError
+from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import LAST, TEACHER
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.weights.formats import to_official_names
-from dino_xcit.weights.load import start_from
+from dino_xcit.weights.start import start_from
 
 
 @pytest.fixture
@@ -124,11 +127,7 @@ def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
     [
         (
             {"arch": "xcit_pico2_p8"},
-            "does not fit --arch xcit_pico2_p8: (missing|left over)",
-        ),
-        (
-            {"in_chans": 1, "mean": (0.5,), "std": (0.5,)},
-            "does not fit --arch .*of another shape: patch_embed",
+            "does not fit --arch xcit_pico2_p8; set --arch xcit_pico2_p4",
         ),
         (
             {"init_weights": "gone.pth"},
@@ -144,3 +143,36 @@ def test_what_does_not_fit_is_told_before_anything_is_written(quiet, tmp_path, c
     with pytest.raises(ValueError, match=told):
         pretrain(dataclasses.replace(config, **changes))
     assert not (tmp_path / "second" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_first_convolution_of_three_channels_is_adapted_as_in_timm(quiet, tmp_path, channels):
+    weights = XCiT("xcit_pico2_p4").state_dict()
+    torch.save(weights, tmp_path / "rgb.pth")
+    values = (0.5,) * channels
+    options = {"in_chans": channels, "mean": values, "std": values}
+    config = dataclasses.replace(quiet, **options)
+    module = DINOModule(config, Schedules(config=config, steps_per_epoch=6, total_batch=8))
+    line = start(tmp_path / "rgb.pth", module)
+    assert "its first convolution " in line
+    name = "patch_embed.proj.0.0.weight"
+    rgb, adapted = weights[name], module.student.backbone.state_dict()[name]
+    assert torch.equal(adapted, adapt_input_conv(channels, rgb))
+    grey = torch.rand(1, 1, 3, 3)  # an image whose channels are alike gives the same features
+    alike = (grey.expand(1, 3, 3, 3) * rgb).sum(), (grey.expand(1, channels, 3, 3) * adapted).sum()
+    if channels == 1:
+        torch.testing.assert_close(*alike)
+
+
+def test_a_first_convolution_of_other_channels_names_the_flag(module, tmp_path):
+    torch.save(XCiT("xcit_pico2_p4", in_chans=1).state_dict(), tmp_path / "grey.pth")
+    with pytest.raises(UserError, match=r"grey\.pth has 1 channels, .* set --in_chans 1"):
+        start(tmp_path / "grey.pth", module)
+
+
+def test_weights_that_are_not_finite_start_no_run(module, tmp_path):
+    weights = XCiT("xcit_pico2_p4").state_dict()
+    weights["norm.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"--init_weights .* not finite .* 1 of \d+ .*norm\.bias"):
+        start(tmp_path / "nan.pth", module)

@@ -17,8 +17,14 @@ from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import ARCHITECTURES, timm_name
 from dino_xcit.model.dino import DINOHead
 from dino_xcit.model.xcit import XCiT
-from dino_xcit.weights.formats import describe, read_checkpoint, to_official_names, to_our_names
+from dino_xcit.weights.formats import (
+    describe,
+    select_network,
+    to_official_names,
+    to_our_names,
+)
 from dino_xcit.weights.load import PUBLISHED, load_backbone
+from dino_xcit.weights.reading import read_file
 
 OF_TIMM = [
     f"{short}_p{patch}"
@@ -156,7 +162,7 @@ def test_the_kind_of_a_file_is_recognised(kind, nano, head, tmp_path):
     assert backbone.arch == "xcit_n12_p16"
     assert same(backbone.state_dict(), nano)
     assert not backbone.training
-    checkpoint = read_checkpoint(path)
+    checkpoint = select_network(*read_file(path), ("teacher",))
     assert same(checkpoint.head, head if kind in ("wrapped", "full official checkpoint") else {})
 
 

@@ -20,7 +20,9 @@ from dino_xcit.model.timm_backbone import TimmBackbone
 from dino_xcit.run_folder import CONFIG, LAST, TEACHER, read_config
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.schedules import Schedules
-from dino_xcit.weights.load import build, load_backbone, save_backbone, start_from
+from dino_xcit.weights.build import build
+from dino_xcit.weights.load import load_backbone, save_backbone
+from dino_xcit.weights.start import start_from
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -159,3 +159,40 @@ def test_a_run_of_another_version_is_an_error_that_names_its_config(run):
     (run / "config.yaml").write_text("unknown_option: 3\n")
     with pytest.raises(UserError, match=r"one/config\.yaml is not a config of this version"):
         read_run(str(run))
+
+
+# -- another image size -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_s3_tiny_224", "resnet10t", "beit_base_patch16_224"]
+)
+def test_networks_of_timm_take_the_image_size_that_is_asked_for(created, name):
+    backbone = load_backbone(f"timm:{name}", image_size=96)
+    assert backbone.metadata["global_crops_size"] == 96
+    with torch.no_grad():
+        assert backbone(torch.randn(2, 3, 96, 96)).shape == (2, backbone.embed_dim)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_a_file_of_a_timm_network_takes_another_image_size(name, tmp_path):
+    network = timm.create_model(name, num_classes=0).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone(tmp_path / "w.pth", f"timm:{name}", image_size=96)
+    with torch.no_grad():
+        assert backbone(torch.randn(2, 3, 96, 96)).shape == (2, backbone.embed_dim)
+
+
+def test_the_image_size_of_the_weights_leaves_the_features_as_they_are(created):
+    backbone, resized = (load_backbone("timm:test_vit", image_size=size) for size in (None, 160))
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(resized(x), backbone(x))
+
+
+def test_an_image_size_that_a_network_does_not_take_is_refused(created, tmp_path):
+    with pytest.raises(UserError, match=r"--image_size 90.*set --image_size to a multiple of 16"):
+        load_backbone("timm:test_vit", image_size=90)
+    torch.save(XCiT("xcit_pico2_p8").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"--image_size 90.*patch size 8 must divide both"):
+        load_backbone(tmp_path / "w.pth", image_size=90)
