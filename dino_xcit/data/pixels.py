@@ -42,16 +42,21 @@ class Storage(NamedTuple):
         """Read the header.
 
         Raises:
-            ImageError: A TIFF of several images.
+            ImageError: A TIFF of several images, or of integers without a scale.
         """
         if file.format == "PNG":
             return cls(bits=data[24])
         if isinstance(file, TiffImagePlugin.TiffImageFile):
             _require_one_page(file)
+            if file.mode == "I":
+                raise ImageError(
+                    "signed or 32-bit integers, whose scale the file does not state; expected "
+                    "unsigned integers of 8 or 16 bits"
+                )
             bits, alpha = file.tag_v2.get(258, (8,)), file.tag_v2.get(EXTRA_SAMPLES, ())
             white_is_zero = file.tag_v2.get(PHOTOMETRIC) == 0
             return cls(max(bits), white_is_zero, alpha in ((1,), (2,)) or file.mode != "RGBA")
-        return cls(bits=16 if file.mode == "I" else 8)  # PPM, which PIL scales to 16 bits
+        return cls()  # PPM too: PIL scales what has more than 8 bits to 16, in mode I
 
 
 def _require_one_page(file: TiffImagePlugin.TiffImageFile) -> None:
@@ -73,15 +78,10 @@ def from_pil(image: Image.Image, channels: int, storage: Storage = EIGHT_BITS) -
     """Convert a PIL image to uint8 (channels, H, W).
 
     Raises:
-        ImageError: The pixels cannot be read faithfully.
+        ImageError: Their scale is not known.
         UserError: Files cannot be read with this number of channels.
     """
     require_readable(channels)
-    if image.mode == "I" and storage.bits != 16:
-        raise ImageError(
-            "signed or 32-bit integers, whose scale the file does not state; expected unsigned "
-            "integers of 8 or 16 bits"
-        )
     if image.mode.startswith("I"):
         image = Image.fromarray(_of_16_bits(np.asarray(image), storage.white_is_zero))
     elif image.mode == "F":
