@@ -35,7 +35,7 @@ from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.data.decode import decode
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_files import OFFICIAL_FILES, FileFeatures
-from dino_xcit.figures.object_masks import read_mask
+from dino_xcit.figures.mask_files import read_mask
 from dino_xcit.figures.video import is_video
 from dino_xcit.run_folder import read_config
 from dino_xcit.train.checkpoints import is_whole

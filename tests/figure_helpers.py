@@ -94,7 +94,8 @@ def mask_scenes(
                 Image.fromarray(array).save(path)
     options |= {"images": (str(images),), "masks": str(masks)}
     config, model, framing = model_and_framing(weights, **options)
-    return config, model, scenes_of_files(config, model, framing, find(config, framing).images)
+    found = scenes_of_files(config, model, framing, find(config, framing).images)
+    return config, model, found.inputs
 
 
 def smooth_picture(height: int, width: int, seed: int = 0) -> np.ndarray:

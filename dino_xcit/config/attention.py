@@ -10,7 +10,16 @@ from dino_xcit.errors import UserError
 
 Interpolation = Literal["nearest", "bicubic"]
 FigureKind = Literal[
-    "heads", "grid", "overlay", "training", "models", "magnitude", "covariance", "similarity", "pca"
+    "heads",
+    "files",
+    "grid",
+    "overlay",
+    "training",
+    "models",
+    "magnitude",
+    "covariance",
+    "similarity",
+    "pca",
 ]
 
 
@@ -33,6 +42,12 @@ class AttentionConfig:
     """folder of the figures"""
 
     # Images and maps
+    mean: tuple[float, ...] = ()
+    """mean of each channel in [0, 1], subtracted from the images. Default: the weights' own,
+    else ImageNet's"""
+    std: tuple[float, ...] = ()
+    """standard deviation of each channel in [0, 1], by which the images are divided. Default:
+    the weights' own, else ImageNet's"""
     image_size: int | None = None
     """length of the long side in pixels, at the image's aspect ratio; 0: the image's own.
     Default: 480, or the pretraining's crop size if that is below 96 (of several weights the
@@ -45,9 +60,9 @@ class AttentionConfig:
     shapes (default 2000)"""
     layer: int = -1
     """class-attention layer: 0 or 1; -1: the last"""
-    head: int | None = None
-    """head, from 0, whose map overlay, training, models and videos show, and the only one of
-    magnitude and covariance. Default: the mean of the heads; magnitude and covariance: all heads"""
+    head: tuple[int, ...] = ()
+    """heads, from 0: files, grid, magnitude and covariance show each; overlay, training, models
+    and videos their mean. Default: all heads"""
     xca_layer: int = -1
     """XCA layer of --figures magnitude and covariance, from 0; -1: the last"""
     point: tuple[float, ...] = ()
@@ -58,8 +73,9 @@ class AttentionConfig:
 
     # Figures
     figures: tuple[FigureKind, ...] = ()
-    """heads: an image with all heads; grid: images by heads; overlay: image, map over it, mask,
-    heads in colours; training: the kept checkpoints of a run; models: several --weights;
+    """heads: an image with all heads; files: a folder for each image, with a PNG file of each
+    head as official visualize_attention.py; grid: images by heads; overlay: image, map over it,
+    mask, heads in colours; training: the kept checkpoints of a run; models: several --weights;
     magnitude: norms of XCA's queries and keys; covariance: XCA's matrices; similarity: of all
     patches to one; pca: patch features as colours. Default: heads overlay; with several weights
     models"""
@@ -119,6 +135,9 @@ class AttentionConfig:
         check = Checks(self)
         self._check_combinations(check)
         check.at_least(0, "image_size", "head", "seed")
+        check(len(set(self.head)) == len(self.head), "head", "different heads")
+        check.within(0, 1, "shares from 0 to 1, of the images' range", "mean")
+        check.positive("std")
         check.at_least(1, "num_images", "images_per_figure")
         in_the_image = len(self.point) == 2 and all(0 <= share <= 1 for share in self.point)
         check(not self.point or in_the_image, "point", "two shares from 0 to 1")

@@ -73,15 +73,22 @@ class Canvas:
         return picture
 
 
+def selected_heads(maps: np.ndarray, config: AttentionConfig) -> Sequence[int]:
+    """Of maps of all heads (h, ...), the heads of `--head`, else all."""
+    return config.head or range(len(maps))
+
+
 def selected_map(attention: np.ndarray, config: AttentionConfig) -> np.ndarray:
-    """Of the maps of all heads (h, rows, columns), that of `--head`, else their mean."""
-    one_map: np.ndarray = attention.mean(0) if config.head is None else attention[config.head]
+    """Of the maps of all heads (h, rows, columns), the mean of `--head`, else of all."""
+    one_map: np.ndarray = attention[list(selected_heads(attention, config))].mean(0)
     return one_map
 
 
 def map_title(config: AttentionConfig) -> str:
     """Title of `selected_map`."""
-    return "mean" if config.head is None else f"head {config.head}"
+    if len(config.head) == 1:
+        return f"head {config.head[0]}"
+    return f"mean of heads {', '.join(map(str, config.head))}" if config.head else "mean"
 
 
 def mask_title(config: AttentionConfig) -> str:

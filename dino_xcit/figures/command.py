@@ -15,12 +15,13 @@ from dino_xcit.errors import UserError
 from dino_xcit.evaluate.report import table
 from dino_xcit.figures.image_figures import ImageSummary, draw_images
 from dino_xcit.figures.inputs import ImageInput, VideoInput, find, own_images
-from dino_xcit.figures.localization import score, scores_table
+from dino_xcit.figures.localization import notes, score, scores_table
 from dino_xcit.figures.object_masks import scenes_of_files, scenes_of_shapes
 from dino_xcit.figures.setup import Setup, open_setup
 from dino_xcit.figures.sheets import options_json
 from dino_xcit.figures.video_figures import VideoSummary, draw_video
 from dino_xcit.files import printable, write_json
+from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,7 @@ def attention(config: AttentionConfig) -> AttentionOutcome:
         UserError: an option cannot be used, so that nothing can be shown.
     """
     setup = open_setup(config)
+    _say_what_is_assumed(setup)
     images, videos, problems = find(config, setup.framing)
     if not config.images and (setup.kinds or config.html or config.masks != "shapes"):
         images = own_images(config, setup.models[0].channels)
@@ -69,6 +71,13 @@ def attention(config: AttentionConfig) -> AttentionOutcome:
     for problem in problems:
         print(printable(f"dino-xcit attention: {problem}"), file=sys.stderr)
     return AttentionOutcome(problems=problems)
+
+
+def _say_what_is_assumed(setup: Setup) -> None:
+    for model in setup.models:
+        if model.assumed:
+            flags = " and ".join(f"--{flag}" for flag in model.assumed)
+            say(f"{model.weights} holds no {' and '.join(model.assumed)}: ImageNet's ({flags})")
 
 
 def _draw(
@@ -133,13 +142,16 @@ def _score_masks(setup: Setup, images: Sequence[ImageInput]) -> list[str]:
     else:
         scenes = scenes_of_files(config, model, setup.framing, images)
     try:
-        content, sheet, problems = score(config, model, scenes)
+        content, sheet, problems = score(config, model, scenes.inputs)
     except UserError as error:
-        return [str(error)]
+        return [*scenes.problems, str(error)]
+    problems = [*scenes.problems, *problems]
     options = json.loads(options_json(config))
     write_json(setup.folder / SCORES, {**content, "problems": problems, "options": options})
     setup.write(sheet)
     print(scores_table(content, model.title))
+    for line in notes(content):
+        print(line)
     count, picture = content["images"], f"{sheet.name}.{config.format[0]}"
     print(f"{count} images: {setup.folder}/{SCORES}, {picture}")
     return problems

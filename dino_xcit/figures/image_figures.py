@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 
 from dino_xcit.errors import UserError
+from dino_xcit.figures.drawing import Sheet
 from dino_xcit.figures.maps import entropy
 from dino_xcit.figures.model import AttentionResult, attention_result
 from dino_xcit.figures.page import Exhibit, write_page
@@ -131,9 +132,10 @@ def _write_figures(setup: Setup, results: Sequence[_ImageResults], suffix: str) 
     for kind, row in setup.rows.items():
         for of_sheet in _by_sheet(row, results):
             try:
-                sheet = row.draw(of_sheet, setup.config)
-                name = sheet.name if row.per_image else sheet.name + suffix
-                setup.write(dataclasses.replace(sheet, name=name))
+                figure = row.draw(of_sheet, setup.config)
+                if isinstance(figure, Sheet) and not row.per_image:
+                    figure = dataclasses.replace(figure, name=figure.name + suffix)
+                setup.write(figure)
             except (UserError, OSError) as error:
                 problems.append(f"{kind} figure of {results[0].where}: {error}")
             except MemoryError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,10 +21,11 @@ from dino_xcit.evaluate.report import Report, Result, scores, table, with_interv
 from dino_xcit.figures.drawing import Cell, Sheet, as_cell
 from dino_xcit.figures.framing import without_padding
 from dino_xcit.figures.maps import jaccard, mass_mask
+from dino_xcit.figures.model import finite_maps
 from dino_xcit.figures.pictures import canvas_image, cut_out
 from dino_xcit.model.xcit import with_class_attention
 from dino_xcit.runtime import progress
-from dino_xcit.weights.load import build
+from dino_xcit.weights.build import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +69,8 @@ def score(
         UserError: no scene could be scored.
     """
     start = time.perf_counter()
+    readings: Counter[str] = Counter()
+    filled = 0
     untrained = untrained_model(model, config.seed)
     problems: list[str] = []
     indices: dict[str, list[Tensor]] = {WEIGHTS: [], UNTRAINED: [], BLOBS: []}
@@ -74,20 +78,30 @@ def score(
     with progress(len(scenes), "masks", "images", shown=True) as progress_bar:
         for batch in _batches(scenes, problems, progress_bar.update):
             scored = _score_batch(batch, model, untrained, config.threshold)
+            readings.update(scene.reading for scene in batch)
+            filled += sum(not (scene.counted & ~scene.truth).any() for scene in batch)
             for source, of_batch in scored.indices.items():
                 indices[source].append(of_batch)
             for number in range(min(len(batch), config.images_per_figure - len(rows))):
                 row = _sheet_row(scored, number, model.title)
                 rows.append([dataclasses.replace(c, title="") for c in row] if rows else row)
     if not rows:
-        reason = problems[0] if problems else "no images to score"
-        raise UserError(f"--masks {config.masks}: {reason}")
+        reason = f"none of {len(scenes)} images can be scored; the first: {problems[0]}"
+        raise UserError(f"--masks {config.masks}: {reason if problems else 'no images to score'}")
+    scored_images = len(scenes) - len(problems)
+    if filled == scored_images:
+        raise UserError(
+            f"--masks {config.masks}: no mask has a background, so that any map scores its own "
+            "area; expected 0 or black where there is no object"
+        )
     results = {source: _result(torch.cat(one), config.seed) for source, one in indices.items()}
     content = {
         "weights": model.weights,
         "results": results.pop(WEIGHTS),
         "baselines": results,
-        "images": len(scenes) - len(problems),
+        "images": scored_images,
+        "images_without_background": filled,
+        "masks": dict(readings),
         "layer": config.layer,
         "threshold": config.threshold,
         "image_size": model.long_side,
@@ -130,6 +144,19 @@ def scores_table(content: Report, title: str) -> str:
     )
 
 
+def notes(content: Report) -> list[str]:
+    """Lines on how the masks were read, and on those that the score means little for."""
+    readings = [f"{count} {reading}" for reading, count in content["masks"].items() if reading]
+    lines = [f"masks: {', '.join(readings)}"] if readings else []
+    filled = content["images_without_background"]
+    if filled:
+        lines.append(
+            f"{filled} of {content['images']} masks have no background: there any map scores its "
+            "own area"
+        )
+    return lines
+
+
 def _batches(
     scenes: Sequence[SceneInput], problems: list[str], done: Callable[[int], object]
 ) -> Iterator[list[Scene]]:
@@ -166,7 +193,7 @@ def _score_batch(
     truth = torch.stack([scene.truth for scene in scenes])[:, None]  # (B, 1, H, W)
     counted = torch.stack([scene.counted for scene in scenes])[:, None]
     maps = {
-        WEIGHTS: model(pixels).attention.cpu(),
+        WEIGHTS: finite_maps(model(pixels), model).attention.cpu(),
         UNTRAINED: untrained(pixels).attention.cpu(),
     }  # (B, h, rows, columns)
     like = maps[UNTRAINED]

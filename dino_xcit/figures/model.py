@@ -23,6 +23,8 @@ from dino_xcit.runtime import HALF, resolve_precision
 from dino_xcit.weights.load import load_backbone, run_folder_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from dino_xcit.config.attention import AttentionConfig
@@ -70,9 +72,10 @@ class AttentionModel:
         self.use(backbone)
         check_layer("layer", config.layer, CLASS_ATTENTION_LAYERS)
         check_layer("xca_layer", config.xca_layer, len(backbone.blocks))
-        if config.head is not None and config.head >= backbone.heads:
+        missing = [head for head in config.head if head >= backbone.heads]
+        if missing:
             raise UserError(
-                f"--head is {config.head}; {backbone.arch} has the heads 0 to {backbone.heads - 1}"
+                f"--head is {missing[0]}; {backbone.arch} has the heads 0 to {backbone.heads - 1}"
             )
 
     def use(self, backbone: XCiT) -> None:
@@ -84,17 +87,34 @@ class AttentionModel:
         self.backbone = backbone.to(self.device).eval()
         self.channels = backbone.in_chans
         options = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
-        if len(options["mean"]) != self.channels:
-            raise UserError(
-                f"--weights {self.weights}: the file does not hold the mean and deviation by which "
-                f"its {self.channels} channels are normalised; expected weights that do"
-            )
         self.mean, self.std = (
-            torch.tensor(options[key], device=self.device)[:, None, None] for key in ("mean", "std")
+            self._normalisation(flag, getattr(self.config, flag), options[flag])
+            for flag in ("mean", "std")
         )
         crop, requested = options["global_crops_size"], self.config.image_size
         default = crop if crop < SMALL else OFFICIAL_SIZE
         self.long_side = default if requested is None else requested
+
+    def _normalisation(self, flag: str, named: Sequence[float], known: Sequence[float]) -> Tensor:
+        """The mean or std, (C, 1, 1): as the flag names it, else as the weights hold it."""
+        values = named or known
+        if len(values) != self.channels:
+            found = f"--{flag} has {len(named)} values" if named else f"the file holds no {flag}"
+            expected = f"expected --{flag} with one value for each channel, from 0 to 1"
+            raise UserError(
+                f"--weights {self.weights} takes {self.channels}-channel images, and {found}; "
+                f"{expected}"
+            )
+        return torch.tensor(values, device=self.device)[:, None, None]
+
+    @property
+    def assumed(self) -> list[str]:
+        """What neither the weights nor the options hold, so that ImageNet's is taken."""
+        return [
+            flag
+            for flag in ("mean", "std")
+            if not getattr(self.config, flag) and flag not in self.backbone.metadata
+        ]
 
     def with_backbone(self, backbone: XCiT, title: str) -> AttentionModel:
         """A model of the same options with another backbone."""
@@ -143,12 +163,13 @@ def attention_result(
         xca: whether to return queries, keys and covariance.
 
     Raises:
-        UserError: there is too little memory, or the image is smaller than a patch.
+        UserError: there is too little memory, the image is smaller than a patch, or maps are not
+            finite.
     """
     framing.check(*image.shape[-2:])
     pixels, size = framing.apply(image)
     try:
-        maps = model(pixels[None], features=features, xca=xca)
+        maps = finite_maps(model(pixels[None], features=features, xca=xca), model)
     except (MemoryError, RuntimeError) as error:  # `Framing.check` is an estimate
         if not is_out_of_memory(error):
             raise
@@ -161,6 +182,21 @@ def attention_result(
     image_array = without_padding(pixels, size)
     patch = model.backbone.patch_size
     return AttentionResult(name=name, model=model.title, image=image_array, patch=patch, **arrays)
+
+
+def finite_maps(maps: AttentionMaps, model: AttentionModel) -> AttentionMaps:
+    """Return the maps.
+
+    Raises:
+        UserError: they have values that are not finite.
+    """
+    for kind, of_kind in maps._asdict().items():
+        if of_kind is not None and not bool(of_kind.isfinite().all()):
+            raise UserError(
+                f"--weights {model.weights}: values of its {kind} are not finite: its tensors are "
+                f"not, or they overflow in --precision {model.config.precision}"
+            )
+    return maps
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -6,26 +6,22 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import EXTENSIONS, FORMATS, reading_images
+from dino_xcit.data.decode import EXTENSIONS
 from dino_xcit.errors import UserError
-from dino_xcit.figures.framing import Framing, any_size
+from dino_xcit.figures.mask_files import ObjectMask, number_their_objects, read_mask
 from dino_xcit.weights.load import read_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from dino_xcit.config.attention import AttentionConfig
+    from dino_xcit.figures.framing import Framing
     from dino_xcit.figures.inputs import ImageInput
     from dino_xcit.figures.model import AttentionModel
-
-VOID = 255  # in masks of PASCAL VOC: neither object nor background
-WHITE = 255
 
 
 class Scene(NamedTuple):
@@ -37,6 +33,8 @@ class Scene(NamedTuple):
     """bool (H, W): the object"""
     counted: Tensor
     """bool (H, W): false where the mask is void"""
+    reading: str
+    """how the mask's values were read; empty for drawn shapes"""
 
 
 class SceneInput(NamedTuple):
@@ -47,29 +45,36 @@ class SceneInput(NamedTuple):
     read: Callable[[], Scene]
 
 
-def scenes_of_shapes(
-    config: AttentionConfig, model: AttentionModel, framing: Framing
-) -> list[SceneInput]:
+class Scenes(NamedTuple):
+    """The scenes to score."""
+
+    inputs: list[SceneInput]
+    problems: list[str]
+    """a line about images without a mask"""
+
+
+def scenes_of_shapes(config: AttentionConfig, model: AttentionModel, framing: Framing) -> Scenes:
     """Validation images of the embedded set, as the run of the weights drew them."""
     run = read_run(config.weights[0])
     seed = config.seed if run is None else run.seed
 
     def read(index: int) -> Scene:
         shape = shapes.draw_shape(seed, "validation", index, model.channels)
-        image, mask = torch.from_numpy(shape.image).permute(2, 0, 1), torch.from_numpy(shape.mask)
-        return _framed_scene(framing, image, mask, torch.ones_like(mask))
+        image, truth = torch.from_numpy(shape.image).permute(2, 0, 1), torch.from_numpy(shape.mask)
+        return _framed_scene(framing, image, ObjectMask(truth, torch.ones_like(truth), ""), "mask")
 
     count = config.num_images or shapes.VALIDATION_COUNT
-    return [SceneInput(f"shape {i}", functools.partial(read, i)) for i in range(count)]
+    inputs = [SceneInput(f"shape {i}", functools.partial(read, i)) for i in range(count)]
+    return Scenes(inputs, [])
 
 
 def scenes_of_files(
-    config: AttentionConfig, model: AttentionModel, framing: Framing, images: Iterable[ImageInput]
-) -> list[SceneInput]:
+    config: AttentionConfig, model: AttentionModel, framing: Framing, images: Sequence[ImageInput]
+) -> Scenes:
     """Each image with the file of its name in the folder of masks.
 
     Raises:
-        UserError: `--masks` is not a folder.
+        UserError: `--masks` is not a folder, or holds a mask of none of the images.
     """
     folder = Path(config.masks or "")
     if not folder.is_dir():
@@ -78,77 +83,56 @@ def scenes_of_files(
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in EXTENSIONS and path.is_file():
             files.setdefault(path.stem, []).append(path)
+    masks = {image: _files_of(Path(image.where), files) for image in images}
+    found = [paths[0] for paths in masks.values() if paths]
+    problems = _images_without_a_mask([image for image in images if not masks[image]], images)
+    if problems and not found:
+        raise UserError(f"--masks {folder}: {problems[0]}")
+    numbered = number_their_objects(found)
 
-    def read(image: ImageInput) -> Scene:
-        truth, counted = read_mask(_mask_file(Path(image.where), files, folder))
-        return _framed_scene(framing, image.read(model.channels), truth, counted)
+    def read(image: ImageInput, paths: Sequence[Path]) -> Scene:
+        if len(paths) > 1:
+            raise UserError(f"{len(paths)} masks named {paths[0].stem} in --masks {folder}")
+        mask = read_mask(paths[0], numbered)
+        return _framed_scene(framing, image.read(model.channels), mask, f"mask {paths[0]}")
 
-    return [SceneInput(image.where, functools.partial(read, image)) for image in images]
-
-
-def _mask_file(image: Path, files: dict[str, list[Path]], folder: Path) -> Path:
-    """The mask file of an image; of several of its name, the one in a folder of the same name."""
-    found = files.get(image.stem, [])
-    if len(found) > 1:  # frames of several videos
-        found = [path for path in found if path.parent.name == image.parent.name] or found
-    if len(found) == 1:
-        return found[0]
-    count = f"{len(found)} masks" if found else "no mask"
-    raise UserError(f"{count} named {image.stem} in --masks {folder}")
-
-
-def read_mask(path: Path) -> tuple[Tensor, Tensor]:
-    """Read a mask file.
-
-    Values other than 0 are object. 255 is void, as in PASCAL VOC, in a mask that numbers its
-    objects; in one of black and white, or of shades between them (a soft edge, JPEG), values above
-    half are object.
-
-    Returns:
-        The object, and the pixels that count, bool (H, W).
-
-    Raises:
-        UserError: the file is not an image, or transparent.
-    """
-    try:
-        with any_size(), reading_images(), Image.open(path, formats=FORMATS) as file:
-            image = file.copy()  # decodes it
-    except UserError as error:
-        raise UserError(f"mask {path}: {error}") from None
-    if not _is_opaque(image):
-        raise UserError(f"mask {path}: transparent; expected grey or a palette")
-    values = _values(image)
-    if image.mode != "P" and _is_soft(values):
-        return torch.from_numpy(values > WHITE // 2), torch.ones(values.shape, dtype=torch.bool)
-    void = (values == VOID) & ((values != 0) & (values != VOID)).any()
-    return torch.from_numpy((values != 0) & ~void), torch.from_numpy(~void)
+    inputs = [
+        SceneInput(image.where, functools.partial(read, image, paths))
+        for image, paths in masks.items()
+        if paths
+    ]
+    return Scenes(inputs, problems)
 
 
-def _is_opaque(image: Image.Image) -> bool:
-    has_alpha = image.mode in ("LA", "PA", "RGBA")
-    return not has_alpha or image.getchannel("A").getextrema() == (WHITE, WHITE)
+def _files_of(image: Path, files: dict[str, list[Path]]) -> list[Path]:
+    """The mask files of an image; of several of its name, the one in a folder of the same name."""
+    of_name = files.get(image.stem, [])
+    if len(of_name) > 1:  # frames of several videos
+        return [path for path in of_name if path.parent.name == image.parent.name] or of_name
+    return of_name
 
 
-def _values(image: Image.Image) -> np.ndarray:
-    """Pixels of a mask as integers (H, W)."""
-    single = image.mode in ("P", "L", "1", "I", "I;16")
-    return np.array(image if single else image.convert("L")).astype(np.int64)
+def _images_without_a_mask(
+    missing: Sequence[ImageInput], images: Sequence[ImageInput]
+) -> list[str]:
+    if not missing:
+        return []
+    first = Path(missing[0].where)
+    return [
+        f"{len(missing)} of {len(images)} images have no mask; the first: {first}, "
+        f"expected a file named {first.stem}"
+    ]
 
 
-def _is_soft(values: np.ndarray) -> bool:
-    """Whether these are shades up to white: numbers of objects do not get so high."""
-    return bool(values.max(initial=0) <= WHITE and ((values > WHITE // 2) & (values < WHITE)).any())
-
-
-def _framed_scene(framing: Framing, image: Tensor, truth: Tensor, counted: Tensor) -> Scene:
-    if image.shape[-2:] != truth.shape:
-        raise UserError(f"image of {_size(image)} pixels, mask of {_size(truth)}")
+def _framed_scene(framing: Framing, image: Tensor, mask: ObjectMask, name: str) -> Scene:
+    if image.shape[-2:] != mask.truth.shape:
+        raise UserError(f"image of {_size(image)} pixels, {name} of {_size(mask.truth)}")
     pixels, (H, W) = framing.apply(image)
-    masks, _ = framing.apply(torch.stack([truth, counted]).byte(), mode="nearest-exact")
+    masks, _ = framing.apply(torch.stack([mask.truth, mask.counted]).byte(), mode="nearest-exact")
     truth, counted = masks[:, :H, :W].bool()
     if not (truth & counted).any():
-        raise UserError("no object in the mask")
-    return Scene(pixels, truth, counted)
+        raise UserError(f"no object in the {name}")
+    return Scene(pixels, truth, counted, mask.reading)
 
 
 def _size(tensor: Tensor) -> str:

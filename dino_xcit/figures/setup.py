@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dino_xcit.figures.drawing import Sheet, inches, write
 from dino_xcit.figures.framing import Framing
+from dino_xcit.figures.head_files import PictureFolder
 from dino_xcit.figures.model import AttentionModel, open_checkpoints, open_models
 from dino_xcit.figures.sheets import (
     DEFAULT_FIGURES,
@@ -44,15 +45,18 @@ class Setup:
         """Rows of the figures to draw."""
         return {kind: FIGURES[kind] for kind in self.kinds}
 
-    def write(self, sheet: Sheet) -> None:
-        """Write a sheet as `--format`, `--width`, `--titles` and `--dpi` ask.
+    def write(self, figure: Sheet | PictureFolder) -> None:
+        """Write a sheet as `--format`, `--width`, `--titles` and `--dpi` ask, or PNG files.
 
         Raises:
             UserError: `--width` is too narrow for its columns.
         """
+        if isinstance(figure, PictureFolder):
+            figure.write(self.folder)
+            return
         config = self.config
         width = inches(config.width)
-        write(sheet, self.folder, config.format, width=width, titles=config.titles, dpi=config.dpi)
+        write(figure, self.folder, config.format, width=width, titles=config.titles, dpi=config.dpi)
 
 
 def open_setup(config: AttentionConfig) -> Setup:

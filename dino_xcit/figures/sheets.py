@@ -19,10 +19,12 @@ from dino_xcit.figures.canvas import (
     colour_bar,
     map_title,
     mask_title,
+    selected_heads,
     selected_map,
     shared_limits,
 )
 from dino_xcit.figures.drawing import Cell, ColourBar, Sheet, as_cell, pack, wrap, wrap_beside
+from dino_xcit.figures.head_files import PictureFolder, head_files
 from dino_xcit.figures.maps import entropy, pca_colours, similarity
 from dino_xcit.figures.pictures import heat, overlay
 
@@ -70,7 +72,7 @@ def magnitude_sheet(results: Sequence[AttentionResult], config: AttentionConfig)
     assert result.queries is not None
     assert result.keys is not None
     canvas = Canvas(result, config)
-    heads = range(len(result.queries)) if config.head is None else [config.head]
+    heads = selected_heads(result.queries, config)
     maps = {
         "queries": [result.queries[head] for head in heads],
         "keys": [result.keys[head] for head in heads],
@@ -96,7 +98,7 @@ def covariance_sheet(results: Sequence[AttentionResult], config: AttentionConfig
     """One image: the d x d cross-covariance of queries (rows) and keys (columns) of each head."""
     (result,) = results
     assert result.covariance is not None
-    heads = range(len(result.covariance)) if config.head is None else [config.head]
+    heads = selected_heads(result.covariance, config)
     cells = [
         as_cell(heat(result.covariance[head], -1, 1, SIGNED_COLORMAP), title=f"head {head}")
         for head in heads
@@ -113,14 +115,16 @@ def covariance_sheet(results: Sequence[AttentionResult], config: AttentionConfig
 
 
 def grid_sheet(results: Sequence[AttentionResult], config: AttentionConfig) -> Sheet:
-    """A row per image: every head."""
+    """A row per image: each head of `--head`, else every head."""
     rows: list[list[Cell]] = []
-    limits = shared_limits([list(result.attention) for result in results], config)
-    for result, of_image in zip(results, limits, strict=True):
+    heads = selected_heads(results[0].attention, config)
+    maps = [[result.attention[head] for head in heads] for result in results]
+    limits = shared_limits(maps, config)
+    for result, maps_of_image, limits_of_image in zip(results, maps, limits, strict=True):
         canvas = Canvas(result, config)
         cells = [
             as_cell(canvas.heat(one_map, limit), f"head {head}")
-            for head, (one_map, limit) in enumerate(zip(result.attention, of_image, strict=True))
+            for head, one_map, limit in zip(heads, maps_of_image, limits_of_image, strict=True)
         ]
         rows += wrap_beside(as_cell(canvas.image, "image"), cells)
     return Sheet(
@@ -283,8 +287,8 @@ def _reference_patch(result: AttentionResult, config: AttentionConfig) -> tuple[
 class FigureRow:
     """A kind of figure: its function and the results that the function takes."""
 
-    draw: Callable[[Sequence[AttentionResult], AttentionConfig], Sheet]
-    """lays out a sheet of results, which are in the order of the images, then of the models"""
+    draw: Callable[[Sequence[AttentionResult], AttentionConfig], Sheet | PictureFolder]
+    """draws results, which are in the order of the images, then of the models"""
     per_image: bool = False
     """one sheet for each image, named after it; else one for up to `--images_per_figure` images"""
     models: Literal["first", "all", "checkpoints"] = "first"
@@ -297,6 +301,7 @@ class FigureRow:
 
 FIGURES: dict[FigureKind, FigureRow] = {
     "heads": FigureRow(draw=heads_sheet, per_image=True),
+    "files": FigureRow(draw=head_files, per_image=True),
     "grid": FigureRow(draw=grid_sheet),
     "overlay": FigureRow(draw=overlay_sheet),
     "training": FigureRow(draw=training_sheet, models="checkpoints"),

@@ -133,6 +133,11 @@ def test_a_score_is_printed_with_its_interval_or_as_a_dash():
     assert with_interval(values, "mean") == "0.0 [0.0, 0.0]"
 
 
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"values": [1.5, float("nan"), (float("inf"), 2)]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"values": [1.5, None, [None, 2]]}
+
+
 def test_json_is_written_whole_into_a_new_folder(tmp_path, monkeypatch):
     path = tmp_path / "a" / "b" / "knn.json"
     write_json(path, {"results": [1, None]})

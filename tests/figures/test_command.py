@@ -369,7 +369,8 @@ def test_masks_of_files_and_images_that_have_none(here, capsys):
         mask[10:30, 10:30] = 1
         Image.fromarray(mask).save(f"masks/{name}.png")
     assert attention("--masks", "masks", "photos") == 2
-    assert "photos/square.png: no mask named square" in capsys.readouterr().err
+    line = "1 of 3 images have no mask; the first: photos/square.png, expected a file named square"
+    assert line in capsys.readouterr().err
     assert json.loads(Path("figures/masks.json").read_text())["images"] == 2
 
 

@@ -10,11 +10,11 @@ from figure_helpers import RUN, box, mask_scenes, model_and_framing, noise_array
 from dino_xcit.errors import UserError
 from dino_xcit.figures import localization
 from dino_xcit.figures.drawing import write
-from dino_xcit.figures.localization import blobs, score, scores_table
+from dino_xcit.figures.localization import blobs, notes, score, scores_table
 from dino_xcit.figures.maps import attention_maps
 from dino_xcit.figures.model import AttentionModel
 from dino_xcit.figures.object_masks import Scene, SceneInput, scenes_of_shapes
-from dino_xcit.weights.load import build
+from dino_xcit.weights.build import build
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def random_scenes(count, sizes=((16, 24),), seed=0):
             noise_array(-(-height // 4) * 4, -(-width // 4) * 4, number)
         ).permute(2, 0, 1)
         counted = rng.random((height, width)) < 0.8
-        made.append(Scene(pixels, torch.from_numpy(truth), torch.from_numpy(counted)))
+        made.append(Scene(pixels, torch.from_numpy(truth), torch.from_numpy(counted), ""))
     return made
 
 
@@ -152,14 +152,56 @@ def test_the_batch_size_changes_nothing(pixels, weights, monkeypatch):
     assert seen[::2] == {1: 5 * [1], 768: [2, 2, 1], 10**9: [5]}[pixels]
 
 
-def test_a_mask_that_equals_the_object_scores_100(weights):
-    """All of a blob's mass, where the object is the whole image."""
-    config, model, _ = model_and_framing(weights, threshold=0.999999)
-    everywhere = torch.ones(16, 24, dtype=torch.bool)
-    scene = Scene(torch.from_numpy(noise_array(16, 24)).permute(2, 0, 1), everywhere, everywhere)
+def scene_of(object_mask, seed=0):
+    truth = torch.from_numpy(object_mask > 0)
+    pixels = torch.from_numpy(noise_array(*truth.shape, seed)).permute(2, 0, 1)
+    return Scene(pixels, truth, torch.ones_like(truth), "")
+
+
+def test_a_mask_that_equals_the_object_scores_100(weights, monkeypatch):
+    config, model, _ = model_and_framing(weights, threshold=0.999)
+    scene = scene_of(box(16, 24, 4, 8, 12, 20))
+    maps = AttentionModel.__call__(model, scene.pixels[None])
+    of_object = scene.truth[::4, ::4].float().expand_as(maps.attention)
+    monkeypatch.setattr(
+        AttentionModel, "__call__", lambda *_, **__: maps._replace(attention=of_object)
+    )
     content, _, _ = score(config, model, as_scenes([scene]))
-    assert content["baselines"]["centred blobs"]["best_head"] == 100
     assert content["results"]["best_head"] == 100
+
+
+def test_masks_without_background_are_refused_or_counted(weights):
+    """Any map scores its own area there."""
+    config, model, _ = model_and_framing(weights)
+    whole, part = scene_of(np.ones((16, 24))), scene_of(box(16, 24, 4, 8, 12, 20), 1)
+    with pytest.raises(UserError, match=r"no mask has a background.*expected 0 or black"):
+        score(config, model, as_scenes([whole, whole]))
+    content, _, _ = score(config, model, as_scenes([whole, part]))
+    assert content["images_without_background"] == 1
+    (line,) = notes(content)
+    assert line.startswith("1 of 2 masks have no background")
+
+
+def test_how_the_masks_were_read_is_said(tmp_path, weights):
+    made = {
+        "a": (noise_array(16, 16), box(16, 16, 4, 4, 12, 12)),
+        "b": (noise_array(16, 16, 1), box(16, 16, 4, 4, 12, 12, value=200)),
+    }
+    config, model, scenes = mask_scenes(tmp_path, made, weights, image_size=0)
+    content, _, _ = score(config, model, scenes)
+    assert notes(content) == [
+        "masks: 1 black and white (white is the object), "
+        "1 in shades of grey (over 127 is the object)"
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_not_finite_are_refused(value, weights):
+    config, model, _ = model_and_framing(weights)
+    with torch.no_grad():
+        model.backbone.cls_attn_blocks[-1].attn.q.weight.fill_(value)
+    with pytest.raises(UserError, match=r"values of its attention are not finite.*--precision"):
+        score(config, model, as_scenes(random_scenes(1)))
 
 
 def test_the_seed_sets_the_untrained_network(weights):
@@ -219,7 +261,7 @@ def test_the_table_names_the_measure_and_both_choices_of_heads(weights):
 def test_maps_of_the_objects_beat_the_blobs(weights, monkeypatch):
     """End to end on drawn shapes: maps that are the objects' own shares of the patches."""
     config, model, framing = model_and_framing(weights, num_images=8, threshold=0.9, image_size=32)
-    scenes = scenes_of_shapes(config, model, framing)
+    scenes = scenes_of_shapes(config, model, framing).inputs
     truths = [scene.read().truth.float() for scene in scenes]
     maps = (
         torch.nn.functional.avg_pool2d(torch.stack(truths)[:, None], 4).expand(-1, 4, -1, -1) + 1e-6
@@ -247,13 +289,12 @@ def test_weights_named_like_a_baseline_are_scored(weights):
 
 def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weights):
     made = {
-        "alone": (noise_array(16, 16), None),
         "bare": (noise_array(16, 16), np.zeros((16, 16), np.uint8)),
         "good": (noise_array(16, 16), box(16, 16, 4, 4, 12, 12)),
         "other": (noise_array(16, 20), box(16, 16, 4, 4, 12, 12)),
         "text": (noise_array(16, 16), None),
     }
-    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks").mkdir()  # another program's file
     (tmp_path / "masks" / "text.png").write_bytes(b"hello")
     config, model, scenes = mask_scenes(tmp_path, made, weights, image_size=0)
     content, sheet, problems = score(config, model, scenes)
@@ -261,19 +302,20 @@ def test_what_cannot_be_scored_is_told_and_the_others_are_scored(tmp_path, weigh
     assert len(sheet.rows) == 1
     reported = dict(problem.rsplit("/images/", 1)[1].split(": ", 1) for problem in problems)
     assert reported == {
-        "alone.png": f"no mask named alone in --masks {tmp_path / 'masks'}",
-        "bare.png": "no object in the mask",
-        "other.png": "image of 20 x 16 pixels, mask of 16 x 16",
+        "bare.png": f"no object in the mask {tmp_path / 'masks' / 'bare.png'}",
+        "other.png": f"image of 20 x 16 pixels, mask {tmp_path / 'masks' / 'other.png'} of 16 x 16",
         "text.png": f"mask {tmp_path / 'masks' / 'text.png'}: not an image",
     }
 
 
 def test_when_nothing_can_be_scored_the_first_reason_is_raised(tmp_path, weights):
-    config, model, scenes = mask_scenes(
-        tmp_path, {"a": (noise_array(16, 16), None), "b": (noise_array(8, 8), None)}, weights
+    small = box(8, 8, 2, 2, 6, 6)
+    made = {"a": (noise_array(16, 16), small), "b": (noise_array(24, 24), small)}
+    config, model, scenes = mask_scenes(tmp_path, made, weights)
+    expected = (
+        r"^--masks .*: none of 2 images can be scored; the first: .*a\.png: image of 16 x 16 "
     )
-    (tmp_path / "masks").mkdir(exist_ok=True)
-    with pytest.raises(UserError, match=r"^--masks .*: .*a\.png: no mask named a in --masks"):
+    with pytest.raises(UserError, match=expected + r"pixels, mask .*a\.png of 8 x 8$"):
         score(config, model, scenes)
 
 

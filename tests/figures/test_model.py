@@ -95,6 +95,44 @@ def test_weights_of_one_channel_take_grey_images(tmp_path):
     assert result.attention.shape == (4, 8, 8)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_weights_without_their_normalisation_take_that_of_the_options(channels, tmp_path):
+    path = str(tmp_path / "w.pth")
+    torch.save(XCiT("xcit_pico2_p4", in_chans=channels).state_dict(), path)
+    with pytest.raises(UserError, match=rf"{channels}-channel images, .* no mean; expected --mean"):
+        model_of(path)
+    with pytest.raises(UserError, match=rf"{channels}-channel images, and --std has 2 values"):
+        model_of(path, mean=channels * (0.5,), std=(0.2, 0.2))
+    model = model_of(path, mean=channels * (0.5,), std=channels * (0.25,), image_size=16)
+    image = noise(16, 16, channels)
+    result = attention_result("cat", image, model, Framing.of([model], "crop"))
+    x = (image[None] / 255 - 0.5) / 0.25
+    expected = attention_maps(model.backbone, x).attention[0]
+    np.testing.assert_allclose(result.attention, expected.numpy(), rtol=1e-4, atol=1e-7)
+    assert model.assumed == []
+
+
+def test_the_normalisation_of_the_options_wins_and_an_assumed_one_is_named(tmp_path):
+    path = save_weights(tmp_path / "w.safetensors", mean=(0.1, 0.2, 0.3))
+    assert model_of(path).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model_of(path, mean=(0.4, 0.5, 0.6)).mean.flatten().tolist() == pytest.approx(
+        [0.4, 0.5, 0.6]
+    )
+    bare = str(tmp_path / "w.pth")
+    torch.save(XCiT("xcit_pico2_p4").state_dict(), bare)
+    assert model_of(bare, std=(1.0, 1.0, 1.0)).assumed == ["mean"]
+
+
+def test_maps_that_are_not_finite_are_refused(weights):
+    model = model_of(weights)
+    with torch.no_grad():
+        model.backbone.norm.weight.fill_(float("nan"))  # of the patch features alone
+    framing, image = Framing.of([model], "crop"), noise(16, 16)
+    assert np.isfinite(attention_result("cat", image, model, framing).attention).all()
+    with pytest.raises(UserError, match="values of its features are not finite"):
+        attention_result("cat", image, model, framing, features=True)
+
+
 @pytest.mark.parametrize(
     ("crop", "requested", "expected"),
     [(32, None, 32), (95, None, 95), (96, None, 480), (224, None, 480), (32, 100, 100), (32, 0, 0)],
@@ -131,7 +169,7 @@ def test_half_precision_is_near(weights):
 def test_heads_and_layers_out_of_range_are_refused(options, message, weights):
     with pytest.raises(UserError, match=message):
         model_of(weights, **options)
-    model_of(weights, head=3, layer=1, xca_layer=0)
+    model_of(weights, head=(3,), layer=1, xca_layer=0)
 
 
 def test_weights_of_another_network_are_refused(monkeypatch):

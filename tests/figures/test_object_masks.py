@@ -12,7 +12,8 @@ from PIL import Image
 from dino_xcit.data.shapes import draw_shape
 from dino_xcit.errors import UserError
 from dino_xcit.figures.inputs import find
-from dino_xcit.figures.object_masks import read_mask, scenes_of_files, scenes_of_shapes
+from dino_xcit.figures.mask_files import read_mask
+from dino_xcit.figures.object_masks import scenes_of_files, scenes_of_shapes
 from dino_xcit.run_folder import write_config
 
 
@@ -35,7 +36,7 @@ def test_masks_of_pascal_voc_have_objects_ground_and_void(tmp_path):
     image = Image.frombytes("P", (3, 3), values.tobytes())
     image.putpalette([(37 * i) % 256 for i in range(768)])
     image.save(tmp_path / "mask.png")
-    truth, counted = read_mask(tmp_path / "mask.png")
+    truth, counted, _ = read_mask(tmp_path / "mask.png")
     assert truth.tolist() == [[False, False, True], [True, False, False], [False, True, False]]
     assert counted.tolist() == [[True, True, True], [True, False, True], [False, True, True]]
     assert truth.dtype == counted.dtype == torch.bool
@@ -43,14 +44,14 @@ def test_masks_of_pascal_voc_have_objects_ground_and_void(tmp_path):
 
 @pytest.mark.parametrize("name", ["mask.png", "mask.bmp", "mask.tif"])
 def test_255_is_object_where_there_is_nothing_but_0_and_255(name, tmp_path):
-    truth, counted = read_mask(saved(tmp_path / name, [[0, 255, 0], [255, 255, 0]], "L"))
+    truth, counted, _ = read_mask(saved(tmp_path / name, [[0, 255, 0], [255, 255, 0]], "L"))
     assert truth.tolist() == [[False, True, False], [True, True, False]]
     assert counted.all()
 
 
 @pytest.mark.parametrize("value", [1, 7, 128, 254])
 def test_any_number_but_0_is_object(value, tmp_path):
-    truth, counted = read_mask(saved(tmp_path / "mask.png", [[0, value], [value, 0]], "L"))
+    truth, counted, _ = read_mask(saved(tmp_path / "mask.png", [[0, value], [value, 0]], "L"))
     assert truth.tolist() == [[False, True], [True, False]]
     assert counted.all()
 
@@ -64,11 +65,11 @@ def test_masks_of_one_bit_of_colours_and_of_16_bits(tmp_path):
         ("RGB", "mask.png"),
         ("RGBA", "mask.png"),
     ):
-        truth, counted = read_mask(saved(tmp_path / name, bits, mode))
+        truth, counted, _ = read_mask(saved(tmp_path / name, bits, mode))
         assert truth.tolist() == expected, mode
         assert counted.all()
     Image.fromarray(np.array([[0, 300, 1], [0, 0, 65535]], np.uint16)).save(tmp_path / "mask.png")
-    truth, counted = read_mask(tmp_path / "mask.png")
+    truth, counted, _ = read_mask(tmp_path / "mask.png")
     assert truth.tolist() == expected
     assert counted.all()
 
@@ -77,7 +78,7 @@ def test_masks_of_one_bit_of_colours_and_of_16_bits(tmp_path):
 def test_masks_with_soft_edges_are_cut_at_half(name, tmp_path):
     y, x = np.mgrid[:48, :48] - 23.5
     soft = 255 * (16 - np.hypot(x, y)).clip(-1, 1) / 2 + 127.5
-    truth, counted = read_mask(saved(tmp_path / name, soft.round(), "L"))
+    truth, counted, _ = read_mask(saved(tmp_path / name, soft.round(), "L"))
     assert counted.all()
     assert (truth.numpy() != (np.hypot(x, y) < 16)).mean() < 0.01
 
@@ -86,20 +87,22 @@ def test_indices_of_a_palette_may_be_high(tmp_path):
     image = Image.frombytes("P", (2, 2), bytes([0, 200, 255, 100]))
     image.putpalette([i % 256 for i in range(768)])
     image.save(tmp_path / "mask.png")
-    truth, counted = read_mask(tmp_path / "mask.png")
+    truth, counted, _ = read_mask(tmp_path / "mask.png")
     assert truth.tolist() == [[False, True], [False, True]]
     assert counted.tolist() == [[True, True], [False, True]]
 
 
 def test_values_above_half_are_object_in_a_mask_with_soft_edges(tmp_path):
-    truth, counted = read_mask(saved(tmp_path / "mask.png", [[0, 100, 127], [128, 200, 255]], "L"))
+    truth, counted, _ = read_mask(
+        saved(tmp_path / "mask.png", [[0, 100, 127], [128, 200, 255]], "L")
+    )
     assert truth.tolist() == [[False, False, False], [True, True, True]]
     assert counted.all()
 
 
 def test_values_of_16_bits_are_not_shades(tmp_path):
     Image.fromarray(np.array([[0, 5, 200], [255, 300, 0]], np.uint16)).save(tmp_path / "mask.png")
-    truth, counted = read_mask(tmp_path / "mask.png")
+    truth, counted, _ = read_mask(tmp_path / "mask.png")
     assert truth.tolist() == [[False, True, True], [False, True, False]]
     assert counted.tolist() == [[True, True, True], [False, True, True]]
 
@@ -111,9 +114,54 @@ def test_a_transparent_mask_is_refused(tmp_path):
 
 
 def test_an_empty_mask_counts_everywhere_and_holds_nothing(tmp_path):
-    truth, counted = read_mask(saved(tmp_path / "mask.png", np.zeros((2, 2)), "L"))
+    truth, counted, _ = read_mask(saved(tmp_path / "mask.png", np.zeros((2, 2)), "L"))
     assert not truth.any()
     assert counted.all()
+
+
+def test_255_beside_0_alone_is_void_where_other_masks_number_their_objects(tmp_path, weights):
+    made = {
+        "border": (noise_array(16, 16), box(16, 16, 4, 4, 12, 12, value=255)),
+        "numbered": (noise_array(16, 16, 1), box(16, 16, 4, 4, 12, 12, value=3)),
+    }
+    _, _, scenes = mask_scenes(tmp_path, made, weights, image_size=0)
+    with pytest.raises(UserError, match=r"^no object in the mask .*border\.png$"):
+        scenes[0].read()
+    assert scenes[1].read().truth.sum() == 64
+
+
+def test_in_a_mask_of_colours_black_is_background_and_vocs_colour_is_void(tmp_path):
+    """Their luma would be shades of grey, of which the border is the brightest."""
+    colours = np.zeros((2, 3, 3), np.uint8)
+    colours[0, 1], colours[1, 1], colours[1, 2] = (0, 0, 128), (224, 224, 192), (0, 0, 255)
+    Image.fromarray(colours).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png")
+    assert mask.truth.tolist() == [[False, True, False], [False, False, True]]
+    assert mask.counted.tolist() == [[True, True, True], [True, False, True]]
+    assert mask.reading == "in colours (black is the background)"
+
+
+def test_a_photograph_is_not_a_mask(tmp_path):
+    Image.fromarray(noise_array(32, 32)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask\.png: 10\d\d colours, as of a photograph"):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_a_palette_of_black_and_white_is_read_by_its_colours(tmp_path):
+    image = Image.frombytes("P", (2, 2), bytes([0, 1, 1, 0]))
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(tmp_path / "mask.png")
+    truth, counted, _ = read_mask(tmp_path / "mask.png")
+    assert truth.tolist() == [[True, False], [False, True]]
+    assert counted.all()
+
+
+def test_float_masks_hold_whole_numbers(tmp_path):
+    Image.fromarray(np.array([[0, 2], [1, 0]], np.float32)).save(tmp_path / "mask.tif")
+    assert read_mask(tmp_path / "mask.tif").truth.tolist() == [[False, True], [True, False]]
+    Image.fromarray(np.array([[0, 0.5], [1, 0]], np.float32)).save(tmp_path / "mask.tif")
+    with pytest.raises(UserError, match="not whole numbers; expected a number for each object"):
+        read_mask(tmp_path / "mask.tif")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x89PNG\r\n\x1a\n"])
@@ -137,7 +185,7 @@ def test_pils_limit_on_pixels_does_not_apply_to_masks_and_is_restored(tmp_path, 
 
 def test_scenes_are_images_with_the_masks_of_their_names(tmp_path, weights):
     made = {
-        "b": (noise_array(20, 30, 1), box(20, 30, 0, 0, 9, 9)),
+        "b": (noise_array(20, 30, 1), box(20, 30, 0, 0, 9, 9, value=7)),
         "a": (noise_array(24, 28, 2), box(24, 28, 8, 8, 20, 20, 3)),
     }
     made["a"][1][0, 0] = 255  # void
@@ -152,7 +200,7 @@ def test_scenes_are_images_with_the_masks_of_their_names(tmp_path, weights):
     np.testing.assert_array_equal(
         second.pixels.permute(1, 2, 0).numpy(), made["b"][0][:, 1:29]
     )  # cropped to patches
-    np.testing.assert_array_equal(second.truth.numpy(), made["b"][1][:, 1:29] == 255)
+    np.testing.assert_array_equal(second.truth.numpy(), made["b"][1][:, 1:29] == 7)
     assert second.counted.all()
 
 
@@ -221,7 +269,7 @@ def test_a_missing_folder_of_masks_is_refused(tmp_path, weights):
 
 def test_drawn_scenes_are_the_embedded_sets_validation_images(weights):
     config, model, framing = model_and_framing(weights, num_images=3, seed=5, image_size=0)
-    scenes = scenes_of_shapes(config, model, framing)
+    scenes = scenes_of_shapes(config, model, framing).inputs
     assert [scene.name for scene in scenes] == ["shape 0", "shape 1", "shape 2"]
     for index, scene_input in enumerate(scenes):
         scene, shape = scene_input.read(), draw_shape(5, "validation", index)
@@ -229,7 +277,8 @@ def test_drawn_scenes_are_the_embedded_sets_validation_images(weights):
         np.testing.assert_array_equal(scene.truth.numpy(), shape.mask)
         assert scene.counted.all()
     assert (
-        len(scenes_of_shapes(dataclasses.replace(config, num_images=None), model, framing)) == 2000
+        len(scenes_of_shapes(dataclasses.replace(config, num_images=None), model, framing).inputs)
+        == 2000
     )
 
 
@@ -239,7 +288,7 @@ def test_drawn_scenes_have_the_seed_of_the_run(tmp_path, weights):
     shutil.copy(weights, run / "teacher.safetensors")
     write_config(dataclasses.replace(RUN, dataset="shapes", seed=11), run)
     config, model, framing = model_and_framing(str(run), num_images=2, image_size=0)
-    scene = scenes_of_shapes(config, model, framing)[1].read()
+    scene = scenes_of_shapes(config, model, framing).inputs[1].read()
     np.testing.assert_array_equal(scene.truth.numpy(), draw_shape(11, "validation", 1).mask)
 
 
@@ -260,6 +309,5 @@ def test_other_files_among_the_masks_are_ignored(tmp_path, weights):
     config, model, framing = model_and_framing(
         weights, images=(str(tmp_path / "images"),), masks=str(tmp_path / "masks")
     )
-    assert (
-        scenes_of_files(config, model, framing, find(config, framing).images)[0].read().truth.any()
-    )
+    scenes = scenes_of_files(config, model, framing, find(config, framing).images)
+    assert scenes.inputs[0].read().truth.any()

@@ -77,7 +77,7 @@ def test_heads_of_one_image_share_their_limits_with_the_mean(scale):
 @pytest.mark.parametrize("scale", ["map", "figure"])
 def test_overlays_share_limits_too(scale):
     results = [result(0), result(1, name="dog", largest=3.0)]
-    sheet = FIGURES["overlay"].draw(results, with_options(scale=scale, head=0))
+    sheet = FIGURES["overlay"].draw(results, with_options(scale=scale, head=(0,)))
     maps = [one.attention[0] for one in results]
     for row, one, one_map in zip(sheet.rows, results, maps, strict=True):
         limits = ends_of(one_map) if scale == "map" else ends_of(*maps)

@@ -29,7 +29,7 @@ from dino_xcit.figures.maps import mass_mask, pca_colours
 from dino_xcit.figures.pictures import HEAD_COLOURS
 from dino_xcit.figures.sheets import FIGURES, columns_sheet
 
-OF_ONE_MODEL = [kind for kind, row in FIGURES.items() if row.models == "first"]
+OF_ONE_MODEL = [kind for kind, row in FIGURES.items() if row.models == "first" and kind != "files"]
 
 
 # -- every sheet -----------------------------------------------------------------------------------
@@ -209,6 +209,21 @@ def test_overlay_shows_the_map_over_the_image_and_what_holds_the_mass(head):
     np.testing.assert_array_equal(heads.picture, as_uint8(Canvas(one, CONFIG).heads(one.attention)))
 
 
+def test_several_heads_are_the_columns_of_the_grid_and_averaged_over_the_image():
+    one, options = result(heads=4), with_options(head=(3, 1))
+    sheet = FIGURES["grid"].draw([one], options)
+    assert titles_of(sheet) == [["image", "head 3", "head 1"]]
+    of_head = one.attention[3]
+    assert_same(sheet.rows[0][1].picture, drawn_map(of_head, one.image, 8, ends_of(of_head)))
+    over = FIGURES["overlay"].draw([one], options)
+    assert titles_of(over)[0][1] == "mean of heads 3, 1"
+    mean = one.attention[[3, 1]].mean(0)
+    expected = FIGURES["overlay"].draw(
+        [dataclasses.replace(one, attention=np.stack([mean, mean]))], CONFIG
+    )
+    np.testing.assert_array_equal(over.rows[0][1].picture, expected.rows[0][1].picture)
+
+
 def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
     results = [
         [result(10 * i + j, name=f"image{i}", size=(40 + 8 * i, 56)) for j in range(6)]
@@ -218,7 +233,7 @@ def test_columns_have_a_row_for_each_image_and_a_column_for_each_backbone():
         for j, one in enumerate(of_image):
             of_image[j] = dataclasses.replace(one, image=of_image[0].image)
     titles = [f"epoch {j}" for j in range(6)]
-    sheet = columns_sheet("training", titles, results, with_options(head=1))
+    sheet = columns_sheet("training", titles, results, with_options(head=(1,)))
     assert sheet.name == "training"
     assert titles_of(sheet) == [["image", *titles], 7 * [""]]
     for i, row in enumerate(sheet.rows):
