@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from dino_xcit.errors import UserError
@@ -31,11 +32,11 @@ class Checks:
             self(all(value >= least for value in self._values(flag)), flag, expected)
 
     def positive(self, *flags: str) -> None:
-        """Each value is over 0."""
+        """Each value is over 0 and finite."""
         for flag in flags:
             several = isinstance(getattr(self.config, flag), tuple)
             expected = "positive numbers" if several else "a positive number"
-            self(all(value > 0 for value in self._values(flag)), flag, expected)
+            self(all(0 < value < math.inf for value in self._values(flag)), flag, expected)
 
     def within(self, low: float, high: float, expected: str, *flags: str) -> None:
         """Each value is from `low` to `high`."""
