@@ -28,7 +28,7 @@ from dino_xcit.config.command_line import parse_options
 from dino_xcit.config.evaluation import KnnConfig, LinearConfig, SegConfig
 from dino_xcit.config.export import ExportConfig
 from dino_xcit.config.pretrain import PretrainConfig
-from dino_xcit.errors import RunFailedError, UserError
+from dino_xcit.errors import LoaderError, RunFailedError, UserError
 from dino_xcit.files import read_yaml
 
 if TYPE_CHECKING:
@@ -219,8 +219,9 @@ def report(name: str, error: Exception, debug: bool) -> int:
     expected = users or isinstance(error, RunFailedError)
     if debug or not expected:
         traceback.print_exception(error)
-    # Every process raises the same UserError; the first one prints it.
-    if not isinstance(error, UserError) or is_first_local_process():
+    # Every process raises the same UserError, except a loader's; the first one prints it.
+    of_all = isinstance(error, UserError) and not isinstance(error, LoaderError)
+    if not of_all or is_first_local_process():
         line = str(error) if expected else FAULT
         print(f"{PROGRAM} {name}: {line}", file=sys.stderr)
     return 2 if users else 1

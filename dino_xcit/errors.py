@@ -17,6 +17,10 @@ class ImageError(UserError):
     """An image file that cannot be read; the message gives the reason."""
 
 
+class LoaderError(UserError):
+    """Input that one process of several cannot load; each process that meets it prints it."""
+
+
 class RunFailedError(RuntimeError):
     """A run that cannot continue although its input was valid; the message gives what to try.
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from dino_xcit.data.crops import MultiCrop, Views
 from dino_xcit.data.decode import one_line
 from dino_xcit.data.workers import leave_signals_to_the_parent, restartable
-from dino_xcit.errors import ImageError, UserError
+from dino_xcit.errors import ImageError, LoaderError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,11 +44,13 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Input of one forward pass.
 
-    `views` holds the fields of `Views` with a batch axis in front.
+    `views` holds the fields of `Views` with a batch axis in front, `replaced` the number of images
+    that were used instead of unreadable ones.
     """
 
     views: dict[str, Tensor]
     bad_images: list[BadImage]
+    replaced: int = 0
 
 
 Position: TypeAlias = tuple[int, int]
@@ -70,7 +72,7 @@ class CropDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, position: Position) -> Sample | UserError:
+    def __getitem__(self, position: Position) -> Sample | LoaderError:
         """Return the sample, or what the user has to put right.
 
         The error is returned because torch puts a traceback into the message of one that a worker
@@ -91,8 +93,8 @@ class CropDataset(Dataset[Any]):
                 return Sample(self.crop(image, key), bad)
         problem = f"cannot read {bad[0].name}: {bad[0].reason}"
         if self.config.on_bad_image == "raise":
-            return UserError(f"{problem}; --on_bad_image replace continues with another image")
-        return UserError(
+            return LoaderError(f"{problem}; --on_bad_image replace continues with another image")
+        return LoaderError(
             f"{problem}, nor {len(bad) - 1} others picked in its place; is --data_path right?"
         )
 
@@ -100,24 +102,25 @@ class CropDataset(Dataset[Any]):
         """Load a batch in this process.
 
         Raises:
-            UserError: An image could not be read or replaced.
+            LoaderError: An image could not be read or replaced.
         """
         batch = collate([self[position] for position in positions])
-        if isinstance(batch, UserError):
+        if isinstance(batch, LoaderError):
             raise batch
         return batch
 
 
-def collate(samples: list[Sample | UserError]) -> Batch | UserError:
+def collate(samples: list[Sample | LoaderError]) -> Batch | LoaderError:
     """Stack the samples of a batch; return the first error if there is one."""
     whole: list[Sample] = []
     for sample in samples:
-        if isinstance(sample, UserError):
+        if isinstance(sample, LoaderError):
             return sample
         whole.append(sample)
     return Batch(
         views=default_collate([vars(sample.views) for sample in whole]),
         bad_images=[bad for sample in whole for bad in sample.bad_images],
+        replaced=sum(bool(sample.bad_images) for sample in whole),
     )
 
 
@@ -181,7 +184,7 @@ class StepBatchSampler(Sampler[list[Position]]):
 class CropLoader:
     """Iterates the run's batches in the sampler's order; dead workers are replaced.
 
-    Raises UserError while iterating if an image can be neither read nor replaced.
+    Raises LoaderError while iterating if an image can be neither read nor replaced.
     """
 
     def __init__(
@@ -194,9 +197,9 @@ class CropLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        batch: Batch | UserError
+        batch: Batch | LoaderError
         for batch in restartable(self._from):
-            if isinstance(batch, UserError):
+            if isinstance(batch, LoaderError):
                 raise batch
             yield batch
 

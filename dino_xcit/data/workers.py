@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from dino_xcit.data.decode import one_line
-from dino_xcit.errors import UserError
+from dino_xcit.errors import LoaderError
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.process import BaseProcess
 
     from torch.utils.data import DataLoader
 
 WORKER_DEATHS = 5  # without an item between them, after which the run ends
 SECONDS_TO_DIE = 1.0  # a worker's connections close a moment before it counts as dead
+SHARED_MEMORY = (
+    "too little shared memory for the batches of the loader workers; give the container more "
+    "(docker run --shm-size=8g, or --ipc=host), or load in the main process with --num_workers 0"
+)
+
+_running: WeakSet[BaseProcess] = WeakSet()
+"""The workers of all restartable loaders, of which some may have ended."""
 
 
 def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
@@ -33,7 +42,8 @@ def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
         loader_from: Returns a loader of the items from this number on.
 
     Raises:
-        UserError: Workers died more than `WORKER_DEATHS` times without an item between.
+        LoaderError: Workers died more than `WORKER_DEATHS` times without an item between, or there
+            is too little shared memory.
     """
     done = deaths = 0
     callers_handler = signal.getsignal(signal.SIGCHLD)
@@ -45,6 +55,7 @@ def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
             try:
                 items = iter(loader)
                 workers = [one for one in multiprocessing.active_children() if one not in others]
+                _running.update(workers)
                 if loader.num_workers:
                     _handle_sigchld(signal.SIG_DFL)  # torch installs its own with the first workers
                 for item in items:
@@ -53,18 +64,41 @@ def restartable(loader_from: Callable[[int], DataLoader[Any]]) -> Iterator[Any]:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 death = _death(workers, loader.num_workers, error)
+                if _lacks_shared_memory(workers, error):
+                    raise LoaderError(SHARED_MEMORY) from error
                 if death is None:
                     raise
                 deaths += 1
                 if deaths > WORKER_DEATHS:
-                    raise UserError(
+                    raise LoaderError(
                         f"{deaths} loader workers died one after the other (the last: {death}); "
                         "if the machine is out of memory, lower --num_workers, else look for an "
                         "image that crashes the decoder with --num_workers 0"
                     ) from error
                 say(f"{death}; starting others in its place")
+            finally:
+                end_workers(workers)
     finally:
         _handle_sigchld(callers_handler)
+
+
+def end_workers(workers: Iterable[BaseProcess] = _running) -> None:
+    """Kill these workers, by default all: they ignore a SIGTERM, and the process waits for them.
+
+    A traceback may hold a loader, and with it the workers, until the process ends.
+    """
+    for worker in list(workers):
+        worker.kill()
+
+
+atexit.register(end_workers)  # runs before multiprocessing waits for its children
+
+
+def _lacks_shared_memory(workers: list[BaseProcess], error: Exception) -> bool:
+    """Whether a batch did not fit: torch's error is a text, or the worker died of a bus error."""
+    text = str(error).lower()
+    out_of_it = "shared memory" in text and "no space left" in text
+    return out_of_it or any(worker.exitcode == -signal.SIGBUS for worker in workers)
 
 
 def _handle_sigchld(handler: Any) -> None:

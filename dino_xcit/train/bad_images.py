@@ -32,7 +32,7 @@ class BadImageLog:
             OSError: the file cannot be written.
         """
         self.images += len(batch.views["global_crops"])
-        self.unreadable += len(batch.bad_images)
+        self.unreadable += batch.replaced
         new = {on_one_line(bad.name): bad.reason for bad in batch.bad_images}
         for name in new.keys() - self.names:
             self.names.add(name)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from dino_xcit.config.pretrain import PretrainConfig, differing_options
+from dino_xcit.data.census import report_start
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import StepBatchSampler
 from dino_xcit.errors import UserError
@@ -38,7 +39,7 @@ from dino_xcit.train.module import DINOModule
 from dino_xcit.train.official_resume import resume_official
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.train.signals import StopSignals
-from dino_xcit.train.trainer import CropData, make_trainer
+from dino_xcit.train.trainer import CropData, ending_together, make_trainer
 from dino_xcit.weights.start import start_from
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ def _start(run: Run) -> Outcome:
         say(start_from(config.init_weights, module.student, module.teacher, module.loss))
     if config.continue_from is not None and checkpoint is None:
         checkpoint = _import_official(run, module)
+    report_start(run.images)
     rank_zero_only(draw_crop_sheet)(folder, module, run.images)
     if does_not_sharpen(config):
         say(
@@ -227,9 +229,12 @@ def _fit(run: Run, module: DINOModule, checkpoint: Path | None) -> Outcome:
         warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            with ending_together(trainer):
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SIGTERMException:  # seen by Lightning's handler before ours; the step is saved
             writer.stopped = True
+        except SystemExit as error:  # Lightning's, after a second Ctrl-C
+            raise KeyboardInterrupt from error
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory at --batch_size_per_gpu {run.config.batch_size_per_gpu}; lower it "

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+SECONDS_FOR_DOUBLES = 1.0  # launchers and schedulers send one signal twice, a moment apart
 STOPPED_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the current step, once there are steps."""
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for a stop after the current step, once there are steps.
+
+    The same one again, or Ctrl-C, gets the caller's handler, which ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self._asked_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignals]:
@@ -39,6 +46,7 @@ class StopSignals:
             yield self
             return
         before = {number: signal.getsignal(number) for number in (*STOPPED_BY, signal.SIGCHLD)}
+        self._before = before
         signal.signal(signal.SIGINT, self._stop_at_once)
         try:
             yield self
@@ -58,17 +66,19 @@ class StopSignals:
         raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if number == signal.SIGINT and self.asked is not None:  # the second time: at once
-            raise KeyboardInterrupt
-        if self.asked is None:
-            self.asked = signal.Signals(number)
-            again = number == signal.SIGINT
-            print(
-                f"\n{STOPPED_BY[self.asked]}: stopping after this step"
-                f"{'; Ctrl-C again stops at once, without saving' if again else ''}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.asked is not None:
+            again = number in (self.asked, signal.SIGINT)  # SLURM sends SIGTERM after SIGUSR1
+            if again and time.monotonic() - self._asked_at > SECONDS_FOR_DOUBLES:
+                signal.signal(number, self._before[signal.Signals(number)])
+                signal.raise_signal(number)
+            return
+        self.asked, self._asked_at = signal.Signals(number), time.monotonic()
+        name = STOPPED_BY[self.asked]
+        print(
+            f"\n{name}: stopping after this step; {name} again stops at once, without saving",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class StopConsensus:

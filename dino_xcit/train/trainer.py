@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
 from dino_xcit.data.workers import default_workers
-from dino_xcit.errors import UserError
+from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.runtime import parse_devices, refusal, resolve_precision
 from dino_xcit.train.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch.loggers import Logger
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.checkpoints import DurableIO
 
+SECONDS_TO_END = 5.0  # for processes to print their errors after the first one failed
+USERS_ERROR = 2  # exit code of a UserError
 NOT_FOR_THE_TRAINER = {
     "fast_dev_run",
     "gradient_clip_val",
@@ -100,6 +106,48 @@ def make_loggers(config: PretrainConfig) -> list[Logger]:
             f"--logger {' '.join(config.logger)} needs a package that is not installed: {error}"
         ) from error
     return loggers
+
+
+@contextlib.contextmanager
+def ending_together(trainer: L.Trainer) -> Iterator[None]:
+    """When this process fails, end the processes that it started: they would wait for it.
+
+    Raises:
+        UserError: another process has ended with the user's error.
+        RunFailedError: another process has ended otherwise; this one would wait in vain.
+    """
+    try:
+        yield
+    except BaseException as error:
+        codes = _end_launched(getattr(trainer.strategy.launcher, "procs", []))
+        if trainer.world_size > 1 and _lost_another(error):
+            failure = UserError if USERS_ERROR in codes else RunFailedError
+            raise failure(
+                "another process of this run has ended; its own message is the reason"
+            ) from error
+        raise
+
+
+def _end_launched(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Let processes print their own errors, kill those that wait; return their exit codes.
+
+    Lightning watches the list to kill this process as soon as one of them fails: it is emptied.
+    """
+    launched = list(processes)
+    processes.clear()
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in launched:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.returncode for process in launched]
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether it is the error of a collective operation whose other side has gone."""
+    of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return of_gloo or isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
 
 
 class CropData(L.LightningDataModule):
