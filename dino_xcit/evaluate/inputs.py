@@ -14,6 +14,7 @@ import torch
 
 from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.data.census import report_left_out
 from dino_xcit.data.framing import Transform, default_resize
 from dino_xcit.data.images import (
     ImageSet,
@@ -37,6 +38,7 @@ from dino_xcit.evaluate.features import (
 )
 from dino_xcit.runtime import require_folder, resolve_precision, say
 from dino_xcit.weights.build import build
+from dino_xcit.weights.config_json import FLAGS, with_assumed
 from dino_xcit.weights.load import load_backbone, read_run
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
             expected = "a folder for each class" if config.dataset is None else "--target_key"
             raise UserError(f"the {name} images of {where} have no labels; expected {expected}")
     _check_labels(where, train, validation)
+    report_left_out(train)
+    report_left_out(validation)
     return {"train": train, "validation": validation}, classes
 
 
@@ -227,7 +231,7 @@ def open_inputs(
         fabric.barrier()
         return
     assert config.weights is not None
-    backbone = load_backbone(config.weights, config.arch, config.checkpoint_key)
+    backbone = load_backbone(config.weights, config.arch, config.checkpoint_key, config.image_size)
     config, images_seed = resolve(config, backbone.metadata)
     assert config.image_size is not None
     assert config.resize_size is not None
@@ -299,14 +303,15 @@ def resolve(config: Config, metadata: Mapping[str, Any]) -> tuple[Config, int]:
     Raises:
         UserError: Options do not fit the weights, or no data are known.
     """
-    defaults = PretrainConfig()
-    in_chans = config.in_chans or metadata.get("in_chans", defaults.in_chans)
-    image_size = config.image_size or metadata.get("global_crops_size", defaults.global_crops_size)
+    in_chans = config.in_chans or metadata.get("in_chans", PretrainConfig().in_chans)
+    given = [flag for flag in FLAGS if getattr(config, flag)]
+    known = with_assumed({**metadata, "in_chans": in_chans}, config.weights or "", given)
+    image_size = config.image_size or known["global_crops_size"]
     resize_size = config.resize_size or default_resize(image_size)
     if resize_size < image_size:
         raise UserError(f"--resize_size {resize_size} is smaller than --image_size {image_size}")
-    mean = config.mean or tuple(metadata.get("mean", defaults.mean))
-    std = config.std or tuple(metadata.get("std", defaults.std))
+    mean = config.mean or tuple(known["mean"])
+    std = config.std or tuple(known["std"])
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != in_chans:
             raise UserError(
