@@ -213,7 +213,9 @@ class SegConfig(EvalConfig):
     """Semantic segmentation by one linear layer on frozen patch tokens.
 
     --data_path: images/ beside masks/ (or annotations/), each with train/ and val/ inside, as
-    ADE20K, or a folder of VOC.
+    ADE20K, or train/ and val/ with images/ and masks/ in each; also the folders of VOC,
+    Cityscapes, COCO and MMSegmentation. Masks in colour need a list of colours beside, as CamVid's
+    label_colors.txt.
     """
 
     lr: float = 0.01
@@ -223,7 +225,8 @@ class SegConfig(EvalConfig):
     batch_size: int = 64
     """images per step, over all processes"""
     ignore_label: tuple[int, ...] = (255,)
-    """mask values that are no class: neither trained on nor scored (ADE20K: 0 255)"""
+    """mask values that are no class: neither trained on nor scored (ADE20K: 0 255; no value: all
+    are classes)"""
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for values that are not allowed."""
@@ -231,4 +234,4 @@ class SegConfig(EvalConfig):
         check = Checks(self)
         check.positive("lr")
         check.at_least(1, "epochs", "batch_size")
-        check.within(0, 255, "numbers from 0 to 255", "ignore_label")
+        check.within(0, 65535, "numbers from 0 to 65535", "ignore_label")

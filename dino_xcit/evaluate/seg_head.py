@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dino_xcit.config.evaluation import SegConfig
 from dino_xcit.data.images import fingerprint
-from dino_xcit.data.masked import VOID, MaskDataset
+from dino_xcit.data.masked import LARGEST, VOID, MaskDataset
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_store import DONE, FeatureStore, extract_shared
 from dino_xcit.evaluate.features import digest_of
@@ -27,7 +27,7 @@ from dino_xcit.runtime import progress, say, summed
 from dino_xcit.weights.reading import write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from lightning.fabric import Fabric
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from dino_xcit.evaluate.features import FrozenFeatures
 
 WEIGHT_DECAY = 1e-4
-BLOCK = 65536  # tokens or masks that are processed at a time
+BLOCK = 65536  # tokens that are processed at a time
+MASK_BLOCK = 128  # masks that are read at a time
+SAMPLED_MASKS = 64  # whose values are examined
+LIKELY_CLASSES = 32  # in one image: ADE20K has about 10
 
 
 # -- tokens and masks --------------------------------------------------------------------------
@@ -48,11 +51,14 @@ class MaskedFeatures(NamedTuple):
     features: Tensor
     """(readable images, N, C), may be memory-mapped"""
     masks: Tensor
-    """uint8 (all images, S, S), may be memory-mapped; VOID: no class"""
+    """int16 (all images, S, S), may be memory-mapped; VOID: no class"""
     indices: Tensor
     """int64 (n,): which images, as rows of the masks"""
     positions: Tensor
     """int64 (n,): the same images, as rows of the features"""
+    class_of: Tensor | None = None
+    """int64 (LARGEST + 2,): class by the masks' value, the last for VOID, which is -1. None: the
+    values are the classes"""
 
     def tokens_of(self, images: Tensor, device: torch.device) -> Tensor:
         """float32 (B, N, C) of these images, numbered from 0 to n - 1."""
@@ -60,7 +66,8 @@ class MaskedFeatures(NamedTuple):
 
     def masks_of(self, images: Tensor, device: torch.device) -> Tensor:
         """int64 (B, S, S) of these images, numbered from 0 to n - 1."""
-        return self.masks[self.indices[images]].to(device).long()
+        values = self.masks[self.indices[images]].to(device).long()
+        return values if self.class_of is None else self.class_of[values]
 
 
 def masked_features(features: FrozenFeatures, images: MaskedSet, split: str) -> MaskedFeatures:
@@ -75,42 +82,92 @@ def masked_features(features: FrozenFeatures, images: MaskedSet, split: str) -> 
     key = ["masks", fingerprint(images), list(transform), ignored, torch.__version__]
     folder = features.cache / digest_of(key)
     shape = (len(images), transform.image_size, transform.image_size)
-    store = FeatureStore.shared(features.fabric, folder, shape, "uint8")
+    store = FeatureStore.shared(features.fabric, folder, shape, "int16")
     dataset = MaskDataset(images, transform, config.ignore_label)
     extract_shared(lambda masks: masks, dataset, store, config, features.fabric, f"masks, {split}")
     tokens, indices = features.split(split)  # an image's label is its index
     readable = torch.from_numpy(store.state == DONE)[indices]
     unreadable = indices[~readable]
-    if not readable.any():
-        raise UserError(
-            f"no mask of the {len(images)} {split} images can be read; the first is of "
-            f"{images.name(0)}"
-        )
     if len(unreadable):
+        first = int(unreadable[0])
+        example = f"{images.name(first)}: {dataset.problem(first)}"
+        if not readable.any():
+            every = f"{len(images)} {split} images"
+            raise UserError(f"no mask of the {every} can be used; the first is of {example}")
         say(
-            f"{len(unreadable)} of {len(images)} images have no mask of their size that can be "
-            f"read and are left out; the first is {images.name(int(unreadable[0]))}"
+            f"{len(unreadable)} of {len(images)} {split} images have no mask that can be used and "
+            f"are left out; the first is {example}"
         )
         features.unreadable += len(unreadable)
     positions = readable.nonzero()[:, 0]
     return MaskedFeatures(tokens, torch.from_numpy(store.features), indices[readable], positions)
 
 
-def count_classes(masked: MaskedFeatures, split: str) -> int:
-    """Return one more than the largest class in the masks.
+def mask_values(masked: MaskedFeatures, split: str) -> list[int]:
+    """Return the values of the masks, sorted, without VOID.
 
     Raises:
         UserError: No pixel has a class.
     """
-    largest = -1
-    for indices in torch.split(masked.indices, BLOCK):
-        masks = masked.masks[indices]
-        with_class = masks[masks != VOID]
-        if with_class.numel():
-            largest = max(largest, int(with_class.max()))
-    if largest < 0:
+    pixels = torch.zeros(LARGEST + 2, dtype=torch.int64)  # by value + 1: VOID is -1
+    for indices in torch.split(masked.indices, MASK_BLOCK):
+        shifted = masked.masks[indices].flatten().long() + 1
+        pixels += torch.bincount(shifted, minlength=len(pixels))
+    values: list[int] = pixels[1:].nonzero()[:, 0].tolist()
+    if not values:
         raise UserError(f"no pixel of the {split} masks has a class; --ignore_label leaves nothing")
-    return largest + 1
+    return values
+
+
+def check_classes(config: SegConfig, masked: MaskedFeatures, values: Sequence[int]) -> None:
+    """Check that the training masks can be learned from.
+
+    Args:
+        config: Options.
+        masked: Training images.
+        values: Of their masks.
+
+    Raises:
+        UserError: The masks have a single class.
+    """
+    sample = masked.masks[masked.indices[:SAMPLED_MASKS]]
+    if len(values) == 1:
+        ignored = " ".join(map(str, config.ignore_label))
+        remedy = "expected masks of at least two classes"
+        if (sample == VOID).any():
+            remedy = (
+                f"--ignore_label {ignored} leaves out the others; where they are a class, as in "
+                "masks of 0 and 255, type --ignore_label without a value"
+            )
+        raise UserError(
+            f"the training masks have a single class, {values[0]}, which any prediction hits; "
+            f"{remedy}"
+        )
+    count = int(np.median([len(mask.unique()) for mask in sample]))
+    if count > LIKELY_CLASSES:
+        say(
+            f"the masks have {count} values in an image (median): is each the number of a class? "
+            "Pictures that were compressed or resized smoothly have such values"
+        )
+    if values[-1] != len(values) - 1:
+        say(f"{len(values)} classes, the values of the training masks: {_shortened(values)}")
+
+
+def _shortened(values: Sequence[int]) -> str:
+    """`0, 7, 8, 9, 11, ...`."""
+    shown = ", ".join(map(str, values[:5]))
+    return f"{shown}, ..." if len(values) > 5 else shown
+
+
+def with_classes(
+    masked: MaskedFeatures, values: Sequence[int], device: torch.device
+) -> MaskedFeatures:
+    """Number the classes of these mask values from 0 to K - 1, in their order."""
+    if list(values) == list(range(len(values))):
+        return masked
+    class_of = torch.full((LARGEST + 2,), VOID)
+    class_of[torch.tensor(values)] = torch.arange(len(values))
+    return masked._replace(class_of=class_of.to(device))
 
 
 # -- the head ----------------------------------------------------------------------------------
@@ -132,16 +189,17 @@ class LinearSegHead(NamedTuple):
         return F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
 
 
-def save_head(head: LinearSegHead, config: SegConfig, names: Sequence[str], path: Path) -> None:
+def save_head(head: LinearSegHead, config: SegConfig, names: Mapping[int, str], path: Path) -> None:
     """Write weight (K, C) and bias (K,) as safetensors; they take normed patch tokens.
 
-    Metadata `dino_xcit`: sizes of the framed image, names of the classes.
+    Metadata `dino_xcit`: sizes of the framed image, names of the classes by their masks' value, in
+    the order of the head's classes.
     """
     about = {
         "weights": config.weights,
         "image_size": config.image_size,
         "resize_size": config.resize_size,
-        "classes": dict(enumerate(names)),
+        "classes": dict(names),
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in head._asdict().items()}
     with replacing(path) as beside:

@@ -12,14 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_xcit.data.framing import EvalDataset
-from dino_xcit.data.splits import SPLITS
 from dino_xcit.data.masked import MaskedSet, open_masked
+from dino_xcit.data.splits import SPLITS
 from dino_xcit.evaluate.class_figures import UNNAMED, SegmentedImage, draw_segmentation
 from dino_xcit.evaluate.features import FrozenFeatures
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.inputs import Task
 from dino_xcit.evaluate.report import with_interval
-from dino_xcit.evaluate.seg_head import count_classes, masked_features, save_head, train
+from dino_xcit.evaluate.seg_head import (
+    check_classes,
+    mask_values,
+    masked_features,
+    save_head,
+    train,
+    with_classes,
+)
 from dino_xcit.evaluate.seg_score import count_pixels, predict, result
 from dino_xcit.model.backbone import Backbone
 from dino_xcit.run_folder import SEG, classes_picture, head_file
@@ -93,17 +100,21 @@ def _score(evaluation: Evaluation[SegConfig], features: Features) -> list[Result
         split: masked_features(features, cast("MaskedSet", features.images[split]), split)
         for split in SPLITS
     }
-    train_classes, test_classes = (count_classes(masked[split], split) for split in SPLITS)
+    of_train, of_test = (mask_values(masked[split], split) for split in SPLITS)
+    check_classes(config, masked["train"], of_train)
     # No pixel of a class without training images is correct.
-    classes = evaluation.classes = max(train_classes, test_classes)
-    names = [evaluation.class_names.get(k, UNNAMED.format(k)) for k in range(classes)]
-    head = train(config, masked["train"], train_classes, fabric, features.name)
-    test, batch_size = masked["validation"], config.batch_size_per_gpu
+    values = [*of_train, *sorted({*of_test} - {*of_train})]
+    classes = evaluation.classes = len(values)
+    names = [evaluation.class_names.get(value, UNNAMED.format(value)) for value in values]
+    training, test = (with_classes(masked[split], values, fabric.device) for split in SPLITS)
+    head = train(config, training, len(of_train), fabric, features.name)
+    batch_size = config.batch_size_per_gpu
     row = result(
         count_pixels(head, test, classes, fabric, batch_size, features.name), names, config.seed
     )
     if evaluation.writes(features):
-        save_head(head, config, names, evaluation.file(head_file(SEG)))
+        of_head = dict(zip(values[: len(of_train)], names, strict=False))
+        save_head(head, config, of_head, evaluation.file(head_file(SEG)))
         draw_segmentation(
             evaluation.file(classes_picture(SEG)),
             f"{features.name}: linear segmentation, mean IoU {row['miou']:.1f} %",
@@ -123,7 +134,7 @@ def _examples(
     examples: list[SegmentedImage] = []
     for index in test.indices[:SHOWN_IMAGES].tolist():
         image = torch.tensor([len(examples)])
-        mask = test.masks[index].numpy()
+        mask = test.masks_of(image, head.weight.device)[0].cpu().numpy()
         predicted = predict(head, test, image, len(mask))[0].cpu().numpy()
         pixels = dataset[index][0].permute(1, 2, 0).numpy()
         examples.append(SegmentedImage(pixels, mask, predicted))

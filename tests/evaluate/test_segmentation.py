@@ -26,7 +26,7 @@ from dino_xcit.data.masked import VOID, MaskDataset, MaskedFiles, MaskedShapes, 
 from dino_xcit.evaluate.seg_head import (
     LinearSegHead,
     MaskedFeatures,
-    count_classes,
+    mask_values,
     standardisation,
     train,
 )
@@ -153,20 +153,30 @@ def test_masks_are_framed_as_their_images(tmp_path):
     assert readable
     reference = v2.Compose([v2.Resize(32, v2.InterpolationMode.NEAREST_EXACT), v2.CenterCrop(24)])
     expected = reference(torch.from_numpy(mask)[None])[0]
-    torch.testing.assert_close(framed, torch.where(expected == 3, VOID, expected).to(torch.uint8))
+    torch.testing.assert_close(
+        framed, torch.where(expected == 3, VOID, expected.int()).to(torch.int16)
+    )
 
 
 @pytest.mark.parametrize(
-    "mask",
-    [np.zeros((40, 47), np.uint8), np.zeros((40, 48, 3), np.uint8), None],
-    ids=["size", "colour", "damaged"],
+    ("mask", "reason"),
+    [
+        (np.zeros((40, 47), np.uint8), "the mask has 40x47 pixels, the image 40x48"),
+        (RNG.integers(0, 9, (40, 48, 3), dtype=np.uint8), "a.png: is in colour (mode RGB)"),
+        (np.full((40, 48), 65535, np.uint16), "the mask has the value 65535"),
+        (None, "annotations/training/a.png: not an image"),
+    ],
+    ids=["size", "colour", "value", "damaged"],
 )
-def test_images_without_a_mask_of_their_size_are_left_out(run, tmp_path, capsys, mask):
+def test_images_without_a_usable_mask_are_left_out(run, tmp_path, capsys, mask, reason):
     root = ade(tmp_path)
     bad = root / "annotations/training/a.png"
     bad.write_bytes(b"not an image") if mask is None else save(bad, mask)
     assert main([*options(run, tmp_path), "--data_path", str(root)]) == 0
-    assert "1 of 2 images have no mask" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 2 train images have no mask that can be used" in said
+    assert f"images/training/a.png: {'mask ' if 'a.png:' in reason else ''}" in said
+    assert reason in said
     report = json.loads((tmp_path / "out/seg.json").read_text())
     assert report["data"]["unreadable"] == 1
     assert report["data"]["classes"] == 2
@@ -180,7 +190,8 @@ def test_images_without_a_mask_of_their_size_are_left_out(run, tmp_path, capsys,
             ["--weights", "RUN", "--dataset", "torch/cifar10"],
             "--dataset torch/cifar10 has no masks",
         ),
-        (["--weights", "RUN", "--data_path", "ROOT/images"], "has no images/"),
+        (["--weights", "RUN", "--data_path", "ROOT/images"], "has no masks/"),
+        (["--weights", "RUN", "--data_path", "ROOT/annotations/training"], "has no images/"),
         (["--weights", "RUN", "--data_path", "ROOT/half"], "has no masks/"),
         (["--weights", "RUN", "--data_path", "ROOT/flat"], "has no train images"),
         (
@@ -188,7 +199,7 @@ def test_images_without_a_mask_of_their_size_are_left_out(run, tmp_path, capsys,
             "--num_images 3 is more than the 2",
         ),
         (["--weights", "RUN", "--lr", "0"], "--lr is 0.0"),
-        (["--weights", "RUN", "--ignore_label", "256"], "--ignore_label is (256,)"),
+        (["--weights", "RUN", "--ignore_label", "65536"], "--ignore_label is (65536,)"),
         (["--weights", "RUN", "--image_size", "30"], "--image_size 30"),
         (["--weights", "RUN", "--load_features", "x"], "unknown option --load_features"),
     ],
@@ -210,6 +221,61 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, said):
     assert "\n" not in error
 
 
+# -- masks whose score would mean nothing -----------------------------------------------------
+
+
+def binary(root: Path, foreground: int) -> Path:
+    """Masks of 0 and another value; the foreground is bright."""
+    for split in ("train", "val"):
+        for number in range(4):
+            mask = np.zeros((40, 48), np.uint8)
+            mask[:, 10 + 5 * number :] = foreground
+            image = RNG.integers(0, 60, (40, 48, 3), dtype=np.uint8)
+            image[mask > 0] += 150
+            save(root / "images" / split / f"{number}.png", image)
+            save(root / "masks" / split / f"{number}.png", mask)
+    return root
+
+
+def test_masks_of_0_and_255_are_refused_with_the_flag_that_scores_them(run, tmp_path, capsys):
+    typed = [*options(run, tmp_path), "--data_path", str(binary(tmp_path / "binary", 255))]
+    assert main(typed) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the training masks have a single class, 0" in error
+    assert "masks of 0 and 255, type --ignore_label without a value" in error
+    assert main([*typed, "--ignore_label"]) == 0
+    assert "2 classes, the values of the training masks: 0, 255" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out/seg.json").read_text())
+    assert report["data"]["classes"] == 2
+    assert list(report["results"][0]["iou"]) == ["class 0", "class 255"]
+    assert load_file(tmp_path / "out/seg_head.safetensors")["bias"].shape == (2,)
+
+
+def test_scores_do_not_depend_on_the_values_of_the_masks(run, tmp_path):
+    scores = []
+    for value in (1, 200):
+        folder = tmp_path / str(value)
+        RNG.bit_generator.state = np.random.default_rng(5).bit_generator.state
+        typed = [*options(run, folder), "--data_path", str(binary(folder / "data", value))]
+        assert main([*typed, "--epochs", "20"]) == 0
+        scores.append(json.loads((folder / "out/seg.json").read_text())["results"][0])
+    assert list(scores[0].pop("iou").values()) == list(scores[1].pop("iou").values())
+    assert scores[0] == scores[1]
+    assert scores[0]["miou"] > 60
+
+
+def test_masks_with_the_values_of_a_compressed_picture_are_reported(run, tmp_path, capsys):
+    root = ade(tmp_path / "smeared")
+    for path in (root / "annotations").rglob("*.png"):
+        save(path, RNG.integers(0, 200, (40, 48), dtype=np.uint8))
+    assert main([*options(run, tmp_path), "--data_path", str(root)]) == 0
+    assert "is each the number of a class?" in capsys.readouterr().err
+    for path in (root / "annotations").rglob("*.png"):
+        Image.fromarray(np.zeros((40, 48), np.uint8)).save(path, "JPEG")
+    assert main([*options(run, tmp_path), "--data_path", str(root)]) == 2
+    assert "a JPEG, whose compression changes the numbers" in capsys.readouterr().err
+
+
 # -- features and layer ---------------------------------------------------------------------------
 
 
@@ -224,7 +290,7 @@ def test_our_patch_tokens_and_the_pixels_of_a_patch():
 
 def masked_with(features: torch.Tensor, masks: torch.Tensor) -> MaskedFeatures:
     indices = torch.arange(len(masks))
-    return MaskedFeatures(features, masks.to(torch.uint8), indices, indices)
+    return MaskedFeatures(features, masks.to(torch.int16), indices, indices)
 
 
 def test_standardisation_is_that_of_all_tokens():
@@ -323,7 +389,7 @@ def test_masks_without_any_class_are_an_error():
         ValueError,
         match="no pixel of the validation masks has a class; --ignore_label leaves nothing",
     ):
-        count_classes(masked_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
+        mask_values(masked_with(torch.zeros(2, 4, 3), torch.full((2, 6, 6), VOID)), "validation")
 
 
 def test_intervals_are_of_resampled_images_and_classes_that_do_not_occur_do_not_count():
