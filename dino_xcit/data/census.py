@@ -40,10 +40,10 @@ def report_start(images: ImageSet) -> None:
 
 
 @rank_zero_only
-def report_left_out(images: ImageSet) -> None:
-    """Print, in the first process, what the user may miss among the images."""
-    folder = _folder_of(images)
-    if folder is not None:
+def report_left_out(*sets: ImageSet) -> None:
+    """Print, in the first process, what the user may miss among the images, once a folder."""
+    folders = [_folder_of(images) for images in sets]
+    for folder in {folder.folder: folder for folder in folders if folder is not None}.values():
         _report_left_out(folder)
 
 
@@ -76,8 +76,8 @@ def _report_left_out(folder: FolderSet) -> None:
         if found:
             counts = ", ".join(f"{number:,} {ending}" for ending, number in sorted(found.items()))
             say(
-                f"{sum(found.values()):,} {name} in {folder.folder} are of kinds that are not read "
-                f"({counts}); convert them to use them"
+                f"left out of {folder.folder}: {counts}, {name} of kinds that are not read; "
+                "convert them to use them"
             )
     unopened = folder.listing.unopened
     if unopened:

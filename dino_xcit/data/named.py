@@ -53,18 +53,21 @@ class HuggingFaceSet:
     """A data set of Hugging Face's `datasets`, whose image column holds undecoded files."""
 
     def __init__(self, dataset: Any, channels: int, input_key: str, target_key: str | None) -> None:
+        """Read the labels.
+
+        Args:
+            dataset: The set.
+            channels: Channels of the images that are read.
+            input_key: Column of the images.
+            target_key: Column of the labels; without integers there are none.
+        """
         require_readable(channels)
         self.dataset, self.channels, self.input_key = dataset, channels, input_key
         self.labels, self.classes = None, None
-        if target_key is None:
+        values = [] if target_key is None else list(dataset[target_key])
+        if not values or not all(isinstance(value, (int, np.integer)) for value in values):
             return
-        labels = np.asarray(dataset[target_key])
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(
-                f"--target_key {target_key} is a column of {labels.dtype}; expected one integer "
-                "for each image"
-            )
-        self.labels = _usable(labels)
+        self.labels = _usable(np.asarray(values))
         names = getattr(dataset.features[target_key], "names", None)
         self.classes = {name: label for label, name in enumerate(names)} if names else None
 
@@ -146,7 +149,13 @@ def _with_columns(config: Config, datasets: Any, dataset: Any) -> HuggingFaceSet
         if key is not None and key not in columns:
             raise UserError(f"--{flag} {key} is no column of {config.dataset}; expected {listed}")
     undecoded = dataset.cast_column(input_key, datasets.Image(decode=False))
-    return HuggingFaceSet(undecoded, config.in_chans or 3, input_key, target_key)
+    images = HuggingFaceSet(undecoded, config.in_chans or 3, input_key, target_key)
+    if config.target_key is not None and images.labels is None:
+        raise UserError(
+            f"--target_key {target_key} holds no labels; expected an integer for each image, and "
+            "more than one class"
+        )
+    return images
 
 
 def _missing_package(config: Config, error: ImportError) -> UserError:

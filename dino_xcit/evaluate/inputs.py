@@ -99,8 +99,7 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
             expected = "a folder for each class" if config.dataset is None else "--target_key"
             raise UserError(f"the {name} images of {where} have no labels; expected {expected}")
     _check_labels(where, train, validation)
-    report_left_out(train)
-    report_left_out(validation)
+    report_left_out(train, validation)
     return {"train": train, "validation": validation}, classes
 
 
