@@ -27,6 +27,10 @@ class ExportConfig:
     batch and image size"""
     attention: bool = False
     """onnx, torch_export: the last layer's class-attention maps as a second output"""
+    half: bool = False
+    """onnx, torch_export: weights and arithmetic in float16; images and outputs stay float32"""
+    opset: int | None = None
+    """onnx: version of the operator set, 18 or more. Default: torch's"""
     output_dir: str = "export"
     """folder of the files"""
 
@@ -41,3 +45,7 @@ class ExportConfig:
         graphs = {"onnx", "torch_export"} & set(self.format)
         has_output = not self.attention or bool(graphs)
         check(has_output, "attention", "false without --format onnx or torch_export")
+        check(not self.half or bool(graphs), "half", "false without --format onnx or torch_export")
+        of_onnx = self.opset is None or "onnx" in self.format
+        check(of_onnx, "opset", "none without --format onnx")
+        check.at_least(18, "opset")

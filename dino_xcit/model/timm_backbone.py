@@ -158,6 +158,12 @@ def build_timm(
     return TimmBackbone(network, arch, in_chans=in_chans, sampled_paths=sampled_paths)
 
 
+def own_size(network: Any) -> int:
+    """Return the side of the images of a timm network: of its positions, else as timm states it."""
+    sides = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    return int((sides or network.pretrained_cfg["input_size"])[-1])
+
+
 def create_network(
     name: str,
     image_size: int | None,

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dino_xcit.errors import UserError
-from dino_xcit.files import replacing
+from dino_xcit.files import replacing, write_json
 from dino_xcit.model.architectures import resolve_architecture
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.runtime import require_folder
 from dino_xcit.weights.comparison import compare
+from dino_xcit.weights.config_json import as_json, with_assumed
 from dino_xcit.weights.export_graph import write_onnx, write_torch_export
 from dino_xcit.weights.export_timm import write_hf, write_timm
 from dino_xcit.weights.formats import to_official_names
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from dino_xcit.config.export import ExportConfig
     from dino_xcit.model.backbone import Backbone
+
+RGB = 3  # channels of the mean and std that may be assumed
 
 
 def export(config: ExportConfig) -> list[Path]:
@@ -47,6 +50,8 @@ def export(config: ExportConfig) -> list[Path]:
                 f"--format {refused[0]} needs an XCiT; --weights {config.weights} holds "
                 f"{backbone.arch}; expected --format {' or '.join(WRITERS)}"
             )
+    if backbone.in_chans == RGB:
+        backbone.metadata = with_assumed(backbone.metadata, config.weights or "")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind in config.format:
@@ -59,13 +64,16 @@ def export(config: ExportConfig) -> list[Path]:
 
 
 def write_official(backbone: XCiT, folder: Path, _config: ExportConfig) -> Path:
-    """Write a .pth with the names of official DINO and XCiT."""
+    """Write a .pth with the names of official DINO and XCiT, and a .json with the framing."""
     _, architecture, patch = resolve_architecture(backbone.arch)
     path = folder / f"dino_{architecture.official}_p{patch}.pth"
     tensors = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
     with replacing(path) as temporary:
         torch.save(to_official_names(tensors), temporary)
         compare(backbone, load_backbone(temporary, backbone.arch), "dino_xcit")
+    write_json(
+        path.with_suffix(".json"), as_json(path.stem.removeprefix("dino_"), backbone.metadata)
+    )
     return path
 
 

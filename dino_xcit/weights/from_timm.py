@@ -10,7 +10,7 @@ from timm.data.config import resolve_data_config
 from dino_xcit.errors import UserError
 from dino_xcit.files import LONGEST_REASON
 from dino_xcit.model.backbone import TIMM, Backbone
-from dino_xcit.model.timm_backbone import TimmBackbone, create_network
+from dino_xcit.model.timm_backbone import TimmBackbone, create_network, own_size
 from dino_xcit.weights.build import build, load_strict
 from dino_xcit.weights.formats import describe
 
@@ -45,7 +45,7 @@ def from_timm(weights: str, image_size: int | None = None) -> Backbone:
             load_strict(backbone, tensors)
             return backbone.eval()
     wrapped = TimmBackbone(network, weights, in_chans=channels)
-    wrapped.metadata = {**metadata, "arch": weights}
+    wrapped.metadata = {**metadata, "arch": weights, "global_crops_size": own_size(network)}
     return wrapped.eval()
 
 

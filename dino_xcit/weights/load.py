@@ -16,7 +16,7 @@ import torch
 from dino_xcit.errors import UserError
 from dino_xcit.files import replacing
 from dino_xcit.model.backbone import HUB, TIMM, Backbone
-from dino_xcit.model.timm_backbone import TimmBackbone, is_timm
+from dino_xcit.model.timm_backbone import TimmBackbone, is_timm, own_size
 from dino_xcit.run_folder import CONFIG, LAST, METRICS, TEACHER, read_config
 from dino_xcit.runtime import say
 from dino_xcit.weights.build import build, load_strict, require_finite
@@ -117,6 +117,8 @@ def _from_file(path: Path, weights: str, arch: str | None, checkpoint_key: str) 
     if "arch" not in metadata:
         raise UserError("has shapes of no architecture known here; name one with --arch")
     known = IMAGENET if weights in PUBLISHED else framing_beside(path, metadata["arch"])
+    if isinstance(backbone, TimmBackbone):
+        known = {"global_crops_size": own_size(backbone.network), **known}
     backbone = backbone or build({**known, **metadata})
     backbone.metadata = {**known, **metadata}
     try:

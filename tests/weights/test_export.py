@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import dino_xcit
 from dino_xcit.cli import main
 from dino_xcit.config.evaluation import KnnConfig
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.figures.maps import class_attention
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.train.pretrain import pretrain
+from dino_xcit.weights.config_json import with_assumed
 from dino_xcit.weights.load import load_backbone, save_backbone
 
 NANO = PretrainConfig(
@@ -69,6 +72,66 @@ def test_timm_opens_the_folder_with_its_size_and_normalisation(here, nano):
     )
 
 
+FRAMING = {"in_chans": 1, "global_crops_size": 64, "mean": [0.3], "std": [0.2]}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "xcit_n12_p16_timm",
+        "xcit_n12_p16_timm/model.safetensors",
+        "dino_xcit_nano_12_p16.pth",
+        "xcit_n12_p16_timm/renamed.safetensors",
+    ],
+)
+def test_size_and_normalisation_come_back_from_every_file(here, nano, written):
+    assert export("--format", "timm", "official") == 0
+    folder = Path("export/xcit_n12_p16_timm")
+    if written.endswith("renamed.safetensors"):
+        (folder / "model.safetensors").rename(Path("export") / written)
+    again = load_backbone(Path("export") / written)
+    assert {name: again.metadata[name] for name in FRAMING} == FRAMING
+    same_features(nano, again)
+
+
+def test_the_json_of_another_architecture_is_not_taken(here):
+    torch.save(XCiT("xcit_pico2_p4").state_dict(), "other.pth")
+    Path("config.json").write_text(
+        json.dumps({"architecture": "xcit_nano_12_p16_224", "mean": [0.1] * 3})
+    )
+    assert "mean" not in load_backbone("other.pth").metadata
+    Path("config.json").write_text("{no json")
+    assert "mean" not in load_backbone("other.pth").metadata
+    Path("config.json").write_text(
+        json.dumps({"architecture": "xcit_pico_2_p4", "mean": [0.1] * 3})
+    )
+    assert load_backbone("other.pth").metadata["mean"] == [0.1] * 3
+
+
+def test_a_folder_of_another_network_of_timm_is_taken_as_it_is(here):
+    network = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
+    timm.models.save_for_hf(network, "vit", safe_serialization=True)
+    backbone = load_backbone("vit")
+    assert backbone.metadata["global_crops_size"] == 96
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(x), network(x))
+
+
+def test_what_had_to_be_assumed_is_printed(here, capsys):
+    torch.save(XCiT("xcit_n12_p16").state_dict(), "bare.pth")
+    assert main(["export", "--weights", "bare.pth"]) == 0
+    assert (
+        "--weights bare.pth does not hold the framing of its images; assumed: --image_size 224, "
+        "--mean 0.485 0.456 0.406, --std 0.229 0.224 0.225" in capsys.readouterr().err
+    )
+    about = {"mean": [0.5] * 3, "in_chans": 3, "global_crops_size": 64}
+    assert with_assumed(about, "w", given=["std"])["std"] == (0.229, 0.224, 0.225)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match=r"of its 1 channels are not known; set --mean and --std"):
+        with_assumed({"in_chans": 1}, "w")
+
+
 def test_official_names_come_back(here, nano):
     assert export("--format", "official", "--output_dir", "out") == 0
     tensors = torch.load("out/dino_xcit_nano_12_p16.pth", weights_only=True)
@@ -100,12 +163,45 @@ def test_onnx_takes_any_batch_and_size_and_gives_the_maps(here, nano, tmp_path):
     session = onnxruntime.InferenceSession(
         "export/xcit_n12_p16.onnx", providers=["CPUExecutionProvider"]
     )
+    axes = [value.shape for value in (*session.get_inputs(), *session.get_outputs())]
+    assert axes == [
+        ["batch", 1, "height", "width"],
+        ["batch", 128],
+        ["batch", 4, "rows", "columns"],
+    ]
+    assert session.get_modelmeta().custom_metadata_map == {
+        "arch": "xcit_n12_p16",
+        "patch_size": "16",
+        "image_size": "64",
+        "mean": "[0.3]",
+        "std": "[0.2]",
+    }
     for batch, size in ((1, (16, 16)), (3, (80, 32))):
         images = torch.randn(batch, 1, *size)
         features, maps = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
             np.testing.assert_allclose(features, nano(images), rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(maps, class_attention(nano, images), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_graphs_in_half_precision_take_and_return_float32(here, nano):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export("--format", "onnx", "torch_export", "--half", "true", "--opset", "18") == 0
+    model = onnx.load("export/xcit_n12_p16.onnx")
+    assert model.opset_import[0].version == 18
+    weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    assert weights < 2.2 * sum(p.numel() for p in nano.parameters())
+    extra = {"dino_xcit.json": ""}
+    program = torch.export.load("export/xcit_n12_p16.pt2", extra_files=extra).module()
+    assert json.loads(extra["dino_xcit.json"])["mean"] == "[0.3]"
+    images = torch.randn(2, 1, 32, 48)
+    with torch.no_grad():
+        features, expected = program(images), nano(images)
+    assert features.dtype == torch.float32
+    assert (features - expected).abs().max() < 0.05 * expected.std()
 
 
 @pytest.mark.slow
@@ -194,6 +290,8 @@ def test_the_function_of_python_returns_what_it_wrote(here):
             ["--attention"],
             "--attention is True; expected false without --format onnx or torch_export",
         ),
+        (["--half", "true"], "--half is True; expected false without --format onnx"),
+        (["--opset", "18"], "--opset is 18; expected none without --format onnx"),
         (["--weights", "gone.pth"], "--weights gone.pth does not exist; expected a run folder"),
         (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
     ],
