@@ -41,6 +41,8 @@ LINEAR = {"heads": "linear", "dino": "linear_dino", "logistic": "linear_logistic
 LINEAR_EVALUATED = "linear_evaluate"  # of `linear-eval --evaluate`
 LINEAR_SCRATCH = ".linear"  # folder that exists while linear-eval runs
 SEG = "seg"
+PREDICTED_CLASSES = "predictions.csv"  # of `linear-eval --predict`
+PREDICTED_MASKS = "seg_masks"  # folder, of `seg-eval --predict`
 
 
 def kept_checkpoint(epoch: int) -> str:
@@ -71,7 +73,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
     options = {
         name: value
         for name, value in plain(dataclasses.asdict(config)).items()
-        if name not in ("resume", "dry_run")
+        if name not in ("resume", "extend", "dry_run")
     }
     with replacing(folder / CONFIG) as path:
         path.write_text(yaml.safe_dump(options, sort_keys=False))

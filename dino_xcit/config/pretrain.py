@@ -169,6 +169,9 @@ class PretrainConfig:
     resume: bool = True
     """continue the run in --output_dir if it has the same options; false: refuse a folder that
     holds a run"""
+    extend: bool = False
+    """continue a run to more --epochs than it had: from the next step on, all schedules are those
+    of a run of that many epochs"""
     checkpoint_every_n_steps: int | None = None
     """steps between checkpoints, in addition to those after every epoch and by
     --checkpoint_every_n_minutes"""
@@ -234,7 +237,8 @@ class PretrainConfig:
     def _check_machine(self, check: Checks) -> None:
         check.precision()
         whole = self.strategy == "auto" or self.strategy.startswith("ddp")
-        check(whole, "strategy", "auto or ddp (every process is whole)")
+        forked = self.strategy.endswith(("spawn", "fork", "notebook"))  # these return no outcome
+        check(whole and not forked, "strategy", "auto or ddp (every process is whole)")
         check.at_least(1, "num_nodes", "log_every_n_steps", "eval_num_images")
         check.at_least(1, "checkpoint_every_n_steps")
         check.at_least(0, "eval_every_n_epochs", "saveckp_freq", "checkpoint_every_n_minutes")
@@ -255,6 +259,7 @@ FREE_ON_RESUME = frozenset(
         "dry_run",
         "eval_every_n_epochs",
         "eval_num_images",
+        "extend",
         "log_every_n_steps",
         "logger",
         "num_nodes",

@@ -36,6 +36,7 @@ from dino_xcit.train.checkpoints import DurableIO, keep_as_sound, replace_last
 from dino_xcit.train.collapse import CollapseError, CollapseWarning, CollapseWatch
 from dino_xcit.train.online_eval import OnlineEvaluator, StoppedError
 from dino_xcit.train.plots import draw_curves
+from dino_xcit.train.resume import images_record
 from dino_xcit.train.signals import StopConsensus, StopSignals, requeue
 from dino_xcit.weights.load import save_backbone
 
@@ -69,6 +70,7 @@ class RunFolderWriter(L.Callback):
         validation = open_images(config, "validation", images.classes)
         self.evaluator = OnlineEvaluator(config, images, validation)
         self.pictured = validation or images
+        self.images_record = images_record(images)
         self.watch = CollapseWatch(config)
         self.bad_images = BadImageLog(folder)
         self.stopped = self.to_be_requeued = self.requeued = False
@@ -262,6 +264,14 @@ class RunFolderWriter(L.Callback):
         self.save_at = time.monotonic() + 60 * minutes
         self.saved_step = step if saved else self.saved_step
         return saved
+
+    @override
+    def on_save_checkpoint(  # type: ignore[override]
+        self, trainer: L.Trainer, module: DINOModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what identifies the images; the time of --trainer.max_time is of one start."""
+        checkpoint["images"] = self.images_record
+        checkpoint.get("callbacks", {}).pop("Timer", None)
 
     def _put_in_place(self, beside: Path, trainer: L.Trainer, module: DINOModule) -> None:
         if not (self.folder / CONFIG).exists():  # somebody deleted the folder

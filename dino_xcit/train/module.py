@@ -224,6 +224,7 @@ class DINOModule(L.LightningModule):
         """Add the config. A run's position is its number of steps; Lightning's counters go."""
         checkpoint["config"] = plain(dataclasses.asdict(self.config))
         checkpoint["total_batch"] = self.schedules.total_batch
+        checkpoint["steps_per_epoch"] = self.schedules.steps_per_epoch
         checkpoint.pop("loops", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

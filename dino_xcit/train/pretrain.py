@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from dino_xcit.config.pretrain import PretrainConfig, differing_options
 from dino_xcit.data.census import report_start
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import StepBatchSampler
@@ -37,6 +36,7 @@ from dino_xcit.train.collapse import does_not_sharpen
 from dino_xcit.train.dry_run import describe_plan, draw_crop_sheet, refuse_oversized_step
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.official_resume import resume_official
+from dino_xcit.train.resume import require_same_run
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.train.signals import StopSignals
 from dino_xcit.train.trainer import CropData, ending_together, make_trainer
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     import lightning as L
 
+    from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.model.backbone import Backbone
 
@@ -69,6 +70,8 @@ class Outcome:
     """what asked it to stop, if something did"""
     requeued: bool = False
     """whether SLURM will start it again"""
+    ended_early: bool = False
+    """whether it ended before its last step unasked: by a limit of --trainer or a callback"""
 
     @property
     def interrupted(self) -> bool:
@@ -77,8 +80,13 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Of the command: 128 + the signal's number, or 0 if SLURM will start the job again."""
-        return 0 if self.stopped_by is None or self.requeued else 128 + self.stopped_by
+        """Of the command: 0 if the run is finished or SLURM will start the job again.
+
+        128 + the signal's number after a signal, 1 for a run that ended before its last step.
+        """
+        if self.stopped_by is None or self.requeued:
+            return int(self.ended_early)
+        return 128 + self.stopped_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +180,7 @@ def _open(config: PretrainConfig, signals: StopSignals, callbacks: Sequence[L.Ca
 def _start(run: Run) -> Outcome:
     """Prepare the folder and the networks, then train."""
     config, folder, trainer = run.config, run.folder, run.trainer
-    checkpoint = prepare_folder(folder, config)
+    checkpoint = prepare_folder(run)
     torch.manual_seed(config.seed)
     module = DINOModule(config, run.schedules)
     _check_backbone(config, module.student.backbone)
@@ -249,6 +257,7 @@ def _fit(run: Run, module: DINOModule, checkpoint: Path | None) -> Outcome:
         steps=run.schedules.steps,
         stopped_by=stopped_by,
         requeued=writer.requeued,
+        ended_early=stopped_by is None and trainer.global_step < run.schedules.steps,
     )
 
 
@@ -280,7 +289,7 @@ def _import_official(run: Run, module: DINOModule) -> Path:
     return path
 
 
-def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
+def prepare_folder(run: Run) -> Path | None:
     """Write config.yaml and find the checkpoint to continue from.
 
     Returns:
@@ -289,6 +298,7 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
     Raises:
         UserError: the folder holds a run that this config must not continue.
     """
+    config, folder = run.config, run.folder
     checkpoint = newest_whole(folder)
     if checkpoint is not None:
         if not config.resume:
@@ -296,13 +306,7 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
                 f"--output_dir {folder} holds a run and --resume is false; name another "
                 "--output_dir"
             )
-        differing = differing_options(read_config(folder), config)
-        if differing:
-            changes = (f"--{name} was {old}, now {new}" for name, (old, new) in differing.items())
-            raise UserError(
-                f"--output_dir {folder} holds a run of other options: {', '.join(changes)}; name "
-                "another --output_dir"
-            )
+        require_same_run(checkpoint, config, run.images, run.schedules)
     if not config.dry_run or checkpoint is None:
         rank_zero_only(write_config)(config, folder)
     return checkpoint
@@ -312,8 +316,14 @@ def prepare_folder(folder: Path, config: PretrainConfig) -> Path | None:
 def print_outcome(outcome: Outcome) -> None:
     """Print the last line of a run: its product, or how to continue it."""
     folder, done = outcome.folder, f"step {outcome.step} of {outcome.steps}"
+    how = f"saved; continue with: dino-xcit pretrain --config {folder}/{CONFIG}"
     if outcome.interrupted:
-        how = f"continue with: dino-xcit pretrain --config {folder}/{CONFIG}"
-        print(f"stopped at {done}, saved; {how}", file=sys.stderr)
+        print(f"stopped at {done}, {how}", file=sys.stderr)
+    elif outcome.ended_early:
+        print(
+            f"not finished: a limit of --trainer or a callback ended it at {done}, {how} "
+            "--trainer={}",
+            file=sys.stderr,
+        )
     else:
         print(f"{done}: {folder}/{TEACHER}")

@@ -1,0 +1,130 @@
+"""What a checkpoint and the run that continues it have to agree in: options, images and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dino_xcit.config.pretrain import differing_options
+from dino_xcit.errors import UserError
+from dino_xcit.run_folder import from_plain, read_config
+from dino_xcit.runtime import say
+
+if TYPE_CHECKING:
+    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
+    from dino_xcit.train.schedules import Schedules
+
+SIZES_COMPARED = 10_000  # files, evenly spaced: asking for the size of each takes minutes on NFS
+DIFFERENCES = {
+    "names": "have other file names",
+    "sizes": "are other files of the same names",
+    "labels": "have other classes",
+}
+
+
+def images_record(images: ImageSet) -> dict[str, Any]:
+    """Return what identifies the images wherever their folder lies, as a checkpoint holds it.
+
+    Returns:
+        `count`, and hashes of `names` (relative to their common folder), `sizes` and `labels`.
+    """
+    names = [images.name(index) for index in range(len(images))]
+    root = os.path.commonpath([min(names), max(names)])  # as of all, without splitting all
+    spaced = np.unique(np.linspace(0, len(names) - 1, SIZES_COMPARED).astype(int))
+    paths = [Path(names[index]) for index in spaced]
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    labels = [] if images.labels is None else images.labels.tolist()
+    return {
+        "count": len(names),
+        "names": _digest([name[len(root) :] for name in names]),
+        "sizes": _digest(sizes),
+        "labels": _digest(labels),
+    }
+
+
+def _digest(values: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(f"{value}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def require_same_run(
+    checkpoint: Path, config: PretrainConfig, images: ImageSet, schedules: Schedules
+) -> None:
+    """Check that this config on these images continues the run of the checkpoint.
+
+    Checkpoints of earlier versions, which have no record of the images, are checked without it.
+
+    Raises:
+        UserError: it is another run; the message names what differs and what to do.
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    folder = checkpoint.parent.parent
+    before = from_plain(saved["config"]) if "config" in saved else read_config(folder)
+    _require_same_options(folder, before, config)
+    if "images" in saved:
+        _require_same_images(folder, saved["images"], images_record(images))
+    if before.epochs != config.epochs:
+        _describe_extension(before, config, schedules, saved["global_step"])
+    # Another total batch is refused when the checkpoint is loaded.
+    same_batch = saved.get("total_batch") == schedules.total_batch
+    if same_batch and saved["global_step"] > schedules.steps:
+        raise UserError(
+            f"--output_dir {folder} holds a run at step {saved['global_step']}, but {len(images)} "
+            f"images are {schedules.steps} steps: give it the images of before with --data_path, "
+            "or name another --output_dir"
+        )
+
+
+def _require_same_options(folder: Path, before: PretrainConfig, now: PretrainConfig) -> None:
+    differing = differing_options(before, now)
+    if before.precision == "auto":  # of an earlier version, which did not settle it
+        differing.pop("precision", None)
+    longer = now.epochs > before.epochs
+    if longer and now.extend:
+        differing.pop("epochs")
+    if not differing:
+        return
+    changes = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in differing.items())
+    way_out = "name another --output_dir"
+    if longer and set(differing) == {"epochs"}:
+        way_out = f"--extend continues it to --epochs {now.epochs}, or {way_out}"
+    raise UserError(f"--output_dir {folder} holds a run of other options: {changes}; {way_out}")
+
+
+def _require_same_images(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before == now:
+        return
+    if before["count"] != now["count"]:
+        difference = f"{before['count']} images, now there are {now['count']}"
+    else:
+        kind = next(kind for kind in DIFFERENCES if before[kind] != now[kind])
+        difference = f"other images: now the {now['count']} images {DIFFERENCES[kind]}"
+    raise UserError(
+        f"--output_dir {folder} holds a run on {difference}. Give it the images of before with "
+        f"--data_path and --num_images; or start a run on these from its weights with "
+        f"--init_weights {folder} and another --output_dir"
+    )
+
+
+def _describe_extension(
+    before: PretrainConfig, config: PretrainConfig, schedules: Schedules, step: int
+) -> None:
+    """Print what more epochs do to the schedules, from the last step to the next."""
+    then = dataclasses.replace(schedules, config=dataclasses.replace(config, epochs=before.epochs))
+    last = max(0, step - 1)
+    say(
+        f"extended from {before.epochs} to {config.epochs} epochs: from step {step} on, all "
+        f"schedules are those of a run of {config.epochs} epochs; learning rate "
+        f"{then.lr(last):.3g} -> {schedules.lr(step):.3g}, weight decay "
+        f"{then.weight_decay(last):.3g} -> {schedules.weight_decay(step):.3g}, teacher's momentum "
+        f"{then.momentum(last):.4g} -> {schedules.momentum(step):.4g}"
+    )
