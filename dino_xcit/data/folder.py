@@ -172,8 +172,9 @@ def open_folder(config: Config, split: str, classes: dict[str, int] | None) -> F
             "become images; name another"
         )
     listing = list_images(folder, output)
-    if listing.files:
-        return FolderSet(folder, listing, config.in_chans or 3, classes, notes)
+    images = FolderSet(folder, listing, config.in_chans or 3, classes, notes)
+    if len(images):
+        return images
     if split == "validation":
         return None
     raise UserError(

@@ -180,3 +180,10 @@ def test_labels_of_given_classes_leave_other_classes_out(tmp_path):
     images = open_images(config, "train", {"b": 7})
     assert np.array_equal(images.labels, [7])
     assert len(images) == 1
+
+
+def test_validation_images_of_other_classes_alone_are_none(tmp_path):
+    names = ["train/n01/images/1.png", "train/n02/images/2.png", "val/images/3.png"]
+    config = folder_config(make_folder(tmp_path, names))
+    train = open_images(config, "train")
+    assert open_images(config, "validation", train.classes) is None
