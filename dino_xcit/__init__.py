@@ -23,6 +23,7 @@ _MODULES = {
     "DINOLoss": "model.dino",
     "UserError": "errors",
     "load_backbone": "weights.load",
+    "preprocess": "weights.preprocess",
     "class_attention": "figures.maps",
     "knn_classify": "evaluate.knn",
 }

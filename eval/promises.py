@@ -216,7 +216,7 @@ PROMISES = (
         "Checkpoints, configs, images and labels from untrusted sources run no code and write "
         "nowhere",
         "test_fuzz.py::test_files_from_strangers_are_taken_or_refused",
-        "weights/formats.py",
+        "weights/reading.py",
         'content = torch.load(path, map_location="cpu", weights_only=True)',
         'content = torch.load(path, map_location="cpu", weights_only=False)',
     ),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from dino_xcit.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -18,6 +20,10 @@ TIMM, HUB = "timm:", "hf-hub:"
 
 class Backbone(nn.Module):
     """What pretraining, evaluations and export need of a network.
+
+    `backbone(images)` takes normalised images: x -> (x - mean) / std of each channel, with x in
+    [0, 1] and mean and std as in `metadata`. `dino_xcit.preprocess(backbone)` makes such images.
+    `torch.jit.trace` and `quantize_dynamic` take it; `torch.jit.script` does not.
 
     A subclass sets the attributes and implements `forward` and `patch_tokens`; the other methods
     have defaults. `build_backbone` chooses the subclass by the name that `--arch` gives.
@@ -71,6 +77,13 @@ class Backbone(nn.Module):
     def compiled_regions(self) -> Sequence[nn.Module]:
         """The modules that `--compile` compiles, each on its own."""
         return (self,)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse `torch.jit.script`, which calls this first and cannot read these networks."""
+        raise UserError(
+            "torch.jit.script does not take this network; expected torch.jit.trace(backbone, "
+            "images), for one image size, or torch.export (dino-xcit export --format torch_export)"
+        )
 
     def check_image_size(self, size: int, flag: str) -> None:
         """Check that the network takes square images; called once, before training.

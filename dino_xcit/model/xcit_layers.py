@@ -8,7 +8,7 @@ paper's code in another way:
 - The LPI convolutions read the tokens (B, N, C) as a channels-last image, without a copy.
 - Class attention folds the query into the key projection and pools tokens before the value
   projection: the two N x C x C products per layer become N x C x h.
-- The sines and cosines of the Fourier positions are computed once per grid size.
+- The sines and cosines of the Fourier positions are kept for the last few grid sizes.
 
 Axes: B images, N patch tokens, C channels, h heads, d = C / h channels per head, H x W the grid of
 patches.
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from dino_xcit.model.architectures import Architecture
 
 LAYER_NORM_EPS = 1e-6
+GRIDS = 8
+"""grids whose Fourier positions are kept: more than the sizes of crops of a run"""
 
 
 class FourierPositions(nn.Module):
@@ -51,6 +53,8 @@ class FourierPositions(nn.Module):
             return self._compute(H, W, device)  # H and W are symbols, which no cache can hold
         key = (H, W, device)
         if key not in self._waves:
+            if len(self._waves) == GRIDS:  # detectors and folders of photos have ever new sizes
+                del self._waves[next(iter(self._waves))]
             with torch.inference_mode(False):  # training may use the cached tensor later
                 self._waves[key] = self._compute(H, W, device)
         return self._waves[key]
@@ -207,6 +211,17 @@ class XCABlock(nn.Module):
         return x + update
 
 
+class FoldedLinear(nn.Linear):
+    """A linear layer whose weights are used without a call of it.
+
+    As a class of its own, it stays as it is when `torch.ao.quantization.quantize_dynamic` replaces
+    each `nn.Linear`.
+    """
+
+    def _get_name(self) -> str:
+        return "Linear"  # the representation of a network is part of the key of cached features
+
+
 class ClassAttention(nn.Module):
     """The class token attends to itself and to every patch token (section 3.4).
 
@@ -217,8 +232,8 @@ class ClassAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
+        self.k = FoldedLinear(dim, dim)
+        self.v = FoldedLinear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
     def _per_head(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -69,13 +69,13 @@ def as_json(arch: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_assumed(
-    metadata: Mapping[str, Any], weights: str, given: Collection[str] = ()
+    metadata: Mapping[str, Any], what: str, given: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return the metadata with ImageNet's framing where they lack it, and print what was assumed.
 
     Args:
         metadata: of the weights.
-        weights: their name.
+        what: the weights, as messages name them.
         given: flags of `FLAGS` that the user has set, so nothing is assumed for them.
 
     Raises:
@@ -90,7 +90,7 @@ def with_assumed(
     lacking = [f"--{flag}" for flag in assumed if flag != "image_size"]
     if lacking and channels != len(IMAGENET["mean"]):
         raise UserError(
-            f"--weights {weights}: mean and standard deviation of its {channels} channels are not "
+            f"{what}: mean and standard deviation of its {channels} channels are not "
             f"known; set {' and '.join(lacking)}"
         )
     if assumed:
@@ -99,7 +99,7 @@ def with_assumed(
             for flag, value in assumed.items()
         }
         options = ", ".join(f"--{flag} {value}" for flag, value in values.items())
-        say(f"--weights {weights} does not hold the framing of its images; assumed: {options}")
+        say(f"{what} does not hold the framing of its images; assumed: {options}")
     return {**IMAGENET, **metadata}
 
 

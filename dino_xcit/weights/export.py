@@ -51,7 +51,7 @@ def export(config: ExportConfig) -> list[Path]:
                 f"{backbone.arch}; expected --format {' or '.join(WRITERS)}"
             )
     if backbone.in_chans == RGB:
-        backbone.metadata = with_assumed(backbone.metadata, config.weights or "")
+        backbone.metadata = with_assumed(backbone.metadata, f"--weights {config.weights}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind in config.format:

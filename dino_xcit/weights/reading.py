@@ -119,7 +119,10 @@ def write_safetensors(tensors: Tensors, path: Path, about: dict[str, Any]) -> No
     Raises:
         OSError: they cannot be written.
     """
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors' own is 0600
     try:
         save_file(tensors, path, metadata={"format": "pt", "dino_xcit": json.dumps(about)})
     except SafetensorError as error:  # also of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)

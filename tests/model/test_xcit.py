@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import xcit as timm_xcit
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
 import dino_xcit
 from dino_xcit.errors import UserError
@@ -356,3 +357,22 @@ def test_checking_an_image_size_names_the_flag():
 def test_wrong_channel_count_names_the_flag():
     with pytest.raises(UserError, match=r"images have 1 channels.*takes 3.*--in_chans 1"):
         pico()(torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
+def test_dynamic_quantisation_and_tracing_give_nearly_the_same_features():
+    torch.manual_seed(0)
+    backbone = XCiT("xcit_pico2_p8").eval()
+    images = torch.randn(4, 3, 32, 48)
+    with torch.no_grad():
+        expected = backbone(images)
+        quantised = quantize_dynamic(backbone, {torch.nn.Linear}, dtype=torch.qint8)
+        assert "DynamicQuantizedLinear" in repr(quantised)
+        assert (quantised(images) - expected).abs().max() < 0.1 * expected.std()
+        torch.testing.assert_close(torch.jit.trace(backbone, images)(images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_scripting_is_refused_with_what_to_use():
+    with pytest.raises(UserError, match=r"torch\.jit\.script .*expected torch\.jit\.trace"):
+        torch.jit.script(XCiT("xcit_pico2_p8"))

@@ -5,7 +5,7 @@ import torch
 from timm.models import xcit as timm_xcit
 from torch import nn
 
-from dino_xcit.model.xcit_layers import XCA, FourierPositions
+from dino_xcit.model.xcit_layers import GRIDS, XCA, FourierPositions
 
 
 @torch.no_grad()
@@ -16,6 +16,18 @@ def test_fourier_positions_are_timms_for_any_grid_in_any_order():
     for H, W in [(1, 1), (2, 3), (3, 2), (14, 14), (7, 28), (2, 3)]:
         expected = theirs(1, H, W)[0].flatten(1).T  # (N, C)
         torch.testing.assert_close(ours(H, W), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_memory_of_fourier_positions_does_not_grow_with_the_number_of_sizes():
+    positions = FourierPositions(8)
+    for size in range(2, 60):
+        positions(size, size + 1)
+        kept = list(positions._waves.values())  # no public name tells the memory
+        assert len(kept) <= GRIDS
+    assert sum(tensor.nbytes for tensor in kept) <= GRIDS * 60 * 60 * 64 * 4
+    again = [positions.waves(16, side, torch.device("cpu")) for side in (16, 8, 16, 8)]
+    assert again[0] is again[2]  # the two crops of a run are computed once
+    assert again[1] is again[3]
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
