@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import TINY
 from PIL import Image
+from run_pictures import empty_pictures
 
 from dino_xcit.cli import main
 from dino_xcit.config.evaluation import KnnConfig
@@ -35,7 +36,7 @@ def run(tmp_path_factory) -> Path:
     """A finished pretraining of two epochs, with a k-NN accuracy in its metrics."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     config = dataclasses.replace(TINY, output_dir=str(folder), num_images=200, eval_num_images=1000)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, empty_pictures():
         patch.setattr(shapes, "VALIDATION_COUNT", VALIDATION_IMAGES)
         pretrain(config)
     return folder
@@ -139,77 +140,74 @@ def test_results_go_to_the_run_folder_and_every_kind_of_weights_gives_the_same(r
     assert len(list(tmp_path.glob("*/features.npy"))) == 2, "one cache for the same tensors"
 
 
+EVALUATIONS = {
+    "knn": ["knn-eval", "--nb_knn", "1", "10"],
+    "linear": ["linear-eval", "--lr", "0.01", "0.1", "1", "--epochs", "20"],
+    # The last step has one image for two processes.
+    "linear_dino": [
+        *("linear-eval", "--protocol", "dino"),
+        *("--epochs", "2", "--lr", "0.5", "--batch_size", "199"),
+    ],
+    "linear_logistic": ["linear-eval", "--protocol", "logistic", "--c", "0.01", "1", "100"],
+}
+SCRIPT = f"""
+import json
+import sys
+
+from dino_xcit.cli import main
+from dino_xcit.data import shapes
+
+shapes.VALIDATION_COUNT = {VALIDATION_IMAGES}
+for arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0
+"""
+
+
+def compared(report):
+    for row in report["results"]:
+        row.get("chosen", {}).pop("held_out_top1", None)
+    return report["results"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["heads", "dino", "logistic"])
-def test_two_processes_give_the_results_of_one(options, protocol, tmp_path, run_cli):
-    shared = {
-        "heads": ["--lr", "0.01", "0.1", "1", "--epochs", "20"],
-        "dino": [
-            "--epochs",
-            "2",
-            "--lr",
-            "0.5",
-            "--batch_size",
-            "199",
-        ],  # the last step has one image for two processes
-        "logistic": ["--c", "0.01", "1", "100"],
-    }[protocol]
-    arguments = [
-        "linear-eval",
-        *options,
-        "--protocol",
-        protocol,
-        *shared,
-        "--batch_size_per_gpu",
-        "16",
-    ]
-    reports, name = [], "linear.json" if protocol == "heads" else f"linear_{protocol}.json"
+def test_two_processes_give_the_results_of_one(options, tmp_path, monkeypatch):
+    """All evaluations in one pair of processes, whose start takes longer than they do."""
+    monkeypatch.setattr(shapes, "VALIDATION_COUNT", VALIDATION_IMAGES)
+    commands, reports, dumped = {}, {}, {}
     for devices in ("1", "2"):
-        given = [
-            *arguments,
-            "--cache_dir",
+        of_files = [
+            "--output_dir",
             str(tmp_path / devices),
-            "--devices",
-            devices,
-        ]  # of an option the last one counts
-        if devices == "1":
-            assert main(given) == 0
-        else:
-            finished = run_cli(*given)
-            assert finished.returncode == 0, finished.stderr
-            assert finished.stdout.count(name) == 1
-        assert not (tmp_path / "out/.linear").exists()
-        reports.append(read(tmp_path / "out", name))
-    for report in reports:
-        for row in report["results"]:
-            row["chosen"].pop("held_out_top1", None)
-    assert reports[0]["results"] == reports[1]["results"]
-    assert (
-        reports[0]["feature_extraction"]["images"] == reports[1]["feature_extraction"]["images"] > 0
+            "--cache_dir",
+            f"{tmp_path}/c{devices}",
+        ]
+        machine = [*of_files, "--devices", devices, "--batch_size_per_gpu", "16"]
+        # Of an option that is repeated the last one counts.
+        commands[devices] = [[*typed, *options, *machine] for typed in EVALUATIONS.values()]
+        commands[devices][0] += ["--dump_features", f"{tmp_path}/dump{devices}"]
+    for arguments in commands["1"]:
+        assert main(arguments) == 0
+    (tmp_path / "script.py").write_text(SCRIPT)
+    finished = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), json.dumps(commands["2"])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
-
-
-@pytest.mark.slow
-def test_two_processes_find_the_neighbours_of_one(options, tmp_path, run_cli):
-    arguments = [
-        "knn-eval",
-        *options,
-        "--nb_knn",
-        "1",
-        "10",
-        "--batch_size_per_gpu",
-        "16",
-        "--dump_features",
-        tmp_path / "dump",
-    ]
-    dumped, reports = [], []
+    assert finished.returncode == 0, finished.stderr
     for devices in ("1", "2"):
-        given = [*map(str, arguments), "--cache_dir", str(tmp_path / devices), "--devices", devices]
-        assert main(given) == 0 if devices == "1" else run_cli(*given).returncode == 0
-        reports.append(read(tmp_path / "out", "knn.json"))
-        dumped.append(torch.load(tmp_path / "dump/testfeat.pth"))
-    assert torch.equal(*dumped)
-    assert reports[0]["results"] == reports[1]["results"]
+        assert not (tmp_path / devices / ".linear").exists()
+        reports[devices] = {name: read(tmp_path / devices, f"{name}.json") for name in EVALUATIONS}
+        dumped[devices] = torch.load(tmp_path / f"dump{devices}/testfeat.pth")
+    assert torch.equal(dumped["1"], dumped["2"])
+    for name in EVALUATIONS:
+        assert finished.stdout.count(f"{name}.json") == 1
+        one, two = (reports[devices][name] for devices in ("1", "2"))
+        assert compared(one) == compared(two), name
+        assert one["feature_extraction"]["images"] == two["feature_extraction"]["images"]
+    assert reports["2"]["knn"]["feature_extraction"]["images"] == 200 + VALIDATION_IMAGES
 
 
 @pytest.mark.slow

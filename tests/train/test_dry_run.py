@@ -73,7 +73,9 @@ def test_a_step_that_cannot_fit_this_machine_is_refused(tiny):
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), ImageError("not an image")])
-def test_an_unreadable_image_is_black_on_the_sheet_of_crops(tiny, tmp_path, monkeypatch, error):
+def test_an_unreadable_image_is_black_on_the_sheet_of_crops(
+    tiny, tmp_path, monkeypatch, drawn_pictures, error
+):
     class Broken(ShapeSet):
         def read(self, index):
             if index % 2:

@@ -65,7 +65,7 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 # -- the run folder ----------------------------------------------------------------------------
 
 
-def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
+def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny, drawn_pictures):
     config = dataclasses.replace(
         tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False}
     )
@@ -82,6 +82,7 @@ def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny):
         TEACHER,
         *pictures,
     }  # too short and noisy to be sound
+    assert all((folder / name).stat().st_size for name in pictures)
     table = rows(folder)
     assert tuple(table[0]) == COLUMNS
     assert [int(row["step"]) for row in table] == list(range(1, 13))
