@@ -304,7 +304,7 @@ def resolve(config: Config, metadata: Mapping[str, Any]) -> tuple[Config, int]:
     """
     in_chans = config.in_chans or metadata.get("in_chans", PretrainConfig().in_chans)
     given = [flag for flag in FLAGS if getattr(config, flag)]
-    known = with_assumed({**metadata, "in_chans": in_chans}, config.weights or "", given)
+    known = with_assumed({**metadata, "in_chans": in_chans}, f"--weights {config.weights}", given)
     image_size = config.image_size or known["global_crops_size"]
     resize_size = config.resize_size or default_resize(image_size)
     if resize_size < image_size:
