@@ -189,6 +189,9 @@ class LinearConfig(ClassificationConfig):
     """repetitions with other seeds: subset, held-out images, initial weights, order"""
     evaluate: str | None = None
     """head file written by an earlier linear-eval, to evaluate instead of training one"""
+    predict: str | None = None
+    """head file written by an earlier linear-eval: write the class of each image in --data_path,
+    which needs no labels, to predictions.csv"""
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for values that are not allowed."""
@@ -201,6 +204,9 @@ class LinearConfig(ClassificationConfig):
         check(images, "load_features", "images, for --protocol dino")
         alone = not (self.evaluate and self.baselines)
         check(alone, "baselines", "false with --evaluate, which is one head's")
+        check_predict(self)
+        check(not (self.predict and self.evaluate), "evaluate", "none with --predict")
+        check(not (self.predict and self.load_features), "load_features", "none with --predict")
         check(0 < self.held_out < 1, "held_out", "a share between 0 and 1")
         shares = self.train_fraction
         in_range = bool(shares) and all(0 < share <= 1 for share in shares)
@@ -227,6 +233,9 @@ class SegConfig(EvalConfig):
     ignore_label: tuple[int, ...] = (255,)
     """mask values that are no class: neither trained on nor scored (ADE20K: 0 255; no value: all
     are classes)"""
+    predict: str | None = None
+    """head file written by an earlier seg-eval: write a mask of each image in --data_path, which
+    needs no masks, to seg_masks/"""
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for values that are not allowed."""
@@ -235,3 +244,13 @@ class SegConfig(EvalConfig):
         check.positive("lr")
         check.at_least(1, "epochs", "batch_size")
         check.within(0, 65535, "numbers from 0 to 65535", "ignore_label")
+        check_predict(self)
+
+
+def check_predict(config: LinearConfig | SegConfig) -> None:
+    """Raise UserError if options do not go with --predict."""
+    if config.predict is not None:
+        check = Checks(config)
+        check(config.data_path is not None, "data_path", "a folder of images, for --predict")
+        for flag in ("baselines", "dataset", "num_images"):
+            check(not getattr(config, flag), flag, "none with --predict, which takes all images")

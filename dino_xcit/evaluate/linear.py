@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from dino_xcit.errors import UserError
 from dino_xcit.evaluate.class_figures import draw_classes
 from dino_xcit.evaluate.frame import evaluate
+from dino_xcit.evaluate.predict import predict_classes
 from dino_xcit.evaluate.probe import Head, ProbeTask, Scratch, load_head, save_head, stratified
 from dino_xcit.evaluate.probe_dino import dino_protocol
 from dino_xcit.evaluate.probe_heads import heads_protocol
@@ -34,6 +33,7 @@ from dino_xcit.evaluate.report import (
     scores,
     with_interval,
 )
+from dino_xcit.evaluate.saved_head import as_numbered, require_channels, with_sizes
 from dino_xcit.run_folder import (
     LINEAR,
     LINEAR_EVALUATED,
@@ -41,7 +41,6 @@ from dino_xcit.run_folder import (
     classes_picture,
     head_file,
 )
-from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,9 +73,13 @@ def linear_eval(config: LinearConfig) -> Report:
     Raises:
         UserError: Input that the user can put right; the message names the flag.
     """
+    if config.predict is not None:
+        return predict_classes(config)
     scratch = Scratch(output_folder(config) / LINEAR_SCRATCH)
     if config.evaluate is not None:
         head, about = load_head(Path(config.evaluate))
+        if config.load_features is None:
+            config = with_sizes(config, about, f"--evaluate {config.evaluate}")
         score = functools.partial(_score_saved, head=head, about=about)
         name, protocol = LINEAR_EVALUATED, head.chosen["protocol"]
     else:
@@ -143,16 +146,9 @@ def _score_saved(
     Raises:
         UserError: The head was trained on other features, sizes or classes.
     """
-    config, flag = evaluation.config, f"--evaluate {evaluation.config.evaluate}"
+    flag = f"--evaluate {evaluation.config.evaluate}"
     head_names: dict[int, str] = about["classes"]
-    dim, expected = head.choice.dim(features), head.weight.shape[1]
-    if dim != expected:
-        raise UserError(f"{flag} takes features of {expected} channels, these have {dim}")
-    for name in ("image_size", "resize_size"):
-        if about[name] != getattr(config, name):
-            raise UserError(
-                f"{flag} was trained at --{name} {about[name]}, not {getattr(config, name)}"
-            )
+    require_channels(head.weight.shape[1], head.choice.dim(features), flag)
     split = features.split("validation")
     labels = as_numbered(head_names, evaluation.class_names, split.labels, flag)
     fraction = head.chosen["train_fraction"]
@@ -161,43 +157,6 @@ def _score_saved(
         picture = classes_picture(LINEAR_EVALUATED)
         _draw(evaluation, features, picture, ranked, labels, result, head_names)
     return [result]
-
-
-def as_numbered(
-    head_names: Mapping[int, str], names: Mapping[int, str], labels: Tensor, flag: str
-) -> Tensor:
-    """Labels of images, numbered as a head's classes of the same names.
-
-    Args:
-        head_names: Names of the head's classes, by number.
-        names: Names of the images' classes, by label; they may be some of the head's.
-        labels: Of the images, (m,).
-        flag: That named the head, for the error.
-
-    Raises:
-        UserError: The head lacks classes of the images, or only one of both has names.
-    """
-    numbers = {name: number for number, name in head_names.items()}
-    if not set(names.values()) <= set(numbers) or bool(names) != bool(numbers):
-        raise UserError(
-            f"{flag} has the classes {_first_names(head_names)}; "
-            f"the images have {_first_names(names)}"
-        )
-    if not names:
-        return labels
-    present = labels.unique().tolist()
-    if len(present) < len(numbers):
-        say(f"the images are of {len(present)} of the {len(numbers)} classes of {flag}")
-    number_of = torch.zeros(max(names) + 1, dtype=torch.int64)
-    for label, name in names.items():
-        number_of[label] = numbers[name]
-    return number_of[labels]
-
-
-def _first_names(names: Mapping[int, str]) -> str:
-    """`cat, cow, dog, ... (10)`."""
-    shown = [names[label] for label in sorted(names)[:3]]
-    return f"{', '.join(shown)}{', ...' if len(names) > 3 else ''} ({len(names)})"
 
 
 # -- results -----------------------------------------------------------------------------------

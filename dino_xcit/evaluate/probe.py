@@ -22,7 +22,7 @@ from dino_xcit.files import replacing
 from dino_xcit.weights.reading import write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from lightning.fabric import Fabric
@@ -241,15 +241,21 @@ class Head(NamedTuple):
 
     def rank(self, features: Tensor, device: torch.device) -> Tensor:
         """Features (n, P, C) -> classes by descending logit, int64 (n, 5), -1 beyond K classes."""
-        weight, bias = self.weight.to(device), self.bias.to(device)
-        top = min(TOP, len(bias))
-        ranked = [
-            F.linear(self.choice.select(block.to(device)).to(weight.dtype), weight, bias)
-            .topk(top)
-            .indices.cpu()
-            for block in torch.split(features, BLOCK)
-        ]
+        top = min(TOP, len(self.bias))
+        ranked = [logits.topk(top).indices.cpu() for logits in self._logits(features, device)]
         return F.pad(torch.cat(ranked), (0, TOP - top), value=-1)
+
+    def classify(self, features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Features (n, P, C) -> probability and number of the likeliest class, (n,) each."""
+        best = [logits.softmax(1).max(1) for logits in self._logits(features, device)]
+        probability, number = zip(*best, strict=True)
+        return torch.cat(probability).cpu(), torch.cat(number).cpu()
+
+    def _logits(self, features: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """Logits of each block of features, (BLOCK, K)."""
+        weight, bias = self.weight.to(device), self.bias.to(device)
+        for block in torch.split(features, BLOCK):
+            yield F.linear(self.choice.select(block.to(device)).to(weight.dtype), weight, bias)
 
 
 def save_head(head: Head, config: LinearConfig, names: Mapping[int, str], path: Path) -> None:
@@ -269,8 +275,10 @@ def save_head(head: Head, config: LinearConfig, names: Mapping[int, str], path: 
         write_safetensors(tensors, beside, about)
 
 
-def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
+def load_head(path: Path, flag: str = "evaluate") -> tuple[Head, dict[str, Any]]:
     """Return a head and its file's metadata, as `save_head` writes them.
+
+    `flag`: That names the file, for the error.
 
     Raises:
         UserError: The file is not such a head.
@@ -283,7 +291,5 @@ def load_head(path: Path) -> tuple[Head, dict[str, Any]]:
         chosen = about["chosen"]
         choice = FeatureChoice(chosen["n_last_blocks"], chosen["avgpool_patchtokens"])
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--evaluate {path} is not a head that linear-eval wrote: {error}"
-        ) from None
+        raise UserError(f"--{flag} {path} is not a head that linear-eval wrote: {error}") from None
     return Head(weight, bias, choice, chosen), about

@@ -8,12 +8,14 @@ Axes: n images, B images of a batch, N patches, C channels, K classes, S side of
 
 from __future__ import annotations
 
+import json
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dino_xcit.config.evaluation import SegConfig
@@ -181,6 +183,10 @@ class LinearSegHead(NamedTuple):
     bias: Tensor
     """(K,)"""
 
+    def to(self, device: torch.device) -> LinearSegHead:
+        """Return the head on a device."""
+        return LinearSegHead(self.weight.to(device), self.bias.to(device))
+
     def __call__(self, tokens: Tensor, side: int) -> Tensor:
         """Tokens of a square grid (B, N, C) -> logits (B, K, side, side)."""
         logits = F.linear(tokens.to(self.weight.dtype), *self).mT  # (B, K, N)
@@ -204,6 +210,25 @@ def save_head(head: LinearSegHead, config: SegConfig, names: Mapping[int, str], 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in head._asdict().items()}
     with replacing(path) as beside:
         write_safetensors(tensors, beside, about)
+
+
+def load_seg_head(path: Path) -> tuple[LinearSegHead, dict[str, Any]]:
+    """Return a head and its file's metadata, as `save_head` writes them.
+
+    Raises:
+        UserError: The file is not such a head.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["dino_xcit"])
+            head = LinearSegHead(file.get_tensor("weight"), file.get_tensor("bias"))
+        values = list(map(int, about["classes"]))
+        is_linear = "chosen" in about
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--predict {path} is not a head that seg-eval wrote: {error}") from None
+    if is_linear or len(values) < len(head.bias):
+        raise UserError(f"--predict {path} is a head of linear-eval; expected one of seg-eval")
+    return head, about
 
 
 # -- training ----------------------------------------------------------------------------------

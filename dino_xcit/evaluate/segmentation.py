@@ -18,6 +18,7 @@ from dino_xcit.evaluate.class_figures import UNNAMED, SegmentedImage, draw_segme
 from dino_xcit.evaluate.features import FrozenFeatures
 from dino_xcit.evaluate.frame import evaluate
 from dino_xcit.evaluate.inputs import Task
+from dino_xcit.evaluate.predict import predict_masks
 from dino_xcit.evaluate.report import with_interval
 from dino_xcit.evaluate.seg_head import (
     check_classes,
@@ -82,6 +83,8 @@ def seg_eval(config: SegConfig) -> Report:
     Raises:
         UserError: Input that the user can put right; the message names the flag.
     """
+    if config.predict is not None:
+        return predict_masks(config, SEGMENTATION)
     return evaluate(
         config,
         _score,

@@ -74,7 +74,7 @@ NEEDED = {
         (LinearConfig, {"train_fraction": ()}, "shares over 0, up to 1"),
         (LinearConfig, {"n_last_blocks": 0}, "--n_last_blocks is 0; expected at least 1"),
         (SegConfig, {"weights": None}, "expected --weights: a run folder"),
-        (SegConfig, {"ignore_label": (256,)}, "expected numbers from 0 to 255"),
+        (SegConfig, {"ignore_label": (-1,)}, "expected numbers from 0 to 65535"),
         (AttentionConfig, {"weights": ()}, "expected --weights: a run folder"),
         (AttentionConfig, {"point": (0.5,)}, "none without --figures similarity"),
         (AttentionConfig, {"weights": ("A", "B"), "names": ("a",)}, "a name for each of 2"),
