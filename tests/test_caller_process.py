@@ -17,6 +17,7 @@ import torch._dynamo.config as dynamo
 import torch._functorch.config as partitioner
 from helpers import TINY
 from PIL import Image
+from run_pictures import empty_pictures
 from timm.data.readers import get_img_extensions
 
 import dino_xcit
@@ -54,7 +55,8 @@ def state() -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path) -> Path:
     folder = tmp_path / "run"
-    dino_xcit.pretrain(dataclasses.replace(TINY, epochs=1, output_dir=str(folder)))
+    with empty_pictures():
+        dino_xcit.pretrain(dataclasses.replace(TINY, epochs=1, output_dir=str(folder)))
     return folder
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from figure_helpers import files_in_figures, smooth_picture
 from PIL import Image
+from run_pictures import empty_pictures
 
 from dino_xcit.cli import main
 from dino_xcit.config.attention import AttentionConfig
@@ -122,7 +123,8 @@ def test_every_figure_in_every_format(here):
 @pytest.mark.slow
 def test_without_images_the_runs_own_are_shown(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    folder = pretrain(tiny).folder
+    with empty_pictures():
+        folder = pretrain(tiny).folder
     assert (
         main(["attention", "--weights", str(folder), "--figures", "grid", "--num_images", "2"]) == 0
     )
@@ -143,7 +145,8 @@ def test_without_images_and_without_a_run_the_message_names_images(here, capsys)
 @pytest.mark.slow
 def test_checkpoints_over_training(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    folder = pretrain(dataclasses.replace(tiny, saveckp_freq=1)).folder
+    with empty_pictures():
+        folder = pretrain(dataclasses.replace(tiny, saveckp_freq=1)).folder
     assert main(["attention", "--weights", str(folder), "--figures", "training"]) == 0
     numbers = np.load("figures/training.npz")
     kept = [name for name in numbers.files if name.startswith("attention_0")]

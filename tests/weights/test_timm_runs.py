@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from helpers import TINY
+from run_pictures import empty_pictures
 
 import dino_xcit
 from dino_xcit.cli import main
@@ -41,7 +42,8 @@ def run(tmp_path_factory) -> Path:
         "trainer": {"enable_progress_bar": False},
         "output_dir": str(folder),
     }
-    dino_xcit.pretrain(**options)
+    with empty_pictures():
+        dino_xcit.pretrain(**options)
     return folder
 
 
