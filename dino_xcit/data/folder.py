@@ -236,7 +236,7 @@ def _subfolders(root: Path) -> list[Path]:
 def _images_in(folder: Path, depth: int = 1) -> Iterator[str]:
     """Iterate the image files of a folder and of its subfolders to this depth."""
     try:
-        entries = sorted(folder.iterdir())
+        entries = list(folder.iterdir())
     except OSError:
         return
     for entry in entries:
