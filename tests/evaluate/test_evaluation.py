@@ -473,8 +473,10 @@ def test_a_diverged_network_is_an_error(run, tmp_path, capsys):
         "--no_cache",
         *CPU,
     ]
-    assert main(["knn-eval", *arguments, "--output_dir", str(tmp_path)]) == 1
-    assert re.search(r"--weights .*nan.safetensors: .* not finite", capsys.readouterr().err)
+    for command in ("knn-eval", "linear-eval"):
+        assert main([command, *arguments, "--output_dir", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"--weights .*nan.safetensors holds .* not finite .*: norm\.bias", line)
 
 
 def test_an_evaluation_of_python_is_the_one_of_the_command(run, options, tmp_path, capsys):

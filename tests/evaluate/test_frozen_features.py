@@ -26,6 +26,7 @@ from helpers import TINY
 from PIL import Image
 
 from dino_xcit.data.framing import EvalDataset, Transform, centre_crop
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate.features import FeatureExtractor
 from dino_xcit.evaluate.inputs import open_inputs
 from dino_xcit.run_folder import TEACHER
@@ -94,6 +95,15 @@ def test_weights_of_a_diverged_run_are_an_error(config, fabric, tmp_path):
     backbone = backbone_of()
     with torch.no_grad():
         backbone.norm.bias[0] = float("nan")
+    save_backbone(backbone, TINY, tmp_path / "run" / TEACHER)
+    with pytest.raises(UserError, match=r"--weights .*run holds values .*not finite.*norm\.bias"):
+        opened(config, fabric, "train")
+
+
+def test_features_beyond_the_range_of_floats_are_an_error(config, fabric, tmp_path):
+    backbone = backbone_of()
+    with torch.no_grad():
+        backbone.norm.weight.fill_(3e38)
     save_backbone(backbone, TINY, tmp_path / "run" / TEACHER)
     with pytest.raises(FloatingPointError, match=r"--weights .*run: .*not finite"):
         opened(config, fabric, "train")
