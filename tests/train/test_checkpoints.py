@@ -31,8 +31,9 @@ from dino_xcit.weights import formats
 
 def same_end(one, other) -> None:
     assert logged_rows(one) == logged_rows(other)
-    for name, value in last_state(one).items():
-        assert torch.equal(last_state(other)[name], value), name
+    ours, expected = last_state(other), last_state(one)  # each is read once
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
     moments = [
         torch.load(Path(c.output_dir) / "checkpoints/last.ckpt", weights_only=True)[
             "optimizer_states"

@@ -120,9 +120,10 @@ def test_an_official_run_goes_on_as_if_it_had_always_been_ours(whole, tmp_path, 
     assert "momentum_teacher" not in told
     assert "--data_path" not in told
     assert logged_rows(config) == [row for row in logged_rows(whole) if int(row["step"]) > 6]
-    assert last_state(config).keys() == last_state(whole).keys()
-    for name, value in last_state(whole).items():
-        assert torch.equal(last_state(config)[name], value), name
+    ours, expected = last_state(config), last_state(whole)  # each is read once
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
     optimizers = [
         torch.load(Path(c.output_dir) / LAST, weights_only=True)["optimizer_states"]
         for c in (whole, config)
