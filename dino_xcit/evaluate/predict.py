@@ -53,7 +53,8 @@ def open_all(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
     output = Path(config.output_dir).resolve() if config.output_dir else None
     listing = list_images(root, output)
     if not listing.files:
-        raise UserError(f"--data_path {root} has no images")
+        found = "has no images" if root.is_dir() else "is no folder"
+        raise UserError(f"--data_path {root} {found}; expected a folder of images to predict")
     images = FolderSet(root, listing, config.in_chans or 3)
     images.labels = np.arange(len(images))
     return {SPLIT: images}, {}

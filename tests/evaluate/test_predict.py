@@ -109,6 +109,15 @@ def test_what_cannot_be_predicted_is_one_line(tmp_path, capsys, command, more, m
     assert message in line
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path, run, capsys):
+    images = str(random_folder(tmp_path / "images"))
+    typed = ["linear-eval", "--weights", str(run), *COMMON, "--protocol", "logistic", "--c", "1"]
+    assert main([*typed, "--data_path", images]) == 0
+    head = str(run / "linear_logistic_head.safetensors")
+    assert main([*typed, "--data_path", f"{images}/nowhere", "--predict", head]) == 2
+    assert "nowhere is no folder; expected a folder of images" in capsys.readouterr().err
+
+
 def test_a_linear_head_does_not_segment(run, tmp_path, capsys):
     options = {**vars(CPU_ONLY), "weights": str(run), "no_cache": True, "protocol": "logistic"}
     images = str(random_folder(tmp_path / "images"))
