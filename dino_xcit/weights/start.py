@@ -8,7 +8,7 @@ from timm.models import adapt_input_conv
 
 from dino_xcit.errors import UserError
 from dino_xcit.model.backbone import HUB, TIMM, Backbone
-from dino_xcit.model.timm_backbone import is_timm
+from dino_xcit.model.timm_backbone import TimmBackbone, is_timm, own_size
 from dino_xcit.weights.build import load_strict, require_finite
 from dino_xcit.weights.formats import Checkpoint, describe, file_metadata, listed, select_network
 from dino_xcit.weights.from_timm import create_pretrained
@@ -130,7 +130,9 @@ def _for_channels(tensors: Tensors, backbone: Backbone, what: str) -> tuple[Tens
 def _open_networks(weights: str, flag: str, backbone: Backbone) -> tuple[Checkpoint, Checkpoint]:
     """Return the student and the teacher of a file; the same network twice if it has only one."""
     if weights.startswith((TIMM, HUB)):
-        tensors = create_pretrained(weights, flag).state_dict()
+        # Positions of the run's image size.
+        size = own_size(backbone.network) if isinstance(backbone, TimmBackbone) else None
+        tensors = create_pretrained(weights, flag, size).state_dict()
         try:
             metadata = describe(tensors)
         except UserError:  # of another network than XCiT

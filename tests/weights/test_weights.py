@@ -15,7 +15,10 @@ from dino_xcit.evaluate.features import FeatureExtractor
 from dino_xcit.model.timm_backbone import TimmBackbone
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import CONFIG, LAST, METRICS, TEACHER, write_config
+from dino_xcit.train.module import DINOModule
+from dino_xcit.train.schedules import Schedules
 from dino_xcit.weights.load import load_backbone, read_run, run_folder_of
+from dino_xcit.weights.start import start_from
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -29,7 +32,8 @@ def created(monkeypatch):
     networks, create_model = [], timm.create_model
 
     def create(name, *, pretrained, **options):
-        assert pretrained
+        if not pretrained:  # the network of a run
+            return create_model(name, pretrained=False, **options)
         torch.manual_seed(0)
         networks.append(create_model(name, pretrained=False, **options))
         return networks[-1]
@@ -196,3 +200,13 @@ def test_an_image_size_that_a_network_does_not_take_is_refused(created, tmp_path
     torch.save(XCiT("xcit_pico2_p8").state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"--image_size 90.*patch size 8 must divide both"):
         load_backbone(tmp_path / "w.pth", image_size=90)
+
+
+def test_a_run_of_another_image_size_starts_from_pretrained_positions(created):
+    arch = "timm:test_vit"
+    config = dataclasses.replace(TINY, arch=arch, global_crops_size=64, local_crops_size=32)
+    module = DINOModule(config, Schedules(config=config, steps_per_epoch=6, total_batch=8))
+    start_from(arch, module.student, module.teacher, module.loss)
+    positions = created[-1].state_dict()["pos_embed"]
+    assert positions.shape == (1, 1 + (64 // 16) ** 2, 64)
+    assert torch.equal(module.student.backbone.state_dict()["pos_embed"], positions)
