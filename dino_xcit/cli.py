@@ -22,6 +22,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import yaml
+
 from dino_xcit import __version__
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.command_line import parse_options
@@ -30,6 +32,7 @@ from dino_xcit.config.export import ExportConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.errors import LoaderError, RunFailedError, UserError
 from dino_xcit.files import read_yaml
+from dino_xcit.run_folder import folder_of_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -260,21 +263,43 @@ def parse(command: str, config_class: type[Config], arguments: list[str]) -> Con
         UserError: an option is unknown, or its value cannot be used.
         SystemExit: --help or --print_config printed what was asked for.
     """
-    refuse_bad_configs(arguments)
+    arguments = with_configs_read(arguments, config_class)
     return parse_options(f"{PROGRAM} {command}", config_class, arguments, epilog=DEBUG_HELP)
 
 
-def refuse_bad_configs(arguments: list[str]) -> None:
-    """Read each `--config FILE`: on some files that are no YAML the parser fails.
+def with_configs_read(arguments: list[str], config_class: type[DataclassInstance]) -> list[str]:
+    """Replace each file of `--config` by its options, in YAML.
+
+    `~` and variables in front of words are expanded. The `output_dir` of a run's own config.yaml is
+    the folder in which that file lies.
 
     Raises:
         UserError: a file is not readable as YAML.
     """
-    for flag, following in itertools.pairwise([*arguments, ""]):
-        name, _, value = flag.partition("=")
-        path = Path(value or following)
-        if name == "--config" and path.is_file():
-            read_yaml(path)
+    read = list(arguments)
+    for index, (flag, following) in enumerate(itertools.pairwise([*arguments, ""])):
+        name, equals, value = flag.partition("=")
+        path = Path(value if equals else following)
+        if name != "--config" or not path.is_file():
+            continue
+        content = read_yaml(path)
+        if not isinstance(content, dict):
+            continue
+        options = {option: _expanded(value) for option, value in content.items()}
+        folder = folder_of_config(path)
+        if folder is not None and config_class is PretrainConfig:
+            options["output_dir"] = str(folder)
+        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+        read[index if equals else index + 1] = f"--config={text}" if equals else text
+    return read
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item) if isinstance(item, str) else item for item in value]
+    if isinstance(value, str) and value.startswith(("~", "$")):
+        return os.path.expandvars(Path(value).expanduser())
+    return value
 
 
 if __name__ == "__main__":

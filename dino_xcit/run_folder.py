@@ -29,6 +29,7 @@ ATTENTION = "attention.png"
 ATTENTION_MAPS = "attention.npz"
 TEACHER = "teacher.safetensors"
 LOCK = ".lock"
+WANDB_ID = "wandb_id.txt"  # of its run in Weights & Biases, which a continued run continues
 
 LAST = "checkpoints/last.ckpt"
 PREVIOUS = "checkpoints/previous.ckpt"
@@ -65,10 +66,16 @@ def head_file(evaluation: str, suffix: str = "") -> str:
     return f"{evaluation}_head{suffix}.safetensors"
 
 
+def folder_of_config(file: Path) -> Path | None:
+    """Return the run folder of which this file is the config.yaml, or None if it is another."""
+    is_own = file.name == CONFIG and (file.parent / LAST).parent.is_dir()
+    return file.parent if is_own else None
+
+
 def write_config(config: PretrainConfig, folder: Path) -> None:
     """Write every resolved option, except those that only concern one start of the run.
 
-    `dino-xcit pretrain --config FILE` repeats the run or continues it.
+    `dino-xcit pretrain --config FILE` continues the run, wherever its folder lies by then.
     """
     options = {
         name: value

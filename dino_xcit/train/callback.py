@@ -25,6 +25,7 @@ from dino_xcit.run_folder import (
     METRICS,
     SOUND,
     TEACHER,
+    WANDB_ID,
     Metrics,
     kept_checkpoint,
     write_config,
@@ -32,8 +33,15 @@ from dino_xcit.run_folder import (
 from dino_xcit.runtime import say
 from dino_xcit.train.attention_history import AttentionHistory
 from dino_xcit.train.bad_images import BadImageLog
-from dino_xcit.train.checkpoints import DurableIO, keep_as_sound, replace_last
-from dino_xcit.train.collapse import CollapseError, CollapseWarning, CollapseWatch
+from dino_xcit.train.checkpoints import DurableIO, FolderLock, keep_as_sound, replace_last
+from dino_xcit.train.collapse import (
+    ALIKE,
+    CollapseError,
+    CollapseWarning,
+    CollapseWatch,
+    all_alike,
+)
+from dino_xcit.train.loggers import describe_run
 from dino_xcit.train.online_eval import OnlineEvaluator, StoppedError
 from dino_xcit.train.plots import draw_curves
 from dino_xcit.train.resume import images_record
@@ -61,12 +69,14 @@ class RunFolderWriter(L.Callback):
     def __init__(
         self,
         config: PretrainConfig,
-        folder: Path,
+        lock: FolderLock,
         images: ImageSet,
         signals: StopSignals,
         io: DurableIO,
     ) -> None:
+        folder = lock.folder
         self.config, self.folder, self.signals, self.io = config, folder, signals, io
+        self.lock, self.images = lock, images
         validation = open_images(config, "validation", images.classes)
         self.evaluator = OnlineEvaluator(config, images, validation)
         self.pictured = validation or images
@@ -90,6 +100,8 @@ class RunFolderWriter(L.Callback):
         if trainer.is_global_zero:
             self.metrics = Metrics(self.folder, step)
             self.attention_history = self._open_attention_history(module, step)
+        with self._reporting(WANDB_ID):
+            describe_run(trainer.loggers, self.config)
         if not step:
             return
         self.saved_step = step
@@ -208,6 +220,7 @@ class RunFolderWriter(L.Callback):
     def _write_row(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
+        self.lock.require_own()
         with self._reporting(METRICS):
             self.metrics.write(row)
         values = {name: value for name, value in row.items() if name != "step"}
@@ -225,6 +238,8 @@ class RunFolderWriter(L.Callback):
 
     def _warn(self, warning: CollapseWarning, step: int) -> None:
         """Print the warning, or end the run with --on_collapse stop."""
+        if all_alike(self.images):
+            warning = warning._replace(remedy=ALIKE)
         exists = (self.folder / SOUND).exists()
         sound = f"{self.folder / SOUND} is from before the first sign of it" if exists else ""
         if self.config.on_collapse == "stop":
@@ -244,6 +259,7 @@ class RunFolderWriter(L.Callback):
         """
         module.stop_if_broken()
         module.refuse_broken_weights()
+        self.lock.require_own()
         beside = (self.folder / LAST).with_name(".last.writing.ckpt")
         trainer.save_checkpoint(beside)
         error = self.io.error
@@ -275,6 +291,7 @@ class RunFolderWriter(L.Callback):
 
     def _put_in_place(self, beside: Path, trainer: L.Trainer, module: DINOModule) -> None:
         if not (self.folder / CONFIG).exists():  # somebody deleted the folder
+            self.lock.take_again()
             write_config(self.config, self.folder)
         if self.metrics.path.exists():
             sync(self.metrics.path)  # no checkpoint without the rows before it

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
-from dino_xcit.errors import UserError
+from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.files import sync
 from dino_xcit.run_folder import DAMAGED, LAST, LOCK, PREVIOUS, SOUND
 from dino_xcit.runtime import is_first_process, say
@@ -134,30 +134,72 @@ def _all_damaged(folder: Path, damaged: list[Path]) -> str:
     return f"{' and '.join(map(str, damaged))} {verb} damaged; {way_out}"
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let this process alone write the run.
+class FolderLock:
+    """The lock by which this process alone writes a run folder.
 
-    The system releases the lock when the process ends, however it ends. Where the file system has
-    no locks, there is none.
+    The system releases it when the process ends, however it ends. Where the file system has no
+    locks, and in all processes but the first, there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / LOCK
+        self._lock: filelock.BaseFileLock | None = None
+        self._inode = 0
+
+    def take(self) -> None:
+        """Take the lock.
+
+        Raises:
+            UserError: another run has the folder.
+        """
+        lock = filelock.FileLock(self.path, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"--output_dir {self.folder} is in use by another run; wait for it, or name another"
+            ) from None
+        except NotImplementedError:
+            return
+        self._lock, self._inode = lock, self.path.stat().st_ino
+
+    def take_again(self) -> None:
+        """Lock a folder that was deleted and made again."""
+        if self._lock is not None and not self.path.exists():
+            self.take()
+
+    def require_own(self) -> None:
+        """Check that the folder is still the one that was locked, or deleted.
+
+        Raises:
+            RunFailedError: it was deleted, and another run has made it again.
+        """
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_ino != self._inode:
+                raise RunFailedError(
+                    f"{self.folder} was deleted during the run and now belongs to another run; "
+                    "this one ends without writing to it. Start it with another --output_dir"
+                )
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[FolderLock]:
+    """Let this process alone write the run.
 
     Raises:
         UserError: another run has the folder.
     """
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
-    if not is_first_process():
-        yield
-        return
+    lock = FolderLock(folder)
+    if is_first_process():
+        lock.take()
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"--output_dir {folder} is in use by another run; wait for it, or name another"
-        ) from None
-    except NotImplementedError:
-        yield
-        return
-    try:
-        yield
+        yield lock
     finally:
         lock.release()

@@ -6,22 +6,36 @@ for a while. `eval/collapse.md` shows real runs with each sign.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from dino_xcit.errors import RunFailedError
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from dino_xcit.errors import ImageError, RunFailedError
 
 if TYPE_CHECKING:
     from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.data.images import ImageSet
 
 PATIENCE = 10  # rows
 # Thresholds as shares of ln K, the largest entropy over K prototypes.
 NEAR_UNIFORM = 0.99
 NEAR_ZERO = 0.01
 UNSTEADY = 0.1  # change of the loss from one row to the next
+
+
+LOOKED_AT = 8  # images, to see whether all are alike
+THUMBNAIL = 8  # pixels on a side
+LEVELS_APART = 2.0  # of 255, in some pixel of their thumbnails
+ALIKE = (
+    "The images are all alike (see crops.png), so that there is nothing to learn from them: look "
+    "at --data_path and at how its images are read"
+)
 
 
 class CollapseError(RunFailedError):
@@ -118,12 +132,13 @@ class CollapseWatch:
         )
 
     def _single(self, row: dict[str, float]) -> CollapseWarning:
+        momentum = " (0.9)" if self.config.center_momentum > 0.9 else ""
         return CollapseWarning(
             "collapse to one prototype",
             f"the teacher's entropy has been at {row['teacher_entropy']:.3g} for "
             f"{self.single_rows} rows: the teacher assigns every image to the same few prototypes",
-            "Try a lower --center_momentum (0.9), a higher --warmup_teacher_temp, a higher "
-            "--momentum_teacher, a lower --lr or --norm_last_layer true",
+            f"Try a lower --center_momentum{momentum}, a higher --warmup_teacher_temp, a higher "
+            f"--momentum_teacher, {stabler(self.config)}",
         )
 
     def _divergence(self, change: float) -> CollapseWarning:
@@ -132,8 +147,30 @@ class CollapseWatch:
             f"the loss changes by {change:.2f} nats from row to row (median of {PATIENCE} rows; "
             f"ln({self.config.out_dim}) = {self.max_entropy:.2f}): student and teacher chase each "
             "other without converging",
-            "Try a lower --lr (a tenth), a longer --warmup_epochs, --clip_grad 0.3",
+            f"Try {stabler(self.config)}",
         )
+
+
+def all_alike(images: ImageSet) -> bool:
+    """Whether images from all over the set have the same thumbnail."""
+    thumbnails = []
+    for index in range(0, len(images), max(1, len(images) // LOOKED_AT)):
+        with contextlib.suppress(ImageError, OSError):
+            thumbnails.append(adaptive_avg_pool2d(images.read(index).float(), THUMBNAIL))
+    if len(thumbnails) < 2:
+        return False
+    stacked = torch.stack(thumbnails)  # (images, C, THUMBNAIL, THUMBNAIL)
+    return bool((stacked.amax(0) - stacked.amin(0)).max() < LEVELS_APART)
+
+
+def stabler(config: PretrainConfig) -> str:
+    """Return what makes training stabler and is not in force yet."""
+    ways = ["a lower --lr (a tenth)", "a longer --warmup_epochs"]
+    if not 0 < config.clip_grad <= 0.3:
+        ways.append("--clip_grad 0.3")
+    if not config.norm_last_layer:
+        ways.append("--norm_last_layer true")
+    return ", ".join(ways)
 
 
 def does_not_sharpen(config: PretrainConfig) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -26,6 +27,8 @@ from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.files import plain
 from dino_xcit.model.batch_norm import synchronise_batch_norms
 from dino_xcit.model.dino import DINOLoss
+from dino_xcit.run_folder import LAST
+from dino_xcit.train.collapse import stabler
 from dino_xcit.train.network import Network
 from dino_xcit.train.optimizer import adamw, clip_per_parameter
 
@@ -257,8 +260,7 @@ class DINOModule(L.LightningModule):
             names = [name for name, one in zip(tensors, finite.tolist(), strict=True) if not one]
             raise NotFiniteError(
                 f"by step {self.global_step}: {names[0]} and {len(names) - 1} more hold values "
-                "that are not finite. They are not saved; checkpoints/last.ckpt is from before: "
-                "the same command continues there"
+                f"that are not finite. They are not saved; {self._way_back()}"
             )
 
     def stop_if_broken(self) -> None:
@@ -272,9 +274,15 @@ class DINOModule(L.LightningModule):
             broken = self.trainer.strategy.reduce(broken.clone(), reduce_op="max")
         if broken.item():
             assert self._gradient_norm is not None
+            precision = "" if self.trainer.precision == "32-true" else "--precision 32-true, "
             raise NotFiniteError(
                 f"by step {self.global_step + 1}: the loss or a gradient is not finite (gradient "
-                f"norm {self._gradient_norm.item():.4g}). It did not touch the weights, and "
-                "checkpoints/last.ckpt is from before it. Try --precision 32-true, a lower --lr, "
-                "a longer --warmup_epochs, --clip_grad 0.3 or --norm_last_layer true"
+                f"norm {self._gradient_norm.item():.4g}). It did not touch the weights; "
+                f"{self._way_back()}. Try {precision}{stabler(self.config)}"
             )
+
+    def _way_back(self) -> str:
+        last = Path(self.config.output_dir) / LAST
+        if not last.exists():
+            return "no checkpoint was saved before it"
+        return f"{last} is from before it: the same command continues there"

@@ -31,7 +31,7 @@ from dino_xcit.runtime import (
     why_nothing_compiles,
 )
 from dino_xcit.train.callback import RunFolderWriter
-from dino_xcit.train.checkpoints import DurableIO, checkpoints_of, locked, newest_whole
+from dino_xcit.train.checkpoints import DurableIO, FolderLock, checkpoints_of, locked, newest_whole
 from dino_xcit.train.collapse import does_not_sharpen
 from dino_xcit.train.dry_run import describe_plan, draw_crop_sheet, refuse_oversized_step
 from dino_xcit.train.module import DINOModule
@@ -134,8 +134,8 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[L.Callback] = ()) -> Ou
         run = _open(config, signals, callbacks)
         require_folder(run.folder, "output_dir")
         run.folder.mkdir(parents=True, exist_ok=True)
-        with locked(run.folder):
-            outcome = _start(run)
+        with locked(run.folder) as lock:
+            outcome = _start(run, lock)
     if not config.dry_run:
         print_outcome(outcome)
     return outcome
@@ -177,7 +177,7 @@ def _open(config: PretrainConfig, signals: StopSignals, callbacks: Sequence[L.Ca
     )
 
 
-def _start(run: Run) -> Outcome:
+def _start(run: Run, lock: FolderLock) -> Outcome:
     """Prepare the folder and the networks, then train."""
     config, folder, trainer = run.config, run.folder, run.trainer
     checkpoint = prepare_folder(run)
@@ -204,7 +204,7 @@ def _start(run: Run) -> Outcome:
         module.compile_regions()  # keeps less than the estimate says
     elif trainer.strategy.root_device.type == "cpu":
         refuse_oversized_step(config, trainer.precision)
-    return _fit(run, module, checkpoint)
+    return _fit(run, module, checkpoint, lock)
 
 
 def _check_backbone(config: PretrainConfig, backbone: Backbone) -> None:
@@ -223,10 +223,10 @@ def _check_backbone(config: PretrainConfig, backbone: Backbone) -> None:
         )
 
 
-def _fit(run: Run, module: DINOModule, checkpoint: Path | None) -> Outcome:
+def _fit(run: Run, module: DINOModule, checkpoint: Path | None, lock: FolderLock) -> Outcome:
     """Train to the end, or until the run is asked to stop."""
     trainer, signals = run.trainer, run.signals
-    writer = RunFolderWriter(run.config, run.folder, run.images, signals, run.io)
+    writer = RunFolderWriter(run.config, lock, run.images, signals, run.io)
     trainer.callbacks.insert(0, writer)  # type: ignore[attr-defined]
     data = CropData(run.config, run.images, module.student.backbone.path_shape)
     signals.listen()

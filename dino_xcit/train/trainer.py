@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -19,12 +18,11 @@ from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
 from dino_xcit.data.workers import default_workers
 from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.runtime import parse_devices, refusal, resolve_precision
+from dino_xcit.train.loggers import make_loggers
 from dino_xcit.train.progress import ProgressBar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from lightning.pytorch.loggers import Logger
 
     from dino_xcit.config.pretrain import PretrainConfig
     from dino_xcit.data.images import ImageSet
@@ -82,30 +80,6 @@ def make_trainer(
         return L.Trainer(**options, **user)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(refusal(config, error)) from error
-
-
-def make_loggers(config: PretrainConfig) -> list[Logger]:
-    """Loggers besides metrics.csv.
-
-    Raises:
-        UserError: the logger's package is not installed.
-    """
-    loggers: list[Logger] = []
-    try:
-        if "tensorboard" in config.logger:
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            loggers.append(TensorBoardLogger(config.output_dir, name="", version="tensorboard"))
-        if "wandb" in config.logger:
-            from lightning.pytorch.loggers import WandbLogger
-
-            name = Path(config.output_dir).name
-            loggers.append(WandbLogger(save_dir=config.output_dir, project="dino_xcit", name=name))
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--logger {' '.join(config.logger)} needs a package that is not installed: {error}"
-        ) from error
-    return loggers
 
 
 @contextlib.contextmanager

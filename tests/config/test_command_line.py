@@ -10,6 +10,7 @@ from dino_xcit.cli import main, parse
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.command_line import join_lists
 from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.files import read_yaml
 
 
 def config(*arguments: str) -> PretrainConfig:
@@ -45,6 +46,30 @@ def test_a_flag_wins_over_the_config_file_and_print_config_shows_the_result(tmp_
     printed = capsys.readouterr().out
     assert "lr: 0.25" in printed
     assert "seed: 8" in printed
+
+
+def test_numbers_and_paths_of_a_file_are_read_as_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/big/runs")
+    file = tmp_path / "c.yaml"
+    file.write_text("lr: 5e-4\ndata_path: ~/images\noutput_dir: $RUNS/a\narch: timm:$x\n")
+    read = config("--config", str(file))
+    assert (read.lr, read.data_path, read.output_dir) == (0.0005, "/home/me/images", "/big/runs/a")
+    assert read.arch == "timm:$x"
+    assert read_yaml(file)["lr"] == 0.0005
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_output_folder_of_a_run_s_own_config_is_where_that_file_lies(tmp_path, joined):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    file = tmp_path / "run/config.yaml"
+    file.write_text("output_dir: runs/elsewhere\nseed: 3\n")
+    words = [f"--config={file}"] if joined else ["--config", str(file)]
+    assert config(*words) == PretrainConfig(output_dir=str(tmp_path / "run"), seed=3)
+    assert config(*words, "--output_dir", "other").output_dir == "other"
+    copy = tmp_path / "config.yaml"
+    copy.write_text(file.read_text())
+    assert config("--config", str(copy)).output_dir == "runs/elsewhere"
 
 
 def test_other_trainer_options_are_reachable():

@@ -18,7 +18,7 @@ from helpers import LONG, TINY, as_flags, last_state, logged_rows, start_pretrai
 from safetensors import SafetensorError
 
 from dino_xcit.cli import main
-from dino_xcit.errors import UserError
+from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.run_folder import LOCK, Metrics, read_metrics
 from dino_xcit.train import callback
 from dino_xcit.train.checkpoints import is_whole, locked, newest_whole
@@ -337,6 +337,35 @@ def test_a_lock_file_that_no_process_holds_does_not_lock(tmp_path):
         pass
     with locked(tmp_path), pytest.raises(UserError, match="in use by another run"):
         locked(tmp_path).__enter__()
+
+
+def test_a_folder_that_was_deleted_and_belongs_to_another_run_is_not_written_to(
+    tmp_path, monkeypatch
+):
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path / "run"))
+
+    def other_run_takes_the_folder() -> None:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / LOCK).touch()
+
+    during(monkeypatch, {3: other_run_takes_the_folder})
+    with pytest.raises(RunFailedError, match="was deleted during the run and now belongs to ano"):
+        pretrain(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_deleted_folder_is_locked_again_when_it_is_made_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locked(folder) as lock:
+        shutil.rmtree(folder)
+        lock.require_own()
+        folder.mkdir()
+        lock.take_again()
+        lock.require_own()
+        with pytest.raises(UserError, match="in use by another run"):
+            locked(folder).__enter__()
 
 
 # -- rows --------------------------------------------------------------------------------------
