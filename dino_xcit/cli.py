@@ -1,8 +1,9 @@
 """`dino-xcit <command>`: parses the command line, then imports the one module the command needs.
 
 Exit codes: 0 done, or SLURM will start the job again; 2 a UserError or an OSError of a named file,
-in one line; 1 the run failed (one line) or a bug (traceback); 128 + a signal's number: stopped by
-it and saved (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1), or the reader of stdout is gone (141 SIGPIPE).
+in one line; 1 the run failed or ended before its last step (one line), or a bug (traceback);
+128 + a signal's number: stopped by it and saved (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1),
+or the reader of stdout is gone (141 SIGPIPE).
 """
 
 from __future__ import annotations
