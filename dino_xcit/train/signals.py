@@ -72,7 +72,8 @@ class StopSignals:
                 signal.signal(number, self._before[signal.Signals(number)])
                 signal.raise_signal(number)
             return
-        self.asked, self._asked_at = signal.Signals(number), time.monotonic()
+        self._asked_at = time.monotonic()
+        self.asked = signal.Signals(number)
         name = STOPPED_BY[self.asked]
         print(
             f"\n{name}: stopping after this step; {name} again stops at once, without saving",
