@@ -69,6 +69,7 @@ def test_options_of_one_start_are_not_in_config_yaml(tmp_path):
     options = yaml.safe_load((tmp_path / CONFIG).read_text())
     assert options.keys() == {f.name for f in dataclasses.fields(PretrainConfig)} - {
         "resume",
+        "extend",
         "dry_run",
     }
 

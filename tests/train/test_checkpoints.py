@@ -26,7 +26,7 @@ from dino_xcit.train.module import DINOModule
 from dino_xcit.train.online_eval import OnlineEvaluator
 from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.signals import StopConsensus
-from dino_xcit.weights import formats
+from dino_xcit.weights import reading
 
 
 def same_end(one, other) -> None:
@@ -289,13 +289,13 @@ def test_a_run_saved_after_its_last_loop_goes_on(tmp_path, accumulate, workers):
 
 def test_room_for_the_checkpoint_but_not_for_the_teacher(whole, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
-    save_file = formats.save_file
+    save_file = reading.save_file
 
     def full(*_, **__):
-        monkeypatch.setattr(formats, "save_file", save_file)
+        monkeypatch.setattr(reading, "save_file", save_file)
         raise SafetensorError("No space left on device")
 
-    during(monkeypatch, {7: lambda: monkeypatch.setattr(formats, "save_file", full)})
+    during(monkeypatch, {7: lambda: monkeypatch.setattr(reading, "save_file", full)})
     pretrain(config)
     assert "step 9 could not be saved" in capsys.readouterr().err
     same_end(whole, config)
@@ -397,7 +397,7 @@ def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, m
     for at, patched in ((24, killed), (24, evaluate)):
         monkeypatch.setattr(OnlineEvaluator, "__call__", patched)
         if patched is killed:
-            with pytest.raises(SystemExit):
+            with pytest.raises(KeyboardInterrupt):
                 pretrain(config)
             assert not logged_rows(config)[-1].get("knn_top1")
         else:
