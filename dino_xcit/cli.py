@@ -299,7 +299,7 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, list):
         return [_expanded(item) if isinstance(item, str) else item for item in value]
     if isinstance(value, str) and value.startswith(("~", "$")):
-        return os.path.expandvars(Path(value).expanduser())
+        return os.path.expandvars(os.path.expanduser(value))  # noqa: PTH111  # leaves ~nobody as it is
     return value
 
 

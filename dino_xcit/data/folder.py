@@ -203,7 +203,9 @@ def _folder_of_split(root: Path, split: str) -> tuple[Path | None, tuple[str, ..
     if not others:
         return train, ()
     named = _named(others)
-    if validation is None and next(_images_in(train, depth=0), None):
+    flat = next(_images_in(train, depth=0), None) is not None
+    divided = any(next(_images_in(folder), None) for folder in _subfolders(train))
+    if validation is None and flat and not divided and len(others) > 1:
         return root, (
             f"{train.name}/ is taken as a class beside {named}; for {train.name}/ alone, give "
             f"--data_path {train}",

@@ -136,8 +136,8 @@ def held_out(images: ImageSet, fraction: float, seed: int) -> tuple[Subset, Subs
     labels = np.zeros(len(images), dtype=int) if images.labels is None else images.labels
     permutation = np.random.default_rng((seed, len(images))).permutation(len(images))
     chosen: list[np.ndarray] = []
-    for label in np.unique(labels):
-        of_class = permutation[labels[permutation] == label]
+    by_class = permutation[np.argsort(labels[permutation], kind="stable")]
+    for of_class in np.split(by_class, np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]):
         count = min(max(1, round(fraction * len(of_class))), len(of_class) - 1)
         chosen.append(of_class[:count])
     validation = np.sort(np.concatenate(chosen))

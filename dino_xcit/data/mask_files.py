@@ -14,6 +14,8 @@ from dino_xcit.errors import ImageError, UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+COLOUR = re.compile(r"(?:\b\d+[\s,;]+)?\b(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})\b")
+"""of a line of a palette file"""
 PALETTE_FILES = ("label_colors.txt", "class_dict.csv", "labelmap.txt", "palette.txt")
 """Lists of colours, a class a line; names as in CamVid and CVAT."""
 GREY_MODES = ("P", "L", "1", "I", "I;16", "I;16L", "I;16B")  # PIL's, of masks without colours
@@ -47,7 +49,8 @@ class Palette(NamedTuple):
 def read_palette(root: Path) -> Palette | None:
     """Read the list of colours in this folder, if there is one.
 
-    A line of a class contains red, green and blue, each from 0 to 255, and the class's name.
+    A line of a class contains red, green and blue, each from 0 to 255, and the class's name; a
+    number before them, the class's, is left out.
 
     Raises:
         UserError: The file has no such line.
@@ -58,7 +61,7 @@ def read_palette(root: Path) -> Palette | None:
     colours: list[int] = []
     names: list[str] = []
     for line in path.read_text().splitlines():
-        found = re.search(r"\b(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})\b", line)
+        found = COLOUR.search(line)
         if found:
             red, green, blue = map(int, found.groups())
             colours.append(red * 65536 + green * 256 + blue)

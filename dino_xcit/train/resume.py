@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from dino_xcit.config.pretrain import differing_options
+from dino_xcit.data.folder import FolderSet
+from dino_xcit.data.images import Subset
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import from_plain, read_config
 from dino_xcit.runtime import say
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.schedules import Schedules
 
-SIZES_COMPARED = 10_000  # files, evenly spaced: asking for the size of each takes minutes on NFS
+SIZES_COMPARED = 1_000  # files, evenly spaced: asking for the size of each takes long on NFS
 DIFFERENCES = {
     "names": "have other file names",
     "sizes": "are other files of the same names",
@@ -33,20 +36,33 @@ def images_record(images: ImageSet) -> dict[str, Any]:
     """Return what identifies the images wherever their folder lies, as a checkpoint holds it.
 
     Returns:
-        `count`, and hashes of `names` (relative to their common folder), `sizes` and `labels`.
+        `count`, and hashes of `names` (below the folder) and `sizes` of files, if there are files,
+        and of `labels`.
     """
-    names = [images.name(index) for index in range(len(images))]
-    root = os.path.commonpath([min(names), max(names)])  # as of all, without splitting all
-    spaced = np.unique(np.linspace(0, len(names) - 1, SIZES_COMPARED).astype(int))
-    paths = [Path(names[index]) for index in spaced]
-    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    files, root = _files(images)
+    spaced = np.unique(np.linspace(0, max(0, len(files) - 1), SIZES_COMPARED).astype(int))
     labels = [] if images.labels is None else images.labels.tolist()
     return {
-        "count": len(names),
-        "names": _digest([name[len(root) :] for name in names]),
-        "sizes": _digest(sizes),
+        "count": len(images),
+        "names": _digest([os.path.relpath(file, root) for file in files]),
+        "sizes": _digest([_size(files[index]) for index in spaced] if files else []),
         "labels": _digest(labels),
     }
+
+
+def _files(images: ImageSet) -> tuple[list[str], str]:
+    """The files of a set and the folder that they lie in; none for sets of other sources."""
+    if isinstance(images, Subset):
+        files, root = _files(images.images)
+        return [files[index] for index in images.indices] if files else [], root
+    return (images.files, str(images.folder)) if isinstance(images, FolderSet) else ([], "")
+
+
+def _size(file: str) -> int | None:
+    try:
+        return Path(file).stat().st_size
+    except OSError:
+        return None
 
 
 def _digest(values: list[Any]) -> str:
@@ -72,6 +88,8 @@ def require_same_run(
     _require_same_options(folder, before, config)
     if "images" in saved:
         _require_same_images(folder, saved["images"], images_record(images))
+    else:
+        _require_same_schedule(folder, saved, dataclasses.replace(schedules, config=before))
     if before.epochs != config.epochs:
         _describe_extension(before, config, schedules, saved["global_step"])
     # Another total batch is refused when the checkpoint is loaded.
@@ -113,6 +131,23 @@ def _require_same_images(folder: Path, before: dict[str, Any], now: dict[str, An
         f"--data_path and --num_images; or start a run on these from its weights with "
         f"--init_weights {folder} and another --output_dir"
     )
+
+
+def _require_same_schedule(folder: Path, saved: dict[str, Any], schedules: Schedules) -> None:
+    """Check a checkpoint of an earlier version, which has no record of the images, by its steps.
+
+    The learning rate of its last step depends on the steps of an epoch. An imported run has none.
+    """
+    step, states = saved["global_step"], saved.get("optimizer_states")
+    lr = states[0]["param_groups"][0]["lr"] if states else 0.0
+    same_batch = saved.get("total_batch") == schedules.total_batch
+    if lr and step and same_batch and not math.isclose(lr, schedules.lr(step - 1), rel_tol=1e-6):
+        raise UserError(
+            f"--output_dir {folder} holds a run on another number of images: its learning rate at "
+            f"step {step} was {lr:.4g}, of these images it is {schedules.lr(step - 1):.4g}. Give "
+            "it the images of before with --data_path and --num_images, or name another "
+            "--output_dir"
+        )
 
 
 def _describe_extension(

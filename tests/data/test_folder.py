@@ -119,6 +119,22 @@ def test_a_class_named_train_is_one_of_the_classes_and_said(tmp_path):
     assert "train/ is taken as a class beside bus/, car/" in images.notes[0]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/1.png", "masks/1.png"],  # one folder beside: no set of classes
+        ["train/cat/1.png", "train/stray.png", "samples/2.png", "extra/3.png"],
+    ],
+)
+def test_other_folders_beside_a_training_folder_are_not_trained_on(tmp_path, names):
+    root = make_folder(tmp_path, names)
+    images = open_images(folder_config(root), "train")
+    assert {images.name(i) for i in range(len(images))} == {
+        str(root / name) for name in names if name.startswith("train/")
+    }
+    assert "beside it not used" in images.notes[0]
+
+
 def test_folders_beside_the_training_folder_are_named(tmp_path):
     names = ["train/cat/1.png", "extra/cat/2.png", "val/cat/3.png"]
     root = make_folder(tmp_path, names)

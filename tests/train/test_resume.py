@@ -61,6 +61,11 @@ def test_a_moved_folder_of_the_same_images_continues(stopped, tmp_path):
     assert pretrain(moved).step == 6
 
 
+def test_a_folder_named_from_where_one_stands_is_the_same(stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "images")
+    assert pretrain(dataclasses.replace(stopped, data_path=".")).step == 6
+
+
 def fewer(folder: Path) -> None:
     for path in (folder / "dog").iterdir():
         path.unlink()
@@ -106,6 +111,18 @@ def test_a_checkpoint_of_an_earlier_version_continues_without_its_record(stopped
     content = torch.load(path, weights_only=True)
     torch.save({key: value for key, value in content.items() if key not in lacking}, path)
     assert pretrain(stopped).step == 6
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_on_another_number_of_images(
+    stopped, tmp_path
+):
+    path = Path(stopped.output_dir) / LAST
+    content = torch.load(path, weights_only=True)
+    del content["images"]
+    torch.save(content, path)
+    make_folder(tmp_path / "images", [f"cat/{i}.png" for i in range(100, 140)])
+    with pytest.raises(UserError, match=r"on another number of images: its learning rate at step"):
+        pretrain(stopped)
 
 
 def test_a_checkpoint_after_the_last_step_of_the_images_is_refused(stopped, tmp_path):
