@@ -51,6 +51,8 @@ def open_all(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
     """
     root = Path(config.data_path or "")
     output = Path(config.output_dir).resolve() if config.output_dir else None
+    if output == root.resolve():  # masks that an earlier call predicted are no images
+        output = output / PREDICTED_MASKS
     listing = list_images(root, output)
     if not listing.files:
         found = "has no images" if root.is_dir() else "is no folder"

@@ -72,6 +72,10 @@ def test_masks_have_the_size_of_their_images_and_the_values_of_the_training_mask
         assert predicted.shape == truth.shape
         assert set(np.unique(predicted)) == {0, 200}
         assert (predicted == truth).mean() > 0.8
+    for _ in range(2):  # the masks of the first call are no images of the second
+        again = ["--data_path", str(images), "--predict", head, "--output_dir", str(images)]
+        assert main([*typed, *again]) == 0
+    assert len(list((images / "seg_masks").rglob("*.png"))) == 3
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 40), (50, 20)])
