@@ -308,7 +308,7 @@ class RunFolderWriter(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, module: DINOModule) -> None:  # type: ignore[override]
-        """Save the last step, and wait for room on the disk if need be."""
+        """Save the last step, and wait for space on the disk if need be."""
         self.consensus.settle()
         tries = 0
         while self.saved_step != trainer.global_step and not self.save(trainer, module):

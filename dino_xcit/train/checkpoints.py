@@ -74,7 +74,7 @@ def replace_last(new: Path, folder: Path) -> None:
 
 
 def keep_as_sound(folder: Path) -> None:
-    """Link last.ckpt as sound.ckpt; it takes no more room until there is a newer last.ckpt."""
+    """Link last.ckpt as sound.ckpt; it takes no more space until there is a newer last.ckpt."""
     beside = (folder / SOUND).with_name(".sound.writing.ckpt")
     beside.unlink(missing_ok=True)
     try:
