@@ -93,6 +93,7 @@ def test_evaluations_figures_and_export(run, tmp_path):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(tmp_path):
     for number in range(8):
         path = tmp_path / f"images/{number % 2}/{number}.png"
@@ -112,6 +113,7 @@ def test_a_folder_of_images(tmp_path):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_outside_the_main_thread(tmp_path):
     config = dataclasses.replace(TINY, epochs=1, output_dir=str(tmp_path / "run"))
     before = state()

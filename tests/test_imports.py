@@ -32,6 +32,7 @@ def test_every_command_is_a_public_function():
     assert [getattr(dino_xcit, name).__name__ for name in functions] == functions
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_torch():
     code = (
         "import sys, dino_xcit\n"

@@ -74,6 +74,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_the_demo_give_the_golden_numbers(tmp_path):
     golden = json.loads(GOLDEN.read_text())
     rows = golden_rows(tmp_path)
@@ -100,6 +101,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("flat")
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on_to_the_numbers_of_the_whole_run(old):
     config = parse("pretrain", PretrainConfig, ["--config", str(old / "config.yaml")])
     outcome = pretrain(dataclasses.replace(config, trainer={}))

@@ -281,6 +281,7 @@ def dino_config(backbone, **options) -> LinearConfig:
     )
 
 
+@pytest.mark.slow
 def test_dino_protocol_is_the_published_loop(backbone):
     config = dino_config(backbone)
     report = linear_eval(config)
@@ -362,6 +363,7 @@ def test_augmented_crops_are_torchvisions_bilinear_resized_crops():
     assert not torch.equal(crops[2, 0][0], crops[3, 0][0])
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
     whole = linear_eval(dino_config(backbone))
     head, _ = load_head(Path(backbone.output_dir) / "linear_dino_head.safetensors")
@@ -382,6 +384,7 @@ def test_unreadable_images_are_left_out_of_the_loss(backbone, monkeypatch):
 # -- interruptions --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["heads", "dino"])
 def test_an_interrupted_training_continues_bit_for_bit(backbone, protocol, monkeypatch, tmp_path):
     config = dino_config(
@@ -513,6 +516,7 @@ def test_ranks_beyond_the_classes_are_empty():
     assert ranked.tolist() == [[1, 2, 0, -1, -1]]
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_or_sizes_is_refused(backbone, tmp_path):
     linear_eval(dino_config(backbone, epochs=1))
     head = str(Path(backbone.output_dir) / "linear_dino_head.safetensors")

@@ -59,6 +59,7 @@ def balanced_accuracy(labels, guess):
     return recall_score(labels, guess, labels=np.unique(labels), average="macro")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classifiers", [1, 2])
 def test_scores_over_classes_are_those_of_scikit_learn(classifiers):
     rng = np.random.default_rng(0)

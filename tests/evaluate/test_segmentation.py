@@ -50,6 +50,7 @@ def options(run: Path, folder: Path) -> list[str]:
     return ["seg-eval", *words, "--accelerator", "cpu", "--precision", "32-true", "--epochs", "2"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_caches(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shapes, "VALIDATION_COUNT", 100)
     typed = [*options(run, tmp_path), "--image_size", "32", "--baselines"]

@@ -92,6 +92,7 @@ def test_a_folder_stands_for_its_images_in_the_order_of_their_names(here):
     }
 
 
+@pytest.mark.slow
 def test_every_figure_in_every_format(here):
     kinds = ["heads", "grid", "overlay", "magnitude", "covariance", "similarity", "pca"]
     assert (

@@ -157,6 +157,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [flip_a_bit, truncate, lambda path: path.write_bytes(b""), os.remove]
 )
@@ -225,6 +226,7 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_the_run_and_harms_nothing(whole, tmp_path, monkeypatch, capsys):
     """Files cannot grow beyond 50 kB for a while: no checkpoint can be written."""
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
@@ -252,6 +254,7 @@ def test_a_full_disk_does_not_stop_the_run_and_harms_nothing(whole, tmp_path, mo
     same_end(whole, config)
 
 
+@pytest.mark.slow
 def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(
     tmp_path, monkeypatch, capsys
 ):
@@ -269,6 +272,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error_and_the_one_before_stays(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 1), (2, 0)])
 def test_a_run_saved_after_its_last_loop_goes_on(tmp_path, accumulate, workers):
     """As when the disk has room again only once the run has been asked to stop."""
@@ -287,6 +291,7 @@ def test_a_run_saved_after_its_last_loop_goes_on(tmp_path, accumulate, workers):
     same_end(config, stopped)
 
 
+@pytest.mark.slow
 def test_room_for_the_checkpoint_but_not_for_the_teacher(whole, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
     save_file = reading.save_file
@@ -301,6 +306,7 @@ def test_room_for_the_checkpoint_but_not_for_the_teacher(whole, tmp_path, monkey
     same_end(whole, config)
 
 
+@pytest.mark.slow
 def test_a_folder_deleted_in_mid_run_is_made_again(whole, tmp_path, monkeypatch):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
     during(monkeypatch, {10: lambda: shutil.rmtree(tmp_path / "run")})
@@ -387,6 +393,7 @@ def test_rows_that_could_not_be_written_are_written_with_the_next(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, monkeypatch):
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
     evaluate = OnlineEvaluator.__call__
@@ -406,6 +413,7 @@ def test_a_run_killed_in_evaluating_evaluates_when_it_goes_on(whole, tmp_path, m
     same_end(whole, config)
 
 
+@pytest.mark.slow
 def test_a_signal_in_evaluating_stops_it(tmp_path, monkeypatch):
     config = dataclasses.replace(LONG, output_dir=str(tmp_path / "run"), eval_every_n_epochs=1)
     evaluate = OnlineEvaluator.__call__

@@ -174,6 +174,7 @@ def test_a_temperature_that_does_not_sharpen_is_reported_before_the_run(tmp_path
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["student", "teacher"])
 def test_nan_in_a_weight_is_found_by_the_next_step_and_never_saved(
     tmp_path, monkeypatch, capsys, network

@@ -71,6 +71,7 @@ def test_bad_images_of_any_name_are_listed_one_a_line_and_once(tmp_path):
     assert len(read_metrics(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_names_of_any_kind_go_through_a_run_its_evaluation_and_its_figures(tmp_path):
     classes = [

@@ -19,6 +19,7 @@ from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.weights.formats import to_official_names
 
+pytestmark = pytest.mark.slow
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 

@@ -65,6 +65,7 @@ def without_statistics(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 # -- the run folder ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny, drawn_pictures):
     config = dataclasses.replace(
         tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False}
@@ -92,6 +93,7 @@ def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny, drawn_pictures)
     assert 0 <= float(table[-1]["knn_top1"]) <= 100
 
 
+@pytest.mark.slow
 def test_config_yaml_repeats_the_run(tiny):
     folder = pretrain(tiny).folder
     again = parse("pretrain", PretrainConfig, ["--config", str(folder / "config.yaml")])
@@ -100,6 +102,7 @@ def test_config_yaml_repeats_the_run(tiny):
     assert [row["loss"] for row in rows(repeated)] == [row["loss"] for row in rows(folder)]
 
 
+@pytest.mark.slow
 def test_the_teacher_loads_strictly_into_timm_and_gives_the_same_features(tiny):
     config = dataclasses.replace(
         tiny, arch="xcit_nano_12_p16", global_crops_size=32, local_crops_size=16, epochs=1
@@ -150,6 +153,7 @@ def test_grey_images_and_no_local_crops(tiny):
     assert load_backbone(config.output_dir)(torch.zeros(1, 1, 16, 16)).shape == (1, 64)
 
 
+@pytest.mark.slow
 def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when_the_run_began(
     tiny, monkeypatch, capsys
 ):
@@ -190,6 +194,7 @@ def compiled(monkeypatch):
     return regions
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, of its tracing
@@ -245,6 +250,7 @@ def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(tiny, monkeyp
         assert kept(module) < eager / 2
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_run_continues(tiny, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
@@ -398,6 +404,7 @@ def frozen_batch_norm(monkeypatch):
     monkeypatch.setattr(DINOModule, "on_train_start", freeze)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("frozen_batch_norm")
 def test_accumulated_passes_equal_one_pass_of_the_total_batch(tiny):
     whole = tiny
@@ -460,6 +467,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
 # -- bad images --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
     noise = np.random.default_rng(0)
     for label in ("a", "b"):

@@ -135,6 +135,7 @@ def test_a_checkpoint_after_the_last_step_of_the_images_is_refused(stopped, tmp_
         pretrain(stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_is_extended_by_a_flag_with_the_schedules_of_the_longer_run(
     stopped, capsys, finished
