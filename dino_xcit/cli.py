@@ -290,6 +290,7 @@ def with_configs_read(arguments: list[str], config_class: type[DataclassInstance
         folder = folder_of_config(path)
         if folder is not None and config_class is PretrainConfig:
             options["output_dir"] = str(folder)
+            options.setdefault("recipe", "official")  # of versions that had no other
         text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
         read[index if equals else index + 1] = f"--config={text}" if equals else text
     return read

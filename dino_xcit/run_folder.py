@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.files import plain, read_yaml, replacing
 
@@ -72,7 +72,7 @@ def folder_of_config(file: Path) -> Path | None:
     return file.parent if is_own else None
 
 
-def write_config(config: PretrainConfig, folder: Path) -> None:
+def write_config(config: RunConfig, folder: Path) -> None:
     """Write every resolved option, except those that only concern one start of the run.
 
     `dino-xcit pretrain --config FILE` continues the run, wherever its folder lies by then.
@@ -86,7 +86,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
         path.write_text(yaml.safe_dump(options, sort_keys=False))
 
 
-def read_config(folder: Path) -> PretrainConfig:
+def read_config(folder: Path) -> RunConfig:
     """Return the options of a run.
 
     Raises:
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> PretrainConfig:
         raise UserError(f"{path} is not a config of this version: {error}") from None
 
 
-def from_plain(options: object) -> PretrainConfig:
+def from_plain(options: object) -> RunConfig:
     """Return the config of which these are the options: the inverse of `plain(asdict(config))`.
 
     Raises:
@@ -108,12 +108,12 @@ def from_plain(options: object) -> PretrainConfig:
     """
     if not isinstance(options, dict):
         raise UserError(f"holds a {type(options).__name__}; expected options by their names")
-    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    known = {field.name for field in dataclasses.fields(RunConfig)}
     unknown = [str(name) for name in options if name not in known]
     if unknown:
         raise UserError(f"unknown option {', '.join(unknown)}")
     try:
-        return PretrainConfig(**options)
+        return RunConfig(**options)
     except (TypeError, ValueError) as error:  # rules that meet a value of another type
         raise UserError(" ".join(str(error).split())) from None
 

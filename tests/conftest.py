@@ -15,13 +15,13 @@ from helpers import TINY
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 torch.set_num_threads(1)  # tiny tensors, and tests run side by side
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> PretrainConfig:
+def tiny(tmp_path: Path) -> RunConfig:
     return dataclasses.replace(TINY, output_dir=str(tmp_path / "run"))
 
 

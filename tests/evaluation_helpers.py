@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning.fabric import Fabric
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.evaluate.features import FrozenFeatures, Split
     from dino_xcit.model.backbone import Backbone
 
@@ -48,7 +48,7 @@ CPU_ONLY = ClassificationConfig(
 )
 
 
-def backbone_of(seed: int = 0, config: PretrainConfig = TINY) -> Backbone:
+def backbone_of(seed: int = 0, config: RunConfig = TINY) -> Backbone:
     torch.manual_seed(seed)
     return build(backbone_metadata(config))
 
@@ -58,7 +58,7 @@ def random_images(count: int, side: int = SIDE, channels: int = 3, seed: int = 0
     return torch.from_numpy(rng.integers(0, 256, (count, channels, side, side), dtype=np.uint8))
 
 
-def save_run(folder: Path, config: PretrainConfig = TINY, seed: int = 0) -> Path:
+def save_run(folder: Path, config: RunConfig = TINY, seed: int = 0) -> Path:
     """The files of a run folder that evaluations read, with an untrained network."""
     folder.mkdir(parents=True)
     save_backbone(backbone_of(seed, config), config, folder / TEACHER)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dino_xcit.config.attention import AttentionConfig
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.figures.framing import Framing
 from dino_xcit.figures.inputs import find
 from dino_xcit.figures.model import AttentionModel
@@ -20,11 +20,11 @@ from dino_xcit.model.xcit import XCiT
 from dino_xcit.run_folder import write_config
 from dino_xcit.weights.load import save_backbone
 
-RUN = PretrainConfig(arch="xcit_pico2_p4", global_crops_size=32)
+RUN = RunConfig(arch="xcit_pico2_p4", global_crops_size=32)
 
 
 def save_weights(path: Path, seed: int = 0, **options: Any) -> str:
-    """A weights file of random weights; options of `PretrainConfig`."""
+    """A weights file of random weights; options of `RunConfig`."""
     torch.manual_seed(seed)
     config = dataclasses.replace(RUN, **options)
     path.parent.mkdir(parents=True, exist_ok=True)

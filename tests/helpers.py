@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import PretrainConfig, RunConfig
 from dino_xcit.run_folder import LAST, METRICS
 
 PICO_PATHS = (2, 3)  # layers and residual branches of xcit_pico2
 
-TINY = PretrainConfig(
+TINY = RunConfig(
     arch="xcit_pico2_p4",
     dataset="shapes",
     num_images=48,
@@ -49,11 +49,12 @@ LONG = dataclasses.replace(TINY, num_images=96, epochs=2, checkpoint_every_n_ste
 """24 steps, 12 an epoch."""
 
 
-def as_flags(config: PretrainConfig) -> list[str]:
+def as_flags(config: RunConfig) -> list[str]:
     """The command line that gives this config."""
     flags: list[str] = []
+    asked = {field.name: field.default for field in dataclasses.fields(PretrainConfig)}
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
+        value, default = getattr(config, field.name), asked[field.name]
         if value != default and value not in ({}, ()):
             flags.append(f"--{field.name}")
             flags += [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
@@ -73,7 +74,7 @@ def make_folder(root: Path, names: list[str]) -> Path:
     return root
 
 
-def folder_config(root: Path, **options: object) -> PretrainConfig:
+def folder_config(root: Path, **options: object) -> RunConfig:
     """Return `TINY` on the images of a folder."""
     source = {"dataset": None, "data_path": str(root), "num_images": None}
     return dataclasses.replace(TINY, **{**source, **options})
@@ -99,7 +100,7 @@ def png_bomb() -> bytes:
 # -- runs ---------------------------------------------------------------------------------------
 
 
-def start_pretrain(config: PretrainConfig, **environment: str) -> subprocess.Popen[str]:
+def start_pretrain(config: RunConfig, **environment: str) -> subprocess.Popen[str]:
     """Start a run in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "dino_xcit.cli", "pretrain", *as_flags(config)],
@@ -110,7 +111,7 @@ def start_pretrain(config: PretrainConfig, **environment: str) -> subprocess.Pop
     )
 
 
-def logged_rows(config: PretrainConfig) -> list[dict[str, str]]:
+def logged_rows(config: RunConfig) -> list[dict[str, str]]:
     """Rows of a run's metrics.csv, without the column that differs from run to run."""
     path = Path(config.output_dir) / METRICS
     if not path.exists():
@@ -122,7 +123,7 @@ def logged_rows(config: PretrainConfig) -> list[dict[str, str]]:
         ]
 
 
-def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(config: RunConfig, step: int, process: subprocess.Popen[str]) -> None:
     """Wait until the run of this process has logged so many steps."""
     deadline = time.monotonic() + 120
     while len(logged_rows(config)) < step:
@@ -131,7 +132,7 @@ def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[s
         time.sleep(0.01)
 
 
-def last_state(config: PretrainConfig) -> dict[str, torch.Tensor]:
+def last_state(config: RunConfig) -> dict[str, torch.Tensor]:
     """Tensors of the networks in a run's last checkpoint."""
     return saved_part(Path(config.output_dir) / LAST, "")
 

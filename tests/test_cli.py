@@ -188,11 +188,14 @@ def test_an_unknown_command_names_the_closest(arguments, words, capsys):
     [
         (["pretrain", "--learning_rat", "1"], ["--learning_rat"]),
         (["pretrain", "--warmup_epoch", "1"], ["--warmup_epoch", "did you mean --warmup_epochs"]),
-        (["pretrain", "--lr", "fast"], ["--lr", "float", "fast"]),
+        (["pretrain", "--lr", "fast"], ["--lr is fast", "a number or auto"]),
         (["pretrain", "--on_bad_image", "skip"], ["--on_bad_image", "replace", "raise", "skip"]),
         (["pretrain", "--config", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
         (["pretrain", "--arch", "xcit_s12_p9"], ["xcit_s12_p9", "xcit_s12_p8"]),
-        (["pretrain", "--global_crops_scale", "0.5"], ["--global_crops_scale", "2 elements"]),
+        (
+            ["pretrain", "--global_crops_scale", "0.5"],
+            ["2 numbers or auto"],
+        ),
         (
             ["pretrain", "--global_crops_scale", "0.5", "0.2"],
             ["--global_crops_scale", "0 < from <= to <= 1"],
@@ -205,7 +208,7 @@ def test_an_unknown_command_names_the_closest(arguments, words, capsys):
             ["torch/fashion_mist", "--data_path .", "Unknown"],
         ),
         (
-            ["pretrain", "--num_images", "63", "--devices", "1"],
+            ["pretrain", "--num_images", "63", "--devices", "1", "--recipe", "official"],
             ["63 images", "--batch_size_per_gpu"],
         ),
         (
@@ -216,7 +219,7 @@ def test_an_unknown_command_names_the_closest(arguments, words, capsys):
         (["pretrain", "--trainer.max_epochs", "3"], ["--trainer.max_epochs"]),
         (["pretrain", "--accelerator", "abacus"], ["--accelerator abacus"]),
         (
-            ["pretrain", "--global_crops_size", "100", "--dry_run", "true"],
+            ["pretrain", "--global_crops_size", "100", "--dry_run", "--recipe", "official"],
             ["100", "patch size 16", "96 x 96", "112 x 112"],
         ),
     ],

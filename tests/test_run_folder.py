@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import yaml
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS, Metrics, read_config, read_metrics, write_config
 
@@ -59,15 +59,15 @@ def test_a_row_cut_off_in_writing_is_left_out(tmp_path):
 
 
 def test_config_yaml_is_read_back(tmp_path):
-    config = PretrainConfig(epochs=77, mean=(0.5,) * 3, trainer={"profiler": "simple"})
+    config = RunConfig(epochs=77, mean=(0.5,) * 3, trainer={"profiler": "simple"})
     write_config(config, tmp_path)
     assert read_config(tmp_path) == config
 
 
 def test_options_of_one_start_are_not_in_config_yaml(tmp_path):
-    write_config(PretrainConfig(resume=False, dry_run=True), tmp_path)
+    write_config(RunConfig(resume=False, dry_run=True), tmp_path)
     options = yaml.safe_load((tmp_path / CONFIG).read_text())
-    assert options.keys() == {f.name for f in dataclasses.fields(PretrainConfig)} - {
+    assert options.keys() == {f.name for f in dataclasses.fields(RunConfig)} - {
         "resume",
         "extend",
         "dry_run",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from dino_xcit.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+Auto: TypeAlias = Literal["auto"]
+AUTO: Final = "auto"
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -43,6 +45,11 @@ class Checks:
         for flag in flags:
             self(all(low <= value <= high for value in self._values(flag)), flag, expected)
 
+    def range(self, flag: str, highest: float, expected: str) -> None:
+        """The value is two numbers over 0, up to `highest`, the smaller one first."""
+        for low, high in [values] if (values := self._values(flag)) else []:
+            self(0 < low <= high <= highest, flag, expected)
+
     def precision(self) -> None:
         """`--precision` is one that the commands support."""
         (precision,) = self._values("precision")
@@ -55,9 +62,9 @@ class Checks:
             self(named or not self._values(flag), flag, "nothing without --dataset hfds/NAME")
 
     def _values(self, flag: str) -> tuple[Any, ...]:
-        """Return the flag's value or values; none if it is None."""
+        """Return the flag's value or values; none if it is None or is still to be resolved."""
         value = getattr(self.config, flag)
-        if value is None:
+        if value is None or (value == AUTO and flag != "precision"):
             return ()
         return value if isinstance(value, tuple) else (value,)
 
@@ -71,5 +78,7 @@ def lists_to_tuples(config: DataclassInstance) -> None:
         value = getattr(config, field.name)
         if isinstance(value, list):
             object.__setattr__(config, field.name, tuple(value))
-        elif str(field.type).startswith("tuple[") and not isinstance(value, tuple):
+        elif (
+            str(field.type).startswith("tuple[") and value != AUTO and not isinstance(value, tuple)
+        ):
             object.__setattr__(config, field.name, () if value is None else (value,))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from dino_xcit.config.checks import AUTO
 from dino_xcit.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,9 +82,15 @@ class _Options(NamedTuple):
     @classmethod
     def of(cls, config_class: type) -> _Options:
         hints = get_type_hints(config_class)
-        lists = {f"--{n}": get_args(h)[0] for n, h in hints.items() if get_origin(h) is tuple}
+        tuples = {n: _tuple_in(hint) for n, hint in hints.items()}
+        lists = {f"--{n}": get_args(h)[0] for n, h in tuples.items() if h is not None}
         switches = {f"--{n}" for n, h in hints.items() if bool in (h, *get_args(h))}
         return cls(lists, switches, "images" in hints)
+
+
+def _tuple_in(hint: Any) -> Any:
+    """Return the type of the option's lists: the hint, or its part if it is a union; else None."""
+    return next((part for part in (hint, *get_args(hint)) if get_origin(part) is tuple), None)
 
 
 def join_lists(
@@ -133,8 +140,10 @@ def _with_value(flag: str, following: list[str], options: _Options) -> tuple[lis
         item = options.lists[flag]
         taken = _items(following, item) if options.takes_images else len(following)
         values = following[:taken]
-        is_yaml = bool(values) and values[0].startswith("[")
-        return [f"{flag}={' '.join(values)}" if is_yaml else f"{flag}=[{', '.join(values)}]"], taken
+        as_typed = values == [AUTO] or (bool(values) and values[0].startswith("["))
+        return [
+            f"{flag}={' '.join(values)}" if as_typed else f"{flag}=[{', '.join(values)}]"
+        ], taken
     value_is_word = following and (not options.takes_images or following[0] in ("true", "false"))
     if flag in options.switches and not value_is_word:
         return [f"{flag}=true"], 0
@@ -169,4 +178,18 @@ def explain(error: argparse.ArgumentError, names: Sequence[str]) -> str:
             f"; did you mean {closest[0]}?" if closest else "; --help lists the options"
         )
     message = re.sub(r"Parser key \"(.*?)\":", r"--\1:", message)
+    none_fits = re.match(r"(--\w+): Does not .* Subtypes: \[(.*)\] Errors:.* value: (.*)", message)
+    if none_fits:
+        flag, types, value = none_fits.groups()
+        kinds = re.findall(r"tuple\[.*?\]|\bint\b|\bfloat\b|'\w+'", types)
+        expected = " or ".join(_kind(kind) for kind in kinds if kind != "'NoneType'")
+        return f"{flag} is {value}; expected {expected}" if kinds else message
     return re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
+
+
+def _kind(name: str) -> str:
+    """What a type of an option is called in a message."""
+    if name.startswith("tuple["):
+        return f"{name.count(',') + 1} numbers"
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    return kinds.get(name.strip("'"), name.strip("'"))

@@ -1,20 +1,29 @@
-"""Options of `dino-xcit pretrain`.
+"""Options of `dino-xcit pretrain`, as they are asked for and as a run has them.
 
-Names and defaults are official DINO's (`main_dino.py`) wherever it has the option.
+Names are official DINO's (`main_dino.py`) wherever it has the option. What depends on the images is
+`auto` in `PretrainConfig`; `train/recipe.py` resolves it into the `RunConfig` of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dino_xcit.config.checks import Checks, lists_to_tuples
+from dino_xcit.config.checks import AUTO, Auto, Checks, lists_to_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Pretrain a backbone with DINO, without labels."""
+    """Pretrain a backbone with DINO, without labels.
+
+    Options that are `auto` are resolved from the images, the time and the machine.
+    """
+
+    recipe: Literal["auto", "official"] = "auto"
+    """what auto options become: auto, values that suit the images; official, the defaults of
+    official DINO"""
 
     # Data
     data_path: str | None = None
@@ -45,15 +54,15 @@ class PretrainConfig:
     """seed of all random numbers"""
 
     # Multi-crop
-    global_crops_size: int = 224
+    global_crops_size: int | Auto = AUTO
     """side of the two global crops in pixels"""
-    local_crops_size: int = 96
+    local_crops_size: int | Auto = AUTO
     """side of the local crops in pixels"""
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    global_crops_scale: tuple[float, float] | Auto = AUTO
     """smallest and largest share of the image's area that a global crop covers"""
-    local_crops_number: int = 8
+    local_crops_number: int | Auto = AUTO
     """local crops per image; 0 trains on the global crops alone"""
-    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    local_crops_scale: tuple[float, float] | Auto = AUTO
     """smallest and largest share of the image's area that a local crop covers"""
 
     # Photometric augmentation; three values are for global crop 1, global crop 2, local crops
@@ -65,24 +74,24 @@ class PretrainConfig:
     """probability of colour jitter"""
     grayscale_prob: float = 0.2
     """probability of conversion to grey"""
-    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_prob: tuple[float, float, float] | Auto = AUTO
     """probability of Gaussian blur in global crop 1, global crop 2, local crops"""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] | Auto = AUTO
     """smallest and largest standard deviation of the blur in pixels"""
-    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize_prob: tuple[float, float, float] | Auto = AUTO
     """probability of solarization in global crop 1, global crop 2, local crops"""
 
     # Backbone
-    arch: str = "xcit_s12_p16"
-    """backbone: xcit_{n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}, official and timm names of XCiT,
-    or timm:NAME for any timm network with one feature vector per image"""
+    arch: str = AUTO
+    """backbone: xcit_{pico2,n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}, official and timm names of
+    XCiT, or timm:NAME for any timm network with one feature vector per image"""
     init_weights: str | None = None
     """initial weights of student and teacher: anything that --weights of the evaluations takes.
     Default: random"""
     continue_from: str | None = None
     """full checkpoint of official DINO to continue after its last epoch, with heads, center and
     optimizer"""
-    drop_path_rate: float = 0.1
+    drop_path_rate: float | Auto = AUTO
     """stochastic depth rate of the student, the same in every layer"""
     grad_checkpointing: bool = False
     """recompute layers in the backward pass: less memory, more time"""
@@ -96,42 +105,48 @@ class PretrainConfig:
     """learned temperature of XCA (false: the paper's ablation)"""
 
     # Head and loss
-    out_dim: int = 65536
+    out_dim: int | Auto = AUTO
     """prototypes: outputs of the projection head"""
-    head_hidden_dim: int = 2048
+    head_hidden_dim: int | Auto = AUTO
     """hidden width of the projection head"""
-    head_bottleneck_dim: int = 256
+    head_bottleneck_dim: int | Auto = AUTO
     """width of the projection head's bottleneck, the input of the prototype layer"""
     use_bn_in_head: bool = False
     """batch norm in the projection head"""
     norm_last_layer: bool = True
     """fix the norm of every prototype at 1 (false: better but less stable)"""
-    freeze_last_layer: int = 1
-    """epochs at the start during which the prototypes are frozen"""
+    freeze_last_layer: float | Auto = AUTO
+    """epochs at the start, whole or not, during which the prototypes are frozen"""
     student_temp: float = 0.1
     """softmax temperature of the student"""
-    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp: float | Auto = AUTO
     """softmax temperature of the teacher at the start"""
-    teacher_temp: float = 0.04
+    teacher_temp: float | Auto = AUTO
     """softmax temperature of the teacher after its warmup"""
-    warmup_teacher_temp_epochs: int = 0
+    warmup_teacher_temp_epochs: int | Auto = AUTO
     """epochs of linear warmup of the teacher's temperature"""
-    momentum_teacher: float = 0.996
+    momentum_teacher: float | Auto = AUTO
     """EMA momentum of the teacher at the start; rises to 1 along a cosine"""
     center_momentum: float = 0.9
     """EMA momentum of the center"""
+    koleo_weight: float | Auto = AUTO
+    """weight of KoLeo, which spreads the features of a batch (DINOv2; not in official DINO);
+    0: none"""
 
     # Optimization
-    epochs: int = 100
+    epochs: int | Auto = AUTO
     """passes over the images"""
-    batch_size_per_gpu: int = 64
+    max_hours: float | None = None
+    """hours that the run may take: auto --epochs become as many as fit, by the rate of its first
+    steps. Default: 1 on a CPU, unlimited on a GPU"""
+    batch_size_per_gpu: int | Auto = AUTO
     """images per process and forward pass"""
     accumulate_grad_batches: int = 1
     """forward passes per optimizer step"""
-    lr: float = 0.0005
+    lr: float | Auto = AUTO
     """peak learning rate for a total batch of 256 images; scaled linearly with the total
     batch"""
-    warmup_epochs: float = 10
+    warmup_epochs: float | Auto = AUTO
     """epochs of linear warmup of the learning rate"""
     warmup_lr: float = 0.0
     """learning rate at the start of the warmup (not scaled)"""
@@ -140,7 +155,7 @@ class PretrainConfig:
     weight_decay: float = 0.04
     """weight decay at the start; as in official DINO, not applied to biases and one-dimensional
     tensors"""
-    weight_decay_end: float = 0.4
+    weight_decay_end: float | Auto = AUTO
     """weight decay at the end, reached along a cosine"""
     clip_grad: float = 3.0
     """maximum gradient norm of each parameter tensor; 0: no clipping"""
@@ -204,15 +219,13 @@ class PretrainConfig:
 
     def _check_images(self, check: Checks) -> None:
         check.columns()
-        for flag in ("global_crops_scale", "local_crops_scale"):
-            low, high = getattr(self, flag)
-            check(0 < low <= high <= 1, flag, "two shares with 0 < from <= to <= 1")
+        check.range("global_crops_scale", 1, "two shares with 0 < from <= to <= 1")
+        check.range("local_crops_scale", 1, "two shares with 0 < from <= to <= 1")
         channels = f"one value per channel (--in_chans {self.in_chans})"
         for flag in ("mean", "std"):
             check(len(getattr(self, flag)) == self.in_chans, flag, channels)
         check.positive("std")
-        low, high = self.blur_sigma
-        check(0 < low <= high, "blur_sigma", "two numbers of pixels with 0 < from <= to")
+        check.range("blur_sigma", math.inf, "two numbers of pixels with 0 < from <= to")
         probabilities = ("flip_prob", "color_jitter_prob", "grayscale_prob", "blur_prob")
         check.within(0, 1, "probabilities from 0 to 1", *probabilities, "solarize_prob")
         *strengths, hue = self.color_jitter
@@ -224,13 +237,17 @@ class PretrainConfig:
     def _check_training(self, check: Checks) -> None:
         shares = ("momentum_teacher", "center_momentum", "drop_path_rate")
         check.within(0, 1, "a number from 0 to 1", *shares)
-        check.positive("student_temp", "warmup_teacher_temp", "teacher_temp")
+        check.positive("student_temp", "warmup_teacher_temp", "teacher_temp", "max_hours")
         check.at_least(1, "out_dim", "head_hidden_dim", "head_bottleneck_dim")
         check.at_least(1, "epochs", "batch_size_per_gpu", "accumulate_grad_batches")
-        check.at_least(0, "lr", "clip_grad", "freeze_last_layer")
-        for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            fits = getattr(self, flag) <= self.epochs
-            check(fits, flag, f"at most --epochs {self.epochs}")
+        check.at_least(0, "lr", "clip_grad", "freeze_last_layer", "koleo_weight")
+        if self.epochs != AUTO:
+            for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+                value = getattr(self, flag)
+                fits = value == AUTO or value <= self.epochs
+                check(fits, flag, f"at most --epochs {self.epochs}")
+            unlimited = self.max_hours is None
+            check(unlimited, "max_hours", f"nothing beside --epochs {self.epochs}")
         both = self.init_weights is not None and self.continue_from is not None
         check(not both, "init_weights", "nothing beside --continue_from, which brings weights")
 
@@ -242,6 +259,63 @@ class PretrainConfig:
         check.at_least(1, "num_nodes", "log_every_n_steps", "eval_num_images")
         check.at_least(1, "checkpoint_every_n_steps")
         check.at_least(0, "eval_every_n_epochs", "saveckp_freq", "checkpoint_every_n_minutes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(PretrainConfig):
+    """The options of a run, all resolved. The defaults are official DINO's."""
+
+    global_crops_size: int = 224
+    local_crops_size: int = 96
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    local_crops_number: int = 8
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    arch: str = "xcit_s12_p16"
+    drop_path_rate: float = 0.1
+    out_dim: int = 65536
+    head_hidden_dim: int = 2048
+    head_bottleneck_dim: int = 256
+    freeze_last_layer: float = 1
+    warmup_teacher_temp: float = 0.04
+    teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+    momentum_teacher: float = 0.996
+    koleo_weight: float = 0.0
+    epochs: int = 100
+    batch_size_per_gpu: int = 64
+    lr: float = 0.0005
+    warmup_epochs: float = 10
+    weight_decay_end: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        super().__post_init__()
+        for flag in auto_options(self):
+            Checks(self)(False, flag, "a value; a run's options are resolved")
+
+
+RESOLVED = tuple(name for name in RunConfig.__annotations__)
+"""Options that may be `auto` until a run begins; --precision is another one, of all commands."""
+
+
+def auto_options(config: PretrainConfig) -> list[str]:
+    """Return the names of the options that are still to be resolved."""
+    return [name for name in RESOLVED if getattr(config, name) == AUTO]
+
+
+def as_run(config: PretrainConfig, **values: Any) -> RunConfig:
+    """Return the options of a run, with these values in place of the config's.
+
+    A run has no --max_hours: it is in its number of epochs.
+
+    Raises:
+        UserError: an option is still `auto`, or is not allowed.
+    """
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return RunConfig(**{**given, "max_hours": None, **values})
 
 
 # Options that a continued run may change: they set where it runs and what it reports, not what it
@@ -262,10 +336,12 @@ FREE_ON_RESUME = frozenset(
         "extend",
         "log_every_n_steps",
         "logger",
+        "max_hours",
         "num_nodes",
         "num_workers",
         "on_collapse",
         "output_dir",
+        "recipe",
         "resume",
         "saveckp_freq",
         "strategy",
@@ -274,7 +350,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def differing_options(one: PretrainConfig, other: PretrainConfig) -> dict[str, tuple[Any, Any]]:
+def differing_options(one: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the options in which the runs differ and that affect results, with both values."""
     return {
         f.name: (getattr(one, f.name), getattr(other, f.name))

@@ -19,7 +19,7 @@ from dino_xcit.data.framing import resize
 from dino_xcit.data.photometric import PhotometricParam as Param
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 GLOBAL_CROPS = 2
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height
@@ -68,7 +68,7 @@ class MultiCrop:
         params[:, Param.POSTERIZE] = own_generator(key, "posterize").random(V) < c.posterize_prob
     """
 
-    def __init__(self, config: PretrainConfig, path_shape: tuple[int, int]) -> None:
+    def __init__(self, config: RunConfig, path_shape: tuple[int, int]) -> None:
         """Prepare the ranges of each view.
 
         Args:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
 
 REPLACEMENTS_TRIED = 20  # for an unreadable image, before the run ends
@@ -63,9 +63,7 @@ class CropDataset(Dataset[Any]):
     A sample depends on the seed and its position alone, so workers have no state.
     """
 
-    def __init__(
-        self, images: ImageSet, config: PretrainConfig, path_shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, images: ImageSet, config: RunConfig, path_shape: tuple[int, int]) -> None:
         self.images, self.config = images, config
         self.crop = MultiCrop(config, path_shape)
 
@@ -142,9 +140,7 @@ class StepBatchSampler(Sampler[list[Position]]):
     total_batch: int
     """Images of a step, of all processes together."""
 
-    def __init__(
-        self, config: PretrainConfig, images: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, config: RunConfig, images: int, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.images, self.rank = config, images, rank
         self.first_step = 0
         self.pass_batch = config.batch_size_per_gpu * world_size

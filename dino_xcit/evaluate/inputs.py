@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.census import report_left_out
 from dino_xcit.data.framing import Transform, default_resize
 from dino_xcit.data.images import (
@@ -302,7 +302,7 @@ def resolve(config: Config, metadata: Mapping[str, Any]) -> tuple[Config, int]:
     Raises:
         UserError: Options do not fit the weights, or no data are known.
     """
-    in_chans = config.in_chans or metadata.get("in_chans", PretrainConfig().in_chans)
+    in_chans = config.in_chans or metadata.get("in_chans", RunConfig().in_chans)
     given = [flag for flag in FLAGS if getattr(config, flag)]
     known = with_assumed({**metadata, "in_chans": in_chans}, f"--weights {config.weights}", given)
     image_size = config.image_size or known["global_crops_size"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.framing import SMALL
 from dino_xcit.errors import UserError
 from dino_xcit.figures.framing import Framing, without_padding
@@ -86,7 +86,7 @@ class AttentionModel:
         """
         self.backbone = backbone.to(self.device).eval()
         self.channels = backbone.in_chans
-        options = {**dataclasses.asdict(PretrainConfig()), **backbone.metadata}
+        options = {**dataclasses.asdict(RunConfig()), **backbone.metadata}
         self.mean, self.std = (
             self._normalisation(flag, getattr(self.config, flag), options[flag])
             for flag in ("mean", "std")

@@ -22,7 +22,7 @@ from dino_xcit.run_folder import ATTENTION, ATTENTION_MAPS, TEACHER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.model.backbone import Backbone
 
@@ -43,7 +43,7 @@ class AttentionHistory:
         step: step from which the run continues; maps of later steps are dropped.
     """
 
-    def __init__(self, config: PretrainConfig, images: ImageSet, folder: Path, step: int) -> None:
+    def __init__(self, config: RunConfig, images: ImageSet, folder: Path, step: int) -> None:
         size = config.global_crops_size
         self.transform = Transform(size, default_resize(size), config.mean, config.std)
         self.folder = folder

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.loader import Batch
     from dino_xcit.train.module import DINOModule
 
@@ -68,7 +68,7 @@ class RunFolderWriter(L.Callback):
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         lock: FolderLock,
         images: ImageSet,
         signals: StopSignals,

@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dino_xcit.errors import ImageError, RunFailedError
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
 
 PATIENCE = 10  # rows
@@ -56,7 +56,7 @@ class CollapseWarning(NamedTuple):
 class CollapseWatch:
     """Reads the logged rows of a run in order and returns a warning when a sign persists."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.max_entropy = math.log(config.out_dim)
         self.uniform_rows = self.single_rows = 0  # consecutive rows with this sign, until now
@@ -163,7 +163,7 @@ def all_alike(images: ImageSet) -> bool:
     return bool((stacked.amax(0) - stacked.amin(0)).max() < LEVELS_APART)
 
 
-def stabler(config: PretrainConfig) -> str:
+def stabler(config: RunConfig) -> str:
     """Return what makes training stabler and is not in force yet."""
     ways = ["a lower --lr (a tenth)", "a longer --warmup_epochs"]
     if not 0 < config.clip_grad <= 0.3:
@@ -173,7 +173,7 @@ def stabler(config: PretrainConfig) -> str:
     return ", ".join(ways)
 
 
-def does_not_sharpen(config: PretrainConfig) -> bool:
+def does_not_sharpen(config: RunConfig) -> bool:
     """Whether the teacher's softmax is as flat as the student's or flatter.
 
     Such a run collapses to the uniform distribution.

@@ -18,11 +18,12 @@ from dino_xcit.run_folder import CROPS
 from dino_xcit.runtime import HALF, memory_there
 from dino_xcit.train.network import Network
 from dino_xcit.train.plots import draw_crops
+from dino_xcit.train.rate import images_per_second
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.module import DINOModule
 
@@ -55,7 +56,7 @@ def draw_crop_sheet(folder: Path, module: DINOModule, images: ImageSet) -> None:
     draw_crops(folder, rows, titles)
 
 
-def _whole(images: ImageSet, index: int, config: PretrainConfig) -> torch.Tensor:
+def _whole(images: ImageSet, index: int, config: RunConfig) -> torch.Tensor:
     """The framed image, float (C, S, S) in [0, 1], or a black square if it cannot be read."""
     try:
         image = images.read(index)
@@ -66,14 +67,14 @@ def _whole(images: ImageSet, index: int, config: PretrainConfig) -> torch.Tensor
 
 
 def describe_plan(
-    config: PretrainConfig, module: DINOModule, images: int, trainer: L.Trainer
+    config: RunConfig, module: DINOModule, images: ImageSet, trainer: L.Trainer
 ) -> str:
-    """Return what the run would do, in a few lines.
+    """Return what the run would do, in a few lines. Trains for seconds, to measure its rate.
 
     Args:
         config: options of the run.
         module: the networks and schedules.
-        images: number of training images.
+        images: the training images.
         trainer: knows processes, precision and device.
     """
     schedules, student = module.schedules, module.student
@@ -81,22 +82,37 @@ def describe_plan(
         sum(p.numel() for p in part.parameters()) / 1e6 for part in (student.backbone, student.head)
     )
     memory = memory_estimate(config, trainer.precision) / 2**30
+    processes, device = trainer.world_size, trainer.strategy.root_device
+    rate = images_per_second(config, images, device, trainer.precision) * processes
+    seconds = schedules.steps * schedules.total_batch / rate
     return "\n".join(
         [
-            f"images      {images:,}",
+            f"images      {len(images):,}",
             f"steps       {schedules.steps:,} ({config.epochs} epochs of "
             f"{schedules.steps_per_epoch:,}, {schedules.total_batch} images each, "
-            f"{trainer.world_size} processes)",
+            f"{processes} process{'es' * (processes > 1)})",
+            f"time        {duration(seconds)} at {rate:.0f} images/s, measured on one process",
             f"parameters  {backbone:.1f} M {student.backbone.arch}, {head:.1f} M head",
             f"memory      {memory:.1f} GiB per process for weights, optimizer and the activations "
             "kept for the backward pass, without temporary buffers",
-            f"precision   {trainer.precision} on {trainer.strategy.root_device.type}",
+            f"precision   {trainer.precision} on {device.type}",
             f"crops       {Path(config.output_dir) / CROPS}",
         ]
     )
 
 
-def refuse_oversized_step(config: PretrainConfig, precision: str) -> None:
+def duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `12 min`, `3 h 20 min`, `5 days 4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} day{'s' * (days > 1)} {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def refuse_oversized_step(config: RunConfig, precision: str) -> None:
     """Refuse a step that needs more memory than this machine has, before the system kills the run.
 
     Only for a run on the CPU. With `--grad_checkpointing`, which the estimate leaves out, nothing
@@ -117,7 +133,7 @@ def refuse_oversized_step(config: PretrainConfig, precision: str) -> None:
         )
 
 
-def memory_estimate(config: PretrainConfig, precision: str) -> int:
+def memory_estimate(config: RunConfig, precision: str) -> int:
     """Estimate the memory of a process in bytes, without temporary buffers.
 
     The sum of student, teacher, gradients, AdamW's two moments and what one forward pass of the
@@ -138,7 +154,7 @@ def memory_estimate(config: PretrainConfig, precision: str) -> int:
     return STATES * weights + kept
 
 
-def _empty_views(config: PretrainConfig) -> list[torch.Tensor]:
+def _empty_views(config: RunConfig) -> list[torch.Tensor]:
     """Groups of views of one batch, (B, V, C, H, W), without content."""
     crops = [(GLOBAL_CROPS, config.global_crops_size)]
     if config.local_crops_number:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import PretrainConfig, RunConfig
 
 
 class LenientLogger(Logger):
@@ -123,7 +123,7 @@ def make_loggers(config: PretrainConfig) -> list[Logger]:
 
 
 @rank_zero_only
-def describe_run(loggers: list[Logger], config: PretrainConfig) -> None:
+def describe_run(loggers: list[Logger], config: RunConfig) -> None:
     """Give the loggers the run's options, and keep the id of its run in W&B.
 
     Raises:

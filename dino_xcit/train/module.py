@@ -27,6 +27,7 @@ from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.files import plain
 from dino_xcit.model.batch_norm import synchronise_batch_norms
 from dino_xcit.model.dino import DINOLoss
+from dino_xcit.model.koleo import koleo
 from dino_xcit.run_folder import LAST
 from dino_xcit.train.collapse import stabler
 from dino_xcit.train.network import Network
@@ -35,7 +36,7 @@ from dino_xcit.train.optimizer import adamw, clip_per_parameter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.loader import Batch
     from dino_xcit.train.schedules import Schedules
 
@@ -50,7 +51,7 @@ class DINOModule(L.LightningModule):
 
     _broken: Tensor
 
-    def __init__(self, config: PretrainConfig, schedules: Schedules) -> None:
+    def __init__(self, config: RunConfig, schedules: Schedules) -> None:
         super().__init__()
         self.config, self.schedules = config, schedules
         self.student = Network(config)
@@ -118,8 +119,12 @@ class DINOModule(L.LightningModule):
         temperature = self.schedules.teacher_temp(self.global_step)
         with torch.no_grad():
             teacher = self.teacher.embed(groups[:1])
-        student = self.student.embed(groups, self.paths(batch))
+        features = self.student.features(groups, self.paths(batch))
+        student = self.student.project(features)
         loss, scalars = self.loss.of_embeddings(student, teacher, temperature)
+        if self.config.koleo_weight:
+            spread, more = koleo(features[0].transpose(0, 1))
+            loss, scalars = loss + self.config.koleo_weight * spread, {**scalars, **more}
         for name, value in {"loss": loss.detach(), **scalars}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         return loss

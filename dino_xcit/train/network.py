@@ -18,13 +18,13 @@ from dino_xcit.model.dino import DINOHead
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 
 class Network(nn.Module):
     """Backbone and projection head; the student is one, the teacher another."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.backbone = build_backbone(
             config.arch,
@@ -60,17 +60,31 @@ class Network(nn.Module):
     def embed(
         self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)
     ) -> Embeddings:
-        """Head outputs before the last layer, and that layer's weights.
+        """Head outputs before the last layer, and that layer's weights; see `features`."""
+        return self.project(self.features(groups, paths))
 
-        The loss makes the logits from them, a few prototypes at a time.
+    def features(
+        self, groups: list[Tensor], paths: Sequence[Tensor | None] = (None, None)
+    ) -> list[Tensor]:
+        """Features of each group of views, (B, views, C).
+
+        Args:
+            groups: views of one size each, (B, views, C, S, S).
+            paths: stochastic depth of each group, (B, views, layers, branches), or None.
         """
-        features = [
+        return [
             self.backbone(
                 views.flatten(0, 1), None if of_group is None else of_group.flatten(0, 1)
             ).unflatten(0, views.shape[:2])
             for views, of_group in zip(groups, paths, strict=False)
         ]
-        views = torch.cat(features, dim=1)  # (B, V, D)
+
+    def project(self, features: list[Tensor]) -> Embeddings:
+        """Head outputs before the last layer, and that layer's weights.
+
+        The loss makes the logits from them, a few prototypes at a time.
+        """
+        views = torch.cat(features, dim=1)  # (B, V, C)
         return Embeddings(
             of_views=self.head.embed(views.flatten(0, 1)).unflatten(0, views.shape[:2]),
             weight_v=self.head.last_layer.weight_v,

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from dino_xcit.config.pretrain import FREE_ON_RESUME, PretrainConfig
+from dino_xcit.config.pretrain import FREE_ON_RESUME, RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.train.optimizer import adamw
 from dino_xcit.weights.formats import to_our_names
@@ -90,7 +90,7 @@ def resume_official(
 
 def _summary(
     official: OfficialRun,
-    config: PretrainConfig,
+    config: RunConfig,
     taken: list[str],
     problem: str,
     precision: str | int | None,
@@ -113,7 +113,7 @@ def _summary(
     return f"{line}; {differing}" if differing else line
 
 
-def open_official(path: Path, config: PretrainConfig) -> OfficialRun:
+def open_official(path: Path, config: RunConfig) -> OfficialRun:
     """Read an official checkpoint.
 
     Raises:
@@ -219,7 +219,7 @@ def under_our_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def differing_arguments(
-    content: Mapping[str, Any], config: PretrainConfig
+    content: Mapping[str, Any], config: RunConfig
 ) -> list[tuple[str, Any, Any]]:
     """Options of the same name that had other values in the file's run: (name, then, now)."""
     arguments = vars(content["args"]) if hasattr(content.get("args"), "__dict__") else {}

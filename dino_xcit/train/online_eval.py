@@ -18,7 +18,7 @@ from dino_xcit.evaluate.knn import knn_classify, top1
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.model.backbone import Backbone
 
@@ -76,9 +76,7 @@ class OnlineEvaluator:
         validation: images of the same classes that it does not train on, if there are any.
     """
 
-    def __init__(
-        self, config: PretrainConfig, train: ImageSet, validation: ImageSet | None
-    ) -> None:
+    def __init__(self, config: RunConfig, train: ImageSet, validation: ImageSet | None) -> None:
         self.config = config
         labelled = train.labels is not None
         if labelled and validation is not None and validation.labels is None:

@@ -31,6 +31,7 @@ TITLES = {
     "grad_norm": "gradient norm",
     "images_per_second": "images per second",
     "knn_top1": "k-NN top-1, %",
+    "nearest_distance": "distance to the nearest feature",
     "rankme": "RankMe of teacher features",
 }
 """Titles of known columns of metrics.csv, with their units."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import warnings
@@ -21,23 +20,23 @@ from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import StepBatchSampler
 from dino_xcit.errors import UserError
 from dino_xcit.private_names import compiling
-from dino_xcit.run_folder import CONFIG, LAST, TEACHER, read_config, write_config
+from dino_xcit.run_folder import CONFIG, LAST, TEACHER, write_config
 from dino_xcit.runtime import (
     is_first_process,
     quiet_logger,
     require_folder,
-    resolve_precision,
     say,
     why_nothing_compiles,
 )
 from dino_xcit.train.callback import RunFolderWriter
-from dino_xcit.train.checkpoints import DurableIO, FolderLock, checkpoints_of, locked, newest_whole
+from dino_xcit.train.checkpoints import DurableIO, FolderLock, locked, newest_whole
 from dino_xcit.train.collapse import does_not_sharpen
 from dino_xcit.train.dry_run import describe_plan, draw_crop_sheet, refuse_oversized_step
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.official_resume import resume_official
 from dino_xcit.train.resume import require_same_run
 from dino_xcit.train.schedules import Schedules
+from dino_xcit.train.settle import settle, settle_precision
 from dino_xcit.train.signals import StopSignals
 from dino_xcit.train.trainer import CropData, ending_together, make_trainer
 from dino_xcit.weights.start import start_from
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import PretrainConfig, RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.model.backbone import Backbone
 
@@ -93,7 +92,7 @@ class Outcome:
 class Run:
     """What a run is made of."""
 
-    config: PretrainConfig
+    config: RunConfig
     images: ImageSet
     io: DurableIO
     trainer: L.Trainer
@@ -124,7 +123,6 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[L.Callback] = ()) -> Ou
         CollapseError: the run collapsed, with --on_collapse stop.
         RunFailedError: the last step cannot be saved.
     """
-    config = _with_precision(config)
     with (
         StopSignals().listening() as signals,
         quiet_logger("lightning.pytorch"),
@@ -141,16 +139,6 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[L.Callback] = ()) -> Ou
     return outcome
 
 
-def _with_precision(config: PretrainConfig) -> PretrainConfig:
-    """Settle `--precision auto` when a run begins; a run keeps it on whatever machine."""
-    if config.precision != "auto":
-        return config
-    folder = Path(config.output_dir)
-    begun = bool(checkpoints_of(folder))
-    precision = read_config(folder).precision if begun else resolve_precision(config)
-    return dataclasses.replace(config, precision=precision)
-
-
 @contextlib.contextmanager
 def flushed_denormals() -> Iterator[None]:
     """Treat denormal floats as 0: they slow CPU training several times over."""
@@ -163,11 +151,13 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def _open(config: PretrainConfig, signals: StopSignals, callbacks: Sequence[L.Callback]) -> Run:
-    images = open_images(config, "train")
-    assert images is not None
+def _open(asked: PretrainConfig, signals: StopSignals, callbacks: Sequence[L.Callback]) -> Run:
     io = DurableIO()
-    trainer = make_trainer(config, io, callbacks)
+    asked = settle_precision(asked)
+    trainer = make_trainer(asked, io, callbacks)
+    images = open_images(asked, "train")
+    assert images is not None
+    config = settle(asked, images, trainer)
     sampler = StepBatchSampler(config, len(images), world_size=trainer.world_size)
     schedules = Schedules(
         config=config, steps_per_epoch=sampler.steps_per_epoch, total_batch=sampler.total_batch
@@ -198,7 +188,7 @@ def _start(run: Run, lock: FolderLock) -> Outcome:
             "try 0.04"
         )
     if config.dry_run:
-        rank_zero_only(print)(describe_plan(config, module, len(run.images), trainer))
+        rank_zero_only(print)(describe_plan(config, module, run.images, trainer))
         return Outcome(folder=folder, step=0, steps=run.schedules.steps)
     if _compiles(config, run.schedules.steps, trainer.strategy.root_device):
         module.compile_regions()  # keeps less than the estimate says
@@ -207,7 +197,7 @@ def _start(run: Run, lock: FolderLock) -> Outcome:
     return _fit(run, module, checkpoint, lock)
 
 
-def _check_backbone(config: PretrainConfig, backbone: Backbone) -> None:
+def _check_backbone(config: RunConfig, backbone: Backbone) -> None:
     """Check that the network takes the crops; report an option that it does not have.
 
     Raises:
@@ -261,7 +251,7 @@ def _fit(run: Run, module: DINOModule, checkpoint: Path | None, lock: FolderLock
     )
 
 
-def _compiles(config: PretrainConfig, steps: int, device: torch.device) -> bool:
+def _compiles(config: RunConfig, steps: int, device: torch.device) -> bool:
     """Whether compiling pays, or is asked for, and works here."""
     long_enough = device.type == "cpu" and steps >= STEPS_THAT_PAY_FOR_COMPILING
     pays = device.type == "cuda" or long_enough

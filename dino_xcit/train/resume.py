@@ -20,7 +20,7 @@ from dino_xcit.run_folder import from_plain, read_config
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.schedules import Schedules
 
@@ -73,7 +73,7 @@ def _digest(values: list[Any]) -> str:
 
 
 def require_same_run(
-    checkpoint: Path, config: PretrainConfig, images: ImageSet, schedules: Schedules
+    checkpoint: Path, config: RunConfig, images: ImageSet, schedules: Schedules
 ) -> None:
     """Check that this config on these images continues the run of the checkpoint.
 
@@ -102,7 +102,7 @@ def require_same_run(
         )
 
 
-def _require_same_options(folder: Path, before: PretrainConfig, now: PretrainConfig) -> None:
+def _require_same_options(folder: Path, before: RunConfig, now: RunConfig) -> None:
     differing = differing_options(before, now)
     if before.precision == "auto":  # of an earlier version, which did not settle it
         differing.pop("precision", None)
@@ -151,7 +151,7 @@ def _require_same_schedule(folder: Path, saved: dict[str, Any], schedules: Sched
 
 
 def _describe_extension(
-    before: PretrainConfig, config: PretrainConfig, schedules: Schedules, step: int
+    before: RunConfig, config: RunConfig, schedules: Schedules, step: int
 ) -> None:
     """Print what more epochs do to the schedules, from the last step to the next."""
     then = dataclasses.replace(schedules, config=dataclasses.replace(config, epochs=before.epochs))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 
 def cosine(step: int, start: float, end: float, steps: int) -> float:
@@ -39,7 +39,7 @@ def warmup_by_epoch(epoch: int, start: float, end: float, warmup_epochs: int) ->
 class Schedules:
     """Values of all schedules at a step of a run."""
 
-    config: PretrainConfig
+    config: RunConfig
     steps_per_epoch: int
     """optimizer steps"""
     total_batch: int
@@ -79,4 +79,4 @@ class Schedules:
 
     def last_layer_is_frozen(self, step: int) -> bool:
         """Whether the head's last layer keeps its weights in this step."""
-        return self.epoch(step) < self.config.freeze_last_layer
+        return step < self.config.freeze_last_layer * self.steps_per_epoch

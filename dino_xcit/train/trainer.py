@@ -24,7 +24,7 @@ from dino_xcit.train.progress import ProgressBar
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import PretrainConfig, RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.checkpoints import DurableIO
 
@@ -133,9 +133,7 @@ class CropData(L.LightningDataModule):
         path_shape: layers and residual branches of the backbone's stochastic depth.
     """
 
-    def __init__(
-        self, config: PretrainConfig, images: ImageSet, path_shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, config: RunConfig, images: ImageSet, path_shape: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.images, self.path_shape = config, images, path_shape
 

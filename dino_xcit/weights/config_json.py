@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.model.architectures import resolve_architecture
 from dino_xcit.runtime import say
@@ -26,7 +26,7 @@ TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 FLAGS = {"image_size": "global_crops_size", "mean": "mean", "std": "std"}
 """options of framing, and their names in the metadata of weights"""
-_DEFAULTS = PretrainConfig()
+_DEFAULTS = RunConfig()
 IMAGENET = {key: getattr(_DEFAULTS, key) for key in FLAGS.values()}
 """of official DINO: 224 pixels, ImageNet's mean and standard deviation"""
 

@@ -27,7 +27,7 @@ from dino_xcit.weights.networks import chosen, flattened, heads, part, prefixes,
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.weights.reading import Tensors
 
 KEPT_OPTIONS = ("in_chans", "mean", "std", "global_crops_size", *ABLATIONS)
@@ -56,7 +56,7 @@ class Checkpoint:
     """names of heads that are not DINO's"""
 
 
-def backbone_metadata(config: PretrainConfig) -> dict[str, Any]:
+def backbone_metadata(config: RunConfig) -> dict[str, Any]:
     """Return what `build` needs and how images are normalised, as plain values."""
     return {
         "arch": config.arch if is_timm(config.arch) else resolve_architecture(config.arch)[0],

@@ -32,7 +32,7 @@ from dino_xcit.weights.from_timm import from_timm
 from dino_xcit.weights.reading import read_file, write_safetensors
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 # The checkpoints that the DINO authors published. They published no hashes.
 PUBLISHED = {
@@ -130,7 +130,7 @@ def _from_file(path: Path, weights: str, arch: str | None, checkpoint_key: str) 
     return backbone.eval()
 
 
-def save_backbone(backbone: Backbone, config: PretrainConfig, path: Path) -> None:
+def save_backbone(backbone: Backbone, config: RunConfig, path: Path) -> None:
     """Write a backbone of a run as safetensors."""
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
@@ -153,7 +153,7 @@ def run_folder_of(weights: str) -> Path | None:
     return None
 
 
-def read_run(weights: str) -> PretrainConfig | None:
+def read_run(weights: str) -> RunConfig | None:
     """Return the options of the run that the weights are of, if they are in a run folder."""
     folder = run_folder_of(weights)
     return None if folder is None else read_config(folder)

@@ -34,7 +34,7 @@ from loader import write_photographs
 from torchvision import datasets, transforms
 
 import dino_xcit
-from dino_xcit import AttentionConfig, PretrainConfig, XCiT
+from dino_xcit import AttentionConfig, RunConfig, XCiT
 from dino_xcit.data.framing import EvalDataset, Transform
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate.feature_store import FeatureStore, extract
@@ -52,7 +52,7 @@ SIZE, SHORT_SIDE, FIGURE, BATCH = 224, 256, 480, 32
 
 def extractors(arch: str, folder: Path, count: int) -> dict[str, Callable[[], object]]:
     """Return functions that compute the features of `count` images."""
-    config = PretrainConfig(data_path=str(folder))
+    config = RunConfig(data_path=str(folder))
     images = open_images(config, "train")
     assert images is not None
     transform = Transform(SIZE, SHORT_SIDE, config.mean, config.std)
@@ -100,7 +100,7 @@ def renderers(arch: str, folder: Path) -> dict[str, Callable[[], object]]:
     """Return functions that compute the attention maps of one image."""
     backbone = XCiT(arch).eval()
     weights = folder / "weights.safetensors"
-    save_backbone(backbone, PretrainConfig(arch=arch), weights)
+    save_backbone(backbone, RunConfig(arch=arch), weights)
     image = str(next(folder.rglob("*.jpg")))
     config = AttentionConfig(
         weights=(str(weights),),

@@ -26,7 +26,7 @@ import torch
 from common import circumstances
 from PIL import Image
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.crops import GLOBAL_CROPS
 from dino_xcit.data.decode import decode
 from dino_xcit.data.images import open_images
@@ -55,7 +55,7 @@ def write_photographs(folder: Path) -> None:
 
 def ours(folder: Path) -> dict[str, Contender]:
     """Return functions that load a given number of images."""
-    config = PretrainConfig(data_path=str(folder))
+    config = RunConfig(data_path=str(folder))
     images = open_images(config, "train")
     architecture = resolve_architecture(config.arch)[1]
     path_shape = (architecture.depth, BRANCHES)

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.model.architectures import BRANCHES, resolve_architecture, timm_name
 from dino_xcit.model.dino import DINOLoss
@@ -85,8 +85,8 @@ class StepTask:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
-    def config(self) -> PretrainConfig:
-        return PretrainConfig(
+    def config(self) -> RunConfig:
+        return RunConfig(
             arch=self.arch,
             drop_path_rate=DROP_PATH,
             global_crops_size=self.global_size,

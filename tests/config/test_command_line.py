@@ -65,7 +65,8 @@ def test_the_output_folder_of_a_run_s_own_config_is_where_that_file_lies(tmp_pat
     file = tmp_path / "run/config.yaml"
     file.write_text("output_dir: runs/elsewhere\nseed: 3\n")
     words = [f"--config={file}"] if joined else ["--config", str(file)]
-    assert config(*words) == PretrainConfig(output_dir=str(tmp_path / "run"), seed=3)
+    folder = str(tmp_path / "run")
+    assert config(*words) == PretrainConfig(output_dir=folder, seed=3, recipe="official")
     assert config(*words, "--output_dir", "other").output_dir == "other"
     copy = tmp_path / "config.yaml"
     copy.write_text(file.read_text())

@@ -13,6 +13,7 @@ from dino_xcit.cli import COMMANDS, parse
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.model.architectures import resolve_architecture
 from dino_xcit.run_folder import write_config
+from dino_xcit.train.recipe import resolve
 from dino_xcit.train.schedules import Schedules
 
 FILES = sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml"))
@@ -59,6 +60,7 @@ def test_the_published_recipes_train_with_the_published_batch_and_rates(
         * config.accumulate_grad_batches
     )
     assert batch == total_batch
+    config, _ = resolve(config, facts=None)  # official's recipe needs none
     schedules = Schedules(config=config, steps_per_epoch=1_281_167 // batch, total_batch=batch)
     warmup = 10 * schedules.steps_per_epoch
     assert schedules.lr(0) == pytest.approx(1e-5)

@@ -14,7 +14,12 @@ from dino_xcit.cli import COMMANDS
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.evaluation import KnnConfig, LinearConfig, SegConfig
 from dino_xcit.config.export import ExportConfig
-from dino_xcit.config.pretrain import FREE_ON_RESUME, PretrainConfig, differing_options
+from dino_xcit.config.pretrain import (
+    FREE_ON_RESUME,
+    PretrainConfig,
+    RunConfig,
+    differing_options,
+)
 from dino_xcit.errors import UserError
 
 GOLDEN = Path(__file__).parent / "options.txt"
@@ -45,6 +50,7 @@ NEEDED = {
     AttentionConfig: {"weights": ("W",)},
     ExportConfig: {"weights": "W"},
     PretrainConfig: {},
+    RunConfig: {},
 }
 
 
@@ -57,7 +63,10 @@ NEEDED = {
         (PretrainConfig, {"mean": (0.5,)}, "one value per channel (--in_chans 3)"),
         (PretrainConfig, {"blur_sigma": (2.0, 1.0)}, "two numbers of pixels with 0 < from <= to"),
         (PretrainConfig, {"color_jitter": (0.4, 0.4, 0.2, 0.6)}, "strengths from 0 to 1, hue to"),
-        (PretrainConfig, {"warmup_epochs": 101}, "expected at most --epochs 100"),
+        (PretrainConfig, {"warmup_epochs": 101, "epochs": 100}, "expected at most --epochs 100"),
+        (PretrainConfig, {"max_hours": 1, "epochs": 9}, "expected nothing beside --epochs 9"),
+        (PretrainConfig, {"max_hours": 0}, "--max_hours is 0; expected a positive number"),
+        (RunConfig, {"lr": "auto"}, "--lr is 'auto'; expected a value"),
         (PretrainConfig, {"lr": float("nan")}, "--lr is nan; expected 0 or more"),
         (PretrainConfig, {"init_weights": "A", "continue_from": "B"}, "nothing beside --continue"),
         (KnnConfig, {"weights": None}, "expected --weights or --load_features, neither is"),
@@ -98,8 +107,8 @@ def test_lists_become_tuples_in_every_config():
 
 
 def test_options_that_affect_results_are_compared():
-    one = PretrainConfig(lr=0.25, devices="2")
-    other = PretrainConfig(devices="4", num_workers=3)
+    one = RunConfig(lr=0.25, devices="2")
+    other = RunConfig(devices="4", num_workers=3)
     assert differing_options(one, other) == {"lr": (0.25, 0.0005)}
     assert {field.name for field in dataclasses.fields(PretrainConfig)} >= FREE_ON_RESUME
 

@@ -10,13 +10,13 @@ from helpers import PICO_PATHS
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.crops import MultiCrop, own_generator, sample_boxes
 from dino_xcit.data.framing import resize
 from dino_xcit.data.photometric import PhotometricParam
 
 RATIOS = (3 / 4, 4 / 3)
-CONFIG = PretrainConfig(global_crops_size=24, local_crops_size=12, local_crops_number=3)
+CONFIG = RunConfig(global_crops_size=24, local_crops_size=12, local_crops_number=3)
 IMAGES = 2000
 
 

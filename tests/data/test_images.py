@@ -16,7 +16,7 @@ from dino_xcit.data.named import TorchSet
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_subset_is_picked_by_the_seed(tmp_path):
     assert pick(0) != pick(1)
 
 
-def names_of(config: PretrainConfig) -> list[str]:
+def names_of(config: RunConfig) -> list[str]:
     images = open_images(config, "train")
     return [images.name(i) for i in range(len(images))]
 

@@ -13,7 +13,7 @@ import torch
 
 from dino_xcit.cli import parse
 from dino_xcit.config.evaluation import KnnConfig, LinearConfig
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.images import open_images
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.evaluate.linear import linear_eval
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(not ROOT, reason="FASHION_MNIST is not set")
 
 
 @pytest.fixture
-def config(tmp_path) -> PretrainConfig:
-    config = parse("pretrain", PretrainConfig, ["--config", str(CONFIG), "--data_path", str(ROOT)])
+def config(tmp_path) -> RunConfig:
+    config = parse("pretrain", RunConfig, ["--config", str(CONFIG), "--data_path", str(ROOT)])
     return dataclasses.replace(
         config,
         output_dir=str(tmp_path / "run"),

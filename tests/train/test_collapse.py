@@ -12,13 +12,13 @@ import torch
 from helpers import TINY, as_flags, logged_rows
 
 from dino_xcit.cli import main
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import RunFailedError
 from dino_xcit.train.collapse import PATIENCE, CollapseError, CollapseWatch
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
 
-CONFIG = PretrainConfig(out_dim=16, freeze_last_layer=1)
+CONFIG = RunConfig(out_dim=16, freeze_last_layer=1)
 HEALTHY = {
     "epoch": 1,
     "loss": 0.7 * log(16),
@@ -44,7 +44,7 @@ def test_collapse_is_reported_after_patience_with_existing_flags(row, name):
     assert name in str(warning)
     flags = set(re.findall(r"--(\w+)", str(warning)))
     assert flags
-    assert flags <= {field.name for field in dataclasses.fields(PretrainConfig)}
+    assert flags <= {field.name for field in dataclasses.fields(RunConfig)}
 
 
 @pytest.mark.parametrize("row", [UNIFORM, SINGLE])

@@ -23,7 +23,7 @@ from dino_xcit.train.signals import SECONDS_FOR_DOUBLES, StopSignals
 if TYPE_CHECKING:
     import torch
 
-    from dino_xcit.config.pretrain import PretrainConfig
+    from dino_xcit.config.pretrain import RunConfig
 
 LIMIT = 120  # seconds, of which most are imports; a process that hangs never ends
 
@@ -55,7 +55,7 @@ DINOModule.training_step = training_step
 """
 
 
-def patched_run(config: PretrainConfig, patch: str) -> subprocess.Popen[str]:
+def patched_run(config: RunConfig, patch: str) -> subprocess.Popen[str]:
     """Start a run after some Python code, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", PATCHED.format(patch=patch), *as_flags(config)],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TINY
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.data.photometric import PhotometricParam
 from dino_xcit.model.architectures import BRANCHES
@@ -16,7 +16,7 @@ from dino_xcit.train.network import Network
 from dino_xcit.train.optimizer import clip_per_parameter, parameter_groups
 from dino_xcit.train.schedules import Schedules
 
-CONFIG = PretrainConfig(
+CONFIG = RunConfig(
     arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1
 )
 

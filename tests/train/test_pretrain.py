@@ -23,7 +23,7 @@ from torch import nn
 import dino_xcit
 from dino_xcit import run_folder
 from dino_xcit.cli import main, parse
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset, StepBatchSampler, collate
 from dino_xcit.model.xcit_layers import ConvPatchEmbed, XCABlock
@@ -96,7 +96,7 @@ def test_a_run_leaves_exactly_the_run_folder_of_the_design(tiny, drawn_pictures)
 @pytest.mark.slow
 def test_config_yaml_repeats_the_run(tiny):
     folder = pretrain(tiny).folder
-    again = parse("pretrain", PretrainConfig, ["--config", str(folder / "config.yaml")])
+    again = parse("pretrain", RunConfig, ["--config", str(folder / "config.yaml")])
     assert again == tiny
     repeated = pretrain(dataclasses.replace(again, output_dir=f"{folder}_again")).folder
     assert [row["loss"] for row in rows(repeated)] == [row["loss"] for row in rows(folder)]
@@ -303,7 +303,7 @@ def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
 # -- the algorithm -----------------------------------------------------------------------------
 
 
-def plain_loop(config: PretrainConfig, steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def plain_loop(config: RunConfig, steps: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """Official DINO's training loop in plain torch, with loops over pairs and tensors."""
     images = open_images(config, "train")
     order = StepBatchSampler(config, len(images))

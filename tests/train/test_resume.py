@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import folder_config, last_state, logged_rows, make_folder
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.images import open_images
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, LAST
@@ -21,7 +21,7 @@ NAMES = [f"{kind}/{i:02}.png" for kind in ("cat", "dog") for i in range(12)]
 
 
 @pytest.fixture
-def stopped(tmp_path) -> PretrainConfig:
+def stopped(tmp_path) -> RunConfig:
     """A run on 24 images that ended after 4 of 6 steps."""
     folder = make_folder(tmp_path / "images", NAMES)
     config = folder_config(folder, output_dir=str(tmp_path / "run"))
@@ -157,4 +157,4 @@ def test_a_run_is_extended_by_a_flag_with_the_schedules_of_the_longer_run(
 
 def test_a_strategy_that_returns_no_outcome_is_refused():
     with pytest.raises(UserError, match="--strategy is 'ddp_spawn'"):
-        PretrainConfig(strategy="ddp_spawn")
+        RunConfig(strategy="ddp_spawn")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.train.schedules import Schedules
 
 EPOCHS, STEPS_PER_EPOCH = 6, 5
@@ -22,7 +22,7 @@ def official_cosine(base, final, warmup_steps=0, start=0.0, steps=EPOCHS * STEPS
 
 
 def schedules(total_batch=256, **options):
-    config = PretrainConfig(**{"epochs": EPOCHS, "warmup_epochs": 0, **options})
+    config = RunConfig(**{"epochs": EPOCHS, "warmup_epochs": 0, **options})
     return Schedules(config=config, steps_per_epoch=STEPS_PER_EPOCH, total_batch=total_batch)
 
 

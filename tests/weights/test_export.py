@@ -14,7 +14,7 @@ import torch
 import dino_xcit
 from dino_xcit.cli import main
 from dino_xcit.config.evaluation import KnnConfig
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.knn import knn_eval
 from dino_xcit.figures.maps import class_attention
@@ -23,9 +23,7 @@ from dino_xcit.train.pretrain import pretrain
 from dino_xcit.weights.config_json import with_assumed
 from dino_xcit.weights.load import load_backbone, save_backbone
 
-NANO = PretrainConfig(
-    arch="xcit_n12_p16", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64
-)
+NANO = RunConfig(arch="xcit_n12_p16", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.weights.load import PUBLISHED, save_backbone
 
@@ -43,6 +43,6 @@ def test_without_weights_they_are_random(name):
 
 def test_given_weights_are_loaded(tmp_path):
     network = XCiT("xcit_pico2_p4")
-    save_backbone(network, PretrainConfig(arch="xcit_pico2_p4"), tmp_path / "w.safetensors")
+    save_backbone(network, RunConfig(arch="xcit_pico2_p4"), tmp_path / "w.safetensors")
     found = load("xcit_pico_2_p4", weights=str(tmp_path / "w.safetensors")).state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in network.state_dict().items())

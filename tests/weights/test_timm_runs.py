@@ -15,7 +15,7 @@ from run_pictures import empty_pictures
 
 import dino_xcit
 from dino_xcit.cli import main
-from dino_xcit.config.pretrain import PretrainConfig
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.model.timm_backbone import TimmBackbone
 from dino_xcit.run_folder import CONFIG, LAST, TEACHER, read_config
@@ -148,7 +148,7 @@ def test_the_hub_folder_of_a_run_has_its_recipe_and_says_what_it_is(run, tmp_pat
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_networks_of_another_size_and_channels_come_back_from_timm(name, tmp_path):
-    config = PretrainConfig(
+    config = RunConfig(
         arch=f"timm:{name}", in_chans=1, mean=(0.3,), std=(0.2,), global_crops_size=64
     )
     torch.manual_seed(0)
