@@ -1,4 +1,4 @@
-"""Resolved settings: official at the size of ImageNet, possible everywhere, and never overruling."""
+"""Resolved settings: official at the size of ImageNet, possible everywhere, never overruling."""
 
 import dataclasses
 
