@@ -111,7 +111,7 @@ class PretrainConfig:
     """hidden width of the projection head"""
     head_bottleneck_dim: int | Auto = AUTO
     """width of the projection head's bottleneck, the input of the prototype layer"""
-    use_bn_in_head: bool = False
+    use_bn_in_head: bool | Auto = AUTO
     """batch norm in the projection head"""
     norm_last_layer: bool = True
     """fix the norm of every prototype at 1 (false: better but less stable)"""
@@ -278,6 +278,7 @@ class RunConfig(PretrainConfig):
     out_dim: int = 65536
     head_hidden_dim: int = 2048
     head_bottleneck_dim: int = 256
+    use_bn_in_head: bool = False
     freeze_last_layer: float = 1
     warmup_teacher_temp: float = 0.04
     teacher_temp: float = 0.04

@@ -83,12 +83,23 @@ def resolve(config: PretrainConfig, facts: Facts) -> tuple[RunConfig, list[Setti
     autos = auto_options(config)
     values = {**given, **{name: getattr(OFFICIAL, name) for name in autos}}
     settings = []
-    rules = RULES if config.recipe == "auto" else {}
+    rules = RULES if config.recipe == "auto" else _official_rules(config)
     for name, rule in rules.items():
         if name in autos:
             values[name], why = rule(values, facts)
             settings.append(Setting(name, values[name], why))
     return as_run(config, **{name: values[name] for name in autos}), settings
+
+
+def _official_rules(config: PretrainConfig) -> dict[str, Rule]:
+    """Official values need no rule, except where a time decides the epochs."""
+    if config.max_hours is None:
+        return {}
+    return {"epochs": _epochs, "warmup_epochs": _official_warmup_epochs}
+
+
+def _official_warmup_epochs(values: Values, _facts: Facts) -> tuple[float, str]:
+    return min(OFFICIAL.warmup_epochs, values["epochs"]), "official, at most the run"
 
 
 def _trial(values: Values) -> RunConfig:
@@ -187,6 +198,12 @@ def _embed_dim(arch: str) -> int:
     return resolve_architecture(arch)[1].dim
 
 
+def _use_bn_in_head(_values: Values, facts: Facts) -> tuple[bool, str]:
+    if facts.images >= IMAGENET:
+        return OFFICIAL.use_bn_in_head, "official"
+    return True, f"under {IMAGENET:,} images"
+
+
 def _koleo_weight(_values: Values, facts: Facts) -> tuple[float, str]:
     if facts.images >= IMAGENET:
         return OFFICIAL.koleo_weight, "official"
@@ -280,6 +297,7 @@ RULES: dict[str, Rule] = {
     "out_dim": _out_dim,
     "head_hidden_dim": _head_hidden_dim,
     "head_bottleneck_dim": _head_bottleneck_dim,
+    "use_bn_in_head": _use_bn_in_head,
     "koleo_weight": _koleo_weight,
     "batch_size_per_gpu": _batch_size_per_gpu,
     "lr": _lr,

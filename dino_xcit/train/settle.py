@@ -113,4 +113,4 @@ def table(settings: list[Setting]) -> str:
 def _typed(value: Any) -> str:
     """A value as it is typed on the command line."""
     items = value if isinstance(value, tuple) else (value,)
-    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
+    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items).lower()
