@@ -83,7 +83,7 @@ class PretrainConfig:
 
     # Backbone
     arch: str = AUTO
-    """backbone: xcit_{pico2,n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}, official and timm names of
+    """backbone: xcit_{pico2,n3,n12,t12,t24,s12,s24,m24,l24}_p{16,8,4}, official and timm names of
     XCiT, or timm:NAME for any timm network with one feature vector per image"""
     init_weights: str | None = None
     """initial weights of student and teacher: anything that --weights of the evaluations takes.

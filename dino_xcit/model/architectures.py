@@ -53,11 +53,16 @@ ARCHITECTURES = {
     "xcit_l24": Architecture(
         official="xcit_large_24", dim=768, depth=24, heads=16, eta=1e-5, tokens_norm=True
     ),
-    # Not in the paper: small enough to train on two CPU cores in minutes.
+    # Not in the paper: small enough to train on two CPU cores in minutes and in hours.
     "xcit_pico2": Architecture(
         official="xcit_pico_2", dim=64, depth=2, heads=4, eta=1.0, tokens_norm=True
     ),
+    "xcit_n3": Architecture(
+        official="xcit_nano_3", dim=128, depth=3, heads=4, eta=1.0, tokens_norm=True
+    ),
 }
+OURS = ("xcit_pico2", "xcit_n3")
+"""architectures that are not in the paper"""
 PATCH_SIZES = (16, 8, 4)
 ABLATIONS = ("xca", "lpi", "l2_norm", "learned_temperature")
 """switches of `XCiT`, which are options too (table 4)"""
@@ -97,8 +102,8 @@ def resolve_architecture(name: str) -> tuple[str, Architecture, int]:
 
 
 def timm_name(arch: str) -> str | None:
-    """Name of the same network in timm, or None if timm has none (patch size 4, pico)."""
+    """Name of the same network in timm, or None if timm has none (patch size 4, `OURS`)."""
     short, architecture, patch = resolve_architecture(arch)
-    if patch == 4 or short.startswith("xcit_pico"):
+    if patch == 4 or short.removesuffix(f"_p{patch}") in OURS:
         return None
     return f"{architecture.official}_p{patch}_224"

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from dino_xcit.config.pretrain import RunConfig, as_run, auto_options
-from dino_xcit.model.architectures import resolve_architecture
+from dino_xcit.model.architectures import OURS, resolve_architecture
 from dino_xcit.model.build import build_backbone
+from dino_xcit.model.timm_backbone import is_timm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,7 @@ def _trial(values: Values) -> RunConfig:
 
 
 def _arch(_values: Values, facts: Facts) -> tuple[str, str]:
-    name = "xcit_pico2" if facts.on_cpu else "xcit_s12"
+    name = "xcit_n3" if facts.on_cpu else "xcit_s12"
     side = min(facts.side, SMALL_VIEW if facts.on_cpu else OFFICIAL.global_crops_size)
     patch = 16 if side > 128 else 8 if side > 48 else 4
     device = "a CPU" if facts.on_cpu else "a GPU"
@@ -121,8 +122,7 @@ def _arch(_values: Values, facts: Facts) -> tuple[str, str]:
 
 def _global_crops_size(values: Values, facts: Facts) -> tuple[int, str]:
     patch = _patch_size(values["arch"])
-    small = values["arch"].startswith("xcit_pico")
-    limit = SMALL_VIEW if small else OFFICIAL.global_crops_size
+    limit = SMALL_VIEW if _is_ours(values["arch"]) else OFFICIAL.global_crops_size
     size = max(2 * patch, min(limit, facts.side) // patch * patch)
     return size, f"images of {facts.side} pixels; at most {limit}"
 
@@ -133,9 +133,14 @@ def _local_crops_size(values: Values, _facts: Facts) -> tuple[int, str]:
     return size, "96/224 of the global crops"
 
 
+def _is_ours(arch: str) -> bool:
+    """Whether it is one of the small networks for CPUs."""
+    return not is_timm(arch) and resolve_architecture(arch)[0].startswith(OURS)
+
+
 def _patch_size(arch: str) -> int:
     """Pixels of which a crop's side has to be a multiple."""
-    if arch.startswith(("timm:", "hf-hub:")):
+    if is_timm(arch):
         return 32
     return resolve_architecture(arch)[2]
 
@@ -169,7 +174,7 @@ def _solarize_prob(_values: Values, _facts: Facts) -> tuple[tuple[float, ...], s
 
 
 def _drop_path_rate(values: Values, _facts: Facts) -> tuple[float, str]:
-    if values["arch"].startswith("xcit_pico"):
+    if _is_ours(values["arch"]):
         return 0.0, "a network of few layers"
     return OFFICIAL.drop_path_rate, "official"
 
@@ -192,7 +197,7 @@ def _head_bottleneck_dim(values: Values, _facts: Facts) -> tuple[int, str]:
 
 
 def _embed_dim(arch: str) -> int:
-    if arch.startswith(("timm:", "hf-hub:")):
+    if is_timm(arch):
         with torch.device("meta"):
             return build_backbone(arch).embed_dim
     return resolve_architecture(arch)[1].dim
@@ -224,7 +229,7 @@ def _batch_size_per_gpu(values: Values, facts: Facts) -> tuple[int, str]:
 
 
 def _lr(values: Values, _facts: Facts) -> tuple[float, str]:
-    if values["arch"].startswith("xcit_pico"):
+    if _is_ours(values["arch"]):
         return 0.002, "a small network"
     return OFFICIAL.lr, "official"
 

@@ -4,10 +4,10 @@ import pytest
 import timm
 
 from dino_xcit.errors import UserError
-from dino_xcit.model.architectures import ARCHITECTURES, resolve_architecture, timm_name
+from dino_xcit.model.architectures import ARCHITECTURES, OURS, resolve_architecture, timm_name
 
 PUBLISHED = [
-    f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)
+    f"{short}_p{patch}" for short in ARCHITECTURES if short not in OURS for patch in (16, 8)
 ]
 
 
@@ -27,6 +27,7 @@ PUBLISHED = [
         ("xcit_medium_24_p8", "xcit_m24", 8),
         ("xcit_large_24_p4", "xcit_l24", 4),
         ("xcit_pico_2_p8", "xcit_pico2", 8),
+        ("xcit_nano_3_p4", "xcit_n3", 4),
     ],
 )
 def test_every_spelling_of_a_name_gives_the_same_architecture(name, row, patch):
@@ -55,3 +56,4 @@ def test_timm_name_is_a_name_that_timm_knows_or_none():
     assert {timm_name(arch) for arch in PUBLISHED} <= set(timm.list_models("xcit*"))
     assert timm_name("xcit_s12_p4") is None
     assert timm_name("xcit_pico2_p16") is None
+    assert timm_name("xcit_n3_p16") is None
