@@ -145,11 +145,16 @@ def _patch_size(arch: str) -> int:
     return resolve_architecture(arch)[2]
 
 
-def _local_crops_number(_values: Values, _facts: Facts) -> tuple[int, str]:
+def _local_crops_number(values: Values, _facts: Facts) -> tuple[int, str]:
+    size = values["global_crops_size"]
+    if size <= SMALL_VIEW:
+        return 0, f"global crops of {size} pixels learn faster without"
     return OFFICIAL.local_crops_number, "official"
 
 
-def _global_crops_scale(_values: Values, _facts: Facts) -> tuple[tuple[float, float], str]:
+def _global_crops_scale(values: Values, _facts: Facts) -> tuple[tuple[float, float], str]:
+    if not values["local_crops_number"]:
+        return (0.25, 1.0), "no local crops"
     return OFFICIAL.global_crops_scale, "official"
 
 
@@ -292,8 +297,8 @@ RULES: dict[str, Rule] = {
     "arch": _arch,
     "global_crops_size": _global_crops_size,
     "local_crops_size": _local_crops_size,
-    "global_crops_scale": _global_crops_scale,
     "local_crops_number": _local_crops_number,
+    "global_crops_scale": _global_crops_scale,
     "local_crops_scale": _local_crops_scale,
     "blur_sigma": _blur_sigma,
     "blur_prob": _blur_prob,
