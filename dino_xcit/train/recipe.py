@@ -169,8 +169,8 @@ def _blur_sigma(values: Values, _facts: Facts) -> tuple[tuple[float, float], str
 
 
 def _blur_prob(values: Values, _facts: Facts) -> tuple[tuple[float, ...], str]:
-    if values["blur_sigma"][1] < 0.5:
-        return (0.0, 0.0, 0.0), "a blur under half a pixel changes nothing"
+    if values["blur_sigma"][1] < 1:
+        return (0.0, 0.0, 0.0), "a blur under a pixel changes little"
     return OFFICIAL.blur_prob, "official"
 
 
