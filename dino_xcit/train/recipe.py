@@ -235,7 +235,7 @@ def _batch_size_per_gpu(values: Values, facts: Facts) -> tuple[int, str]:
 
 def _lr(values: Values, _facts: Facts) -> tuple[float, str]:
     if _is_ours(values["arch"]):
-        return 0.002, "a small network"
+        return 0.004, "a small network"
     return OFFICIAL.lr, "official"
 
 
