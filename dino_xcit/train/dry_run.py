@@ -88,7 +88,7 @@ def describe_plan(
     return "\n".join(
         [
             f"images      {len(images):,}",
-            f"steps       {schedules.steps:,} ({config.epochs} epochs of "
+            f"steps       {schedules.steps:,} ({config.epochs} epoch{'s' * (config.epochs > 1)} of "
             f"{schedules.steps_per_epoch:,}, {schedules.total_batch} images each, "
             f"{processes} process{'es' * (processes > 1)})",
             f"time        {duration(seconds)} at {rate:.0f} images/s, measured on one process",

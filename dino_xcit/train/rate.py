@@ -9,7 +9,7 @@ import torch
 
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
 from dino_xcit.data.workers import default_workers
-from dino_xcit.runtime import HALF
+from dino_xcit.runtime import HALF, say
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.schedules import Schedules
 
@@ -32,6 +32,7 @@ def images_per_second(
         device: of the process.
         precision: as Lightning names it.
     """
+    say("measuring the rate of the run on a few of its steps")
     sampler = StepBatchSampler(config, len(images))
     schedules = Schedules(
         config=config, steps_per_epoch=sampler.steps_per_epoch, total_batch=sampler.total_batch

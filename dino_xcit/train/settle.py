@@ -16,7 +16,7 @@ from dino_xcit.runtime import memory_there, resolve_precision, say
 from dino_xcit.train.checkpoints import checkpoints_of
 from dino_xcit.train.dry_run import memory_estimate
 from dino_xcit.train.rate import images_per_second
-from dino_xcit.train.recipe import MEMORY_SHARE, Facts, Setting, resolve
+from dino_xcit.train.recipe import MEMORY_SHARE, OFFICIAL, Facts, Setting, resolve
 
 if TYPE_CHECKING:
     import lightning as L
@@ -92,25 +92,32 @@ def _median_side(images: ImageSet) -> int:
         UserError: none of them can be read.
     """
     sides = []
-    for index in np.unique(np.linspace(0, len(images) - 1, IMAGES_MEASURED).astype(int)):
+    looked_at = np.unique(np.linspace(0, len(images) - 1, IMAGES_MEASURED).astype(int))
+    for index in looked_at:
         try:
             sides.append(min(images.read(int(index)).shape[1:]))
         except (OSError, ImageError):
             continue
     if not sides:
-        raise UserError(f"none of {IMAGES_MEASURED} images can be read; is --data_path right?")
+        raise UserError(f"none of {len(looked_at)} images can be read; is --data_path right?")
     return int(np.median(sides))
 
 
 def table(settings: list[Setting]) -> str:
-    """Resolved settings in lines: option, value, why."""
-    rows = [(f"--{s.option}", _typed(s.value), s.why) for s in settings]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    """Resolved settings in lines: option, value, why; those that are official's in one."""
+    own = [setting for setting in settings if setting.value != getattr(OFFICIAL, setting.option)]
+    rows = [(f"--{setting.option}", _typed(setting.value), setting.why) for setting in own]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [f"  {o:{widths[0]}}  {v:{widths[1]}}  {why}" for o, v, why in rows]
+    others = [f"{s.option} {_typed(s.value)}" for s in settings if s not in own]
+    if others:
+        lines.append(f"  as official DINO: {', '.join(others)}")
     return "\n".join(["Resolved settings (a flag sets another value):", *lines])
 
 
 def _typed(value: Any) -> str:
     """A value as it is typed on the command line."""
     items = value if isinstance(value, tuple) else (value,)
-    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items).lower()
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
