@@ -10,6 +10,7 @@ import numpy as np
 
 from dino_xcit.config.checks import AUTO
 from dino_xcit.config.pretrain import RunConfig, as_run, auto_options
+from dino_xcit.data.decode import one_line
 from dino_xcit.errors import ImageError, UserError
 from dino_xcit.run_folder import read_config
 from dino_xcit.runtime import memory_there, resolve_precision, say
@@ -96,10 +97,12 @@ def _median_side(images: ImageSet) -> int:
     for index in looked_at:
         try:
             sides.append(min(images.read(int(index)).shape[1:]))
-        except (OSError, ImageError):
-            continue
+        except (OSError, ImageError) as error:
+            reason = f"{images.name(int(index))}: {one_line(error)}"
     if not sides:
-        raise UserError(f"none of {len(looked_at)} images can be read; is --data_path right?")
+        raise UserError(
+            f"none of {len(looked_at)} images can be read ({reason}); is --data_path right?"
+        )
     return int(np.median(sides))
 
 
