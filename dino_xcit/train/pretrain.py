@@ -34,6 +34,7 @@ from dino_xcit.train.collapse import does_not_sharpen
 from dino_xcit.train.dry_run import describe_plan, draw_crop_sheet, refuse_oversized_step
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.official_resume import resume_official
+from dino_xcit.train.recipe import FEW_STEPS
 from dino_xcit.train.resume import require_same_run
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.train.settle import settle, settle_precision
@@ -186,6 +187,11 @@ def _start(run: Run, lock: FolderLock) -> Outcome:
             f"{config.warmup_teacher_temp:g}) is not below --student_temp "
             f"{config.student_temp:g}: a teacher that does not sharpen collapses to uniform; "
             "try 0.04"
+        )
+    if run.schedules.steps < FEW_STEPS and checkpoint is None:
+        say(
+            f"{run.schedules.steps:,} steps are few: runs that learn something take thousands; "
+            "raise --epochs or --max_hours"
         )
     if config.dry_run:
         rank_zero_only(print)(describe_plan(config, module, run.images, trainer))

@@ -39,7 +39,7 @@ WARMUP_SHARE, WARMUP_STEPS = 0.1, 12_500
 FROZEN_SHARE, FROZEN_STEPS = 0.05, 1250
 MEMORY_SHARE = 0.7
 """of the machine's memory, for what the estimate of a step counts"""
-TOO_SHORT = 2000
+FEW_STEPS = 1000
 """optimizer steps below which a run learns little"""
 
 
