@@ -50,7 +50,7 @@ class Listing(NamedTuple):
 def list_images(folder: Path, output: Path | None = None) -> Listing:
     """List the image files of a folder.
 
-    Left out are hidden folders, those of macOS archives, run folders and `output`.
+    Left out are hidden files and folders, those of macOS archives, run folders and `output`.
     """
     files, ignored, unopened = [], Counter[str](), []
 
@@ -61,12 +61,25 @@ def list_images(folder: Path, output: Path | None = None) -> Listing:
         folders[:] = [name for name in folders if _is_walked(Path(parent, name), output)]
         for name in names:
             ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # millions of names
-            if ending in EXTENSIONS and not name.startswith("._"):  # ._: metadata of macOS
+            if name.startswith("."):  # such as macOS's ._a.png, metadata of a.png
+                continue
+            if ending in EXTENSIONS:
                 files.append(os.path.join(parent, name))  # noqa: PTH118
             else:
                 ignored[ending or name] += 1
     # Names may differ in case or leading zeros only: their order must not be the file system's.
     return Listing(sorted(sorted(files), key=natural_key), ignored, unopened)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files at any depth, sorted, without hidden files and folders."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
 
 
 def _is_walked(folder: Path, output: Path | None) -> bool:
@@ -242,6 +255,8 @@ def _images_in(folder: Path, depth: int = 1) -> Iterator[str]:
     except OSError:
         return
     for entry in entries:
+        if entry.name.startswith("."):
+            continue
         if entry.suffix.lower() in EXTENSIONS:
             yield entry.name
         elif depth and entry.is_dir():
