@@ -147,7 +147,4 @@ def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 def _files_by_name(folder: Path) -> dict[str, Path]:
     """Return the image files below the folder by their path in it, without the extension."""
-    return {
-        str(path.relative_to(folder).with_suffix("")): path
-        for path in image_files(folder)
-    }
+    return {str(path.relative_to(folder).with_suffix("")): path for path in image_files(folder)}
