@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dino_xcit.data.decode import EXTENSIONS, decode, time_limit
+from dino_xcit.data.decode import EXTENSIONS, ImageFiles, time_limit
 from dino_xcit.data.pixels import require_readable
-from dino_xcit.data.splits import NoTrainingImagesError, find_split, is_split
+from dino_xcit.data.splits import NoImagesError, NoTrainingImagesError, find_split, is_split
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS
 
@@ -136,6 +136,7 @@ class FolderSet:
         known = self.classes or {}
         taken = [i for i, name in enumerate(names) if name in known]
         self.files = [listing.files[i] for i in taken]
+        self.reader = ImageFiles(self.files, channels)
         labels = np.array([known[names[i]] for i in taken], dtype=np.int64)
         self.labels = None if classes is None and len(known) <= 1 else labels
 
@@ -149,7 +150,7 @@ class FolderSet:
     def read(self, index: int) -> Tensor:
         """See `ImageSet`."""
         with time_limit():
-            return decode(Path(self.files[index]).read_bytes(), self.channels)
+            return self.reader.read(index)
 
     def name(self, index: int) -> str:
         """See `ImageSet`."""
@@ -190,7 +191,7 @@ def open_folder(config: Config, split: str, classes: dict[str, int] | None) -> F
         return images
     if split == "validation":
         return None
-    raise UserError(
+    raise NoImagesError(
         f"no images in --data_path {folder} ({_none_found(listing)}); expected files ending in "
         f"{' '.join(EXTENSIONS)}"
     )
@@ -232,8 +233,9 @@ def _without_training_images(root: Path, validation: Path) -> str:
     found = f"(found {_named(others)})" if others else "beside it"
     return (
         f"--data_path {root} has {validation.name}/ but no train/ {found}, and validation images "
-        "must not be trained on; put the training images into train/, or name one folder of images "
-        f"with --data_path, such as {root / (others[0] if others else validation.name)}"
+        f"must not be trained on; put the training images into train/, {validation.name}/ too if "
+        "it is a class, or name one folder of images with --data_path, such as "
+        f"{root / (others[0] if others else validation.name)}"
     )
 
 

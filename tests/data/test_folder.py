@@ -120,6 +120,15 @@ def test_validation_images_are_never_training_images(tmp_path, names, validation
         open_images(folder_config(root), "train")
 
 
+def test_a_class_named_as_a_split_is_one_of_the_classes_of_train(tmp_path):
+    with pytest.raises(UserError, match=r"put the training .* into train/, test/ too if it is a"):
+        open_images(folder_config(make_folder(tmp_path, ["cat/1.png", "test/2.png"])), "train")
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "test"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert open_images(folder_config(tmp_path), "train").classes == {"cat": 0, "test": 1}
+
+
 def test_a_class_named_train_is_one_of_the_classes_and_said(tmp_path):
     images = open_images(
         folder_config(make_folder(tmp_path, ["bus/1.png", "car/2.png", "train/3.png"])), "train"
