@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
+OF_EVERY_RUN = {"arch", "data_path", "out_dim", "output_dir", "seed"}  # options in each CONFIG
 BAD_IMAGES = "bad_images.txt"
 CROPS = "crops.png"
 CURVES = "curves.png"
@@ -84,6 +85,31 @@ def write_config(config: RunConfig, folder: Path) -> None:
     }
     with replacing(folder / CONFIG) as path:
         path.write_text(yaml.safe_dump(options, sort_keys=False))
+
+
+def require_no_others_files(folder: Path) -> None:
+    """Check that a run that starts in this folder overwrites nothing that no run wrote.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    if (folder / LAST).parent.is_dir() or _is_of_a_run(folder / CONFIG):
+        return
+    for name in (CONFIG, METRICS):
+        if (folder / name).exists():
+            raise UserError(
+                f"--output_dir {folder} holds a {name} that no run wrote, which would be "
+                "overwritten; name another --output_dir, or rename the file"
+            )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether this is a config as `write_config` writes it: with every option."""
+    try:
+        options = read_yaml(path)
+    except (UserError, OSError):
+        return False
+    return isinstance(options, dict) and options.keys() >= OF_EVERY_RUN
 
 
 def read_config(folder: Path) -> RunConfig:

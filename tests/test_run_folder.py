@@ -2,18 +2,53 @@
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
+from helpers import TINY
 
 from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS, Metrics, read_config, read_metrics, write_config
+from dino_xcit.train.pretrain import pretrain
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    return dataclasses.replace(TINY, output_dir=str(tmp_path / "run"))
 
 
 def table(folder):
     with (folder / METRICS).open(newline="") as file:
         return list(csv.reader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (CONFIG, "model: resnet"),
+        (CONFIG, "arch: xcit_s12_p16\nepochs: 3  # my own recipe"),
+        (CONFIG, "- a: [b"),
+        (METRICS, "a,b\n1,2\n"),
+        (METRICS, "epoch,step,loss\n0,9,1.5\n"),
+    ],
+)
+def test_files_that_no_run_wrote_are_not_overwritten(tiny_config, name, text):
+    folder = Path(tiny_config.output_dir)
+    folder.mkdir()
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=rf"--output_dir .* holds a {name} that no run wrote"):
+        pretrain(tiny_config)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tiny_config):
+    folder = Path(tiny_config.output_dir)
+    folder.mkdir()
+    write_config(tiny_config, folder)
+    Metrics(folder, first_step=0).write({"step": 1, "loss": 0.5})
+    assert pretrain(dataclasses.replace(tiny_config, dry_run=True)).step == 0
 
 
 def test_columns_of_metrics_follow_from_the_rows(tmp_path):

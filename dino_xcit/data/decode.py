@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import signal
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dino_xcit.data.pixels import Storage, from_pil, with_fourth_band
+from dino_xcit.data.pixels import LEVELS, DarkError, Storage, from_pil, with_fourth_band
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -31,14 +34,61 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 JPEG = b"\xff\xd8"  # first bytes
 TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+SAMPLED = 32  # files of a set in which brighter pixels are looked for
 SECONDS_TO_READ = 60  # after which an image counts as unreadable, so a hanging file system ends
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+class ImageFiles:
+    """Reads the image files of a set, whose 16-bit files have one depth."""
+
+    def __init__(self, files: Sequence[Path | str], channels: int) -> None:
+        self.files, self.channels = files, channels
+
+    def read(self, index: int) -> Tensor:
+        """Return the image as uint8 (C, H, W).
+
+        A dark image of 16 bits is read where one of a sample of the files has brighter pixels.
+
+        Raises:
+            ImageError: See `decode`.
+            OSError: The file cannot be read.
+        """
+        data = Path(self.files[index]).read_bytes()
+        try:
+            return decode(data, self.channels)
+        except DarkError:
+            if not self._fill_16_bits:
+                raise
+        return decode(data, self.channels, may_be_dark=True)
+
+    @functools.cached_property
+    def _fill_16_bits(self) -> bool:
+        sample = np.unique(np.linspace(0, len(self.files) - 1, SAMPLED).astype(int))
+        return any(fills_16_bits(Path(self.files[index])) for index in sample)
+
+
+def fills_16_bits(path: Path) -> bool:
+    """Whether this file has 16 bits and pixels for which 12 do not suffice."""
+    try:
+        with time_limit():
+            data = path.read_bytes()
+            with reading_images(), _open(data) as file:
+                bits = Storage.of(file, data).bits
+            return bits == 16 and int(decode(data, 3).max()) >= LEVELS
+    except (ImageError, OSError):
+        return False
+
+
+def decode(data: bytes, channels: int, may_be_dark: bool = False) -> Tensor:
     """Decode an image file to upright pixels.
 
     torchvision decodes JPEG, PIL the rest: some damaged PNGs crash torchvision's decoder, and it is
     no faster for them.
+
+    Args:
+        data: Of the file.
+        channels: Of the pixels.
+        may_be_dark: Whether pixels of 16 bits that fill few levels are known to be dark.
 
     Returns:
         uint8 (channels, H, W).
@@ -59,7 +109,7 @@ def decode(data: bytes, channels: int) -> Tensor:
         if channels == 4 and data.startswith(TIFF[:2]):
             data = with_fourth_band(data)
     with reading_images(), _open(data) as file:
-        storage = Storage.of(file, data)
+        storage = Storage.of(file, data)._replace(may_be_dark=may_be_dark)
         return from_pil(ImageOps.exif_transpose(file), channels, storage)
 
 
@@ -84,7 +134,7 @@ def reading_images() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UserError:
+    except (UserError, ImageError):
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image") from None

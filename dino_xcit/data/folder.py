@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dino_xcit.data.decode import EXTENSIONS, decode, time_limit
+from dino_xcit.data.decode import EXTENSIONS, ImageFiles, time_limit
 from dino_xcit.data.pixels import require_readable
-from dino_xcit.data.splits import NoTrainingImagesError, find_split, is_split
+from dino_xcit.data.splits import NoImagesError, NoTrainingImagesError, find_split, is_split
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS
 
@@ -50,7 +50,7 @@ class Listing(NamedTuple):
 def list_images(folder: Path, output: Path | None = None) -> Listing:
     """List the image files of a folder.
 
-    Left out are hidden folders, those of macOS archives, run folders and `output`.
+    Left out are hidden files and folders, those of macOS archives, run folders and `output`.
     """
     files, ignored, unopened = [], Counter[str](), []
 
@@ -61,12 +61,25 @@ def list_images(folder: Path, output: Path | None = None) -> Listing:
         folders[:] = [name for name in folders if _is_walked(Path(parent, name), output)]
         for name in names:
             ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # millions of names
-            if ending in EXTENSIONS and not name.startswith("._"):  # ._: metadata of macOS
+            if name.startswith("."):  # such as macOS's ._a.png, metadata of a.png
+                continue
+            if ending in EXTENSIONS:
                 files.append(os.path.join(parent, name))  # noqa: PTH118
             else:
                 ignored[ending or name] += 1
     # Names may differ in case or leading zeros only: their order must not be the file system's.
     return Listing(sorted(sorted(files), key=natural_key), ignored, unopened)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files at any depth, sorted, without hidden files and folders."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
 
 
 def _is_walked(folder: Path, output: Path | None) -> bool:
@@ -123,6 +136,7 @@ class FolderSet:
         known = self.classes or {}
         taken = [i for i, name in enumerate(names) if name in known]
         self.files = [listing.files[i] for i in taken]
+        self.reader = ImageFiles(self.files, channels)
         labels = np.array([known[names[i]] for i in taken], dtype=np.int64)
         self.labels = None if classes is None and len(known) <= 1 else labels
 
@@ -136,7 +150,7 @@ class FolderSet:
     def read(self, index: int) -> Tensor:
         """See `ImageSet`."""
         with time_limit():
-            return decode(Path(self.files[index]).read_bytes(), self.channels)
+            return self.reader.read(index)
 
     def name(self, index: int) -> str:
         """See `ImageSet`."""
@@ -177,7 +191,7 @@ def open_folder(config: Config, split: str, classes: dict[str, int] | None) -> F
         return images
     if split == "validation":
         return None
-    raise UserError(
+    raise NoImagesError(
         f"no images in --data_path {folder} ({_none_found(listing)}); expected files ending in "
         f"{' '.join(EXTENSIONS)}"
     )
@@ -219,8 +233,9 @@ def _without_training_images(root: Path, validation: Path) -> str:
     found = f"(found {_named(others)})" if others else "beside it"
     return (
         f"--data_path {root} has {validation.name}/ but no train/ {found}, and validation images "
-        "must not be trained on; put the training images into train/, or name one folder of images "
-        f"with --data_path, such as {root / (others[0] if others else validation.name)}"
+        f"must not be trained on; put the training images into train/, {validation.name}/ too if "
+        "it is a class, or name one folder of images with --data_path, such as "
+        f"{root / (others[0] if others else validation.name)}"
     )
 
 
@@ -242,6 +257,8 @@ def _images_in(folder: Path, depth: int = 1) -> Iterator[str]:
     except OSError:
         return
     for entry in entries:
+        if entry.name.startswith("."):
+            continue
         if entry.suffix.lower() in EXTENSIONS:
             yield entry.name
         elif depth and entry.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
-from dino_xcit.data.decode import EXTENSIONS
+from dino_xcit.data.folder import image_files
 from dino_xcit.data.splits import SPLITS, find_split
 from dino_xcit.errors import UserError
 from dino_xcit.runtime import say
@@ -147,13 +147,4 @@ def _first_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 def _files_by_name(folder: Path) -> dict[str, Path]:
     """Return the image files below the folder by their path in it, without the extension."""
-    return {
-        str(path.relative_to(folder).with_suffix("")): path
-        for path in sorted(folder.rglob("*"))
-        if is_image(path)
-    }
-
-
-def is_image(path: Path) -> bool:
-    """Whether this is a file with the extension of an image."""
-    return path.suffix.lower() in EXTENSIONS and path.is_file()
+    return {str(path.relative_to(folder).with_suffix("")): path for path in image_files(folder)}

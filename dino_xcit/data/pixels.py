@@ -6,7 +6,8 @@
     alpha               composited on white, unless four channels are read
 
 Everything else is refused, and so are pixels that would fill fewer than `LEVELS` of the 256 levels:
-12 bits in a file of 16 would be nearly black.
+12 bits in a file of 16 would be nearly black. They are dark pixels of 16 bits if other files of the
+set have brighter ones, see `decode.ImageFiles`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ REDUCED_OR_MASK = 0b101  # flags of TIFF's NewSubfileType: a page that is no ima
 NEW_SUBFILE_TYPE, PHOTOMETRIC, EXTRA_SAMPLES = 254, 262, 338  # tags of TIFF
 
 
+class DarkError(ImageError):
+    """Pixels of 16 bits that fill few levels: they are dark, or of fewer bits."""
+
+
 class Storage(NamedTuple):
     """What a file states of its pixels and PIL does not keep."""
 
@@ -36,6 +41,8 @@ class Storage(NamedTuple):
     """of 16 bits and floats, which PIL does not invert"""
     has_alpha: bool = True
     """whether a fourth band is alpha"""
+    may_be_dark: bool = False
+    """whether 16 bits that fill few levels are known to be dark"""
 
     @classmethod
     def of(cls, file: Image.Image, data: bytes) -> Storage:
@@ -56,7 +63,8 @@ class Storage(NamedTuple):
             bits, alpha = file.tag_v2.get(258, (8,)), file.tag_v2.get(EXTRA_SAMPLES, ())
             white_is_zero = file.tag_v2.get(PHOTOMETRIC) == 0
             return cls(max(bits), white_is_zero, alpha in ((1,), (2,)) or file.mode != "RGBA")
-        return cls()  # PPM too: PIL scales what has more than 8 bits to 16, in mode I
+        # PIL scales a PGM of more than 8 bits to 16, in mode I.
+        return cls(bits=16 if file.mode.startswith("I") else 8)
 
 
 def _require_one_page(file: TiffImagePlugin.TiffImageFile) -> None:
@@ -83,10 +91,10 @@ def from_pil(image: Image.Image, channels: int, storage: Storage = EIGHT_BITS) -
     """
     require_readable(channels)
     if image.mode.startswith("I"):
-        image = Image.fromarray(_of_16_bits(np.asarray(image), storage.white_is_zero))
+        image = Image.fromarray(_of_16_bits(np.asarray(image), storage))
     elif image.mode == "F":
         image = Image.fromarray(_of_floats(np.asarray(image), storage.white_is_zero))
-    elif storage.bits == 16:
+    elif storage.bits == 16 and not storage.may_be_dark:
         _require_levels(image)
     if channels != 4 and image.has_transparency_data:
         image = _on_ground(image) if storage.has_alpha else image.convert("RGB")
@@ -102,12 +110,12 @@ def require_readable(channels: int) -> None:
         )
 
 
-def _of_16_bits(values: np.ndarray, white_is_zero: bool) -> np.ndarray:
+def _of_16_bits(values: np.ndarray, storage: Storage) -> np.ndarray:
     highest = int(values.max())
-    if 0 < highest < 256 * LEVELS:
+    if 0 < highest < 256 * LEVELS and not storage.may_be_dark:
         raise _too_dark(f"of at most {highest}")
     levels = (values >> 8).astype(np.uint8)
-    return 255 - levels if white_is_zero else levels
+    return 255 - levels if storage.white_is_zero else levels
 
 
 def _require_levels(image: Image.Image) -> None:
@@ -116,8 +124,8 @@ def _require_levels(image: Image.Image) -> None:
         raise _too_dark(f"that fill fewer than {LEVELS} of 256 levels")
 
 
-def _too_dark(found: str) -> ImageError:
-    return ImageError(
+def _too_dark(found: str) -> DarkError:
+    return DarkError(
         f"16-bit pixels {found}, as of 12 bits or fewer stored in 16, whose scale the file does "
         "not state; scale them to 65535 or convert the file to 8 bits"
     )

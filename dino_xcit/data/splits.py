@@ -54,5 +54,9 @@ def find_split(root: Path, split: str) -> Path | None:
     return ranked[0][2] if ranked else None
 
 
+class NoImagesError(UserError):
+    """A folder has no images at all."""
+
+
 class NoTrainingImagesError(UserError):
     """A folder has validation images and no training images."""

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from dino_xcit.config.evaluation import EvalConfig
+from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.evaluate.inputs import CLASSIFICATION, open_inputs
 from dino_xcit.evaluate.report import Report, Result, output_folder, provenance, table
 from dino_xcit.files import write_json
 from dino_xcit.run_folder import result_file
-from dino_xcit.runtime import launch
+from dino_xcit.runtime import launch, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -106,7 +106,10 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         weights = inputs.features[0]
         evaluation = Evaluation(inputs.config, fabric, folder, inputs.class_names, weights)
-        results = {features.name: score(evaluation, features) for features in inputs.features}
+        results = {
+            features.name: score(_of_its_parts(evaluation, features), features)
+            for features in inputs.features
+        }
         report = {
             "protocol": protocol,
             "results": results[weights.name],
@@ -122,6 +125,19 @@ def evaluate(
         print(_table(title, columns, results))
         print(f"{folder}: {', '.join([result_file(name), *evaluation.files])}")
     return report
+
+
+def _of_its_parts(evaluation: Evaluation[Config], features: Features) -> Evaluation[Config]:
+    """The evaluation, without a choice of parts for a baseline of one part: raw pixels."""
+    config = evaluation.config
+    if features is evaluation.weights or not isinstance(config, ClassificationConfig):
+        return evaluation
+    if features.shape[0] > 1 or not (config.avgpool_patchtokens or (config.n_last_blocks or 1) > 1):
+        return evaluation
+    if evaluation.fabric.is_global_zero:
+        say(f"{features.name}: --n_last_blocks and --avgpool_patchtokens do not apply")
+    whole = dataclasses.replace(config, n_last_blocks=None, avgpool_patchtokens=None)
+    return dataclasses.replace(evaluation, config=whole)
 
 
 def _table(

@@ -25,7 +25,7 @@ from dino_xcit.data.images import (
     sampled,
     source_of,
 )
-from dino_xcit.data.splits import NoTrainingImagesError
+from dino_xcit.data.splits import NoImagesError, NoTrainingImagesError
 from dino_xcit.errors import UserError
 from dino_xcit.evaluate.feature_files import FileFeatures
 from dino_xcit.evaluate.features import (
@@ -85,10 +85,15 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
             raise UserError(f"--val_fraction {fraction:g}: {where} has validation images already")
         train, validation = _hold_out(config, fraction)
     if validation is None:
-        raise UserError(
-            f"{where} has no validation images; expected val/ beside train/, or --val_fraction 0.2 "
-            "to hold out some of the training images"
+        expected = (
+            "val/ beside train/, or --val_fraction 0.2 to hold out some of the training images"
         )
+        if getattr(config, "evaluate", None) is not None:
+            expected = (
+                "the images to score in val/, a folder for each class, or --val_fraction and "
+                "--seed as the head was trained with"
+            )
+        raise UserError(f"{where} has no validation images; expected {expected}")
     if config.dataset is not None:
         classes = (train or validation).classes or {}
     else:
@@ -117,6 +122,13 @@ def _training_images(config: EvalConfig) -> ImageSet | None:
         if getattr(config, "evaluate", None) is None:
             raise
         return None
+    except NoImagesError as error:
+        run = read_run(config.weights or "")
+        if run is None or run.dataset is None:
+            raise
+        raise UserError(
+            f"{error}; the run of --weights {config.weights} used --dataset {run.dataset}"
+        ) from None
 
 
 def _hold_out(config: EvalConfig, fraction: float) -> tuple[ImageSet, ImageSet]:

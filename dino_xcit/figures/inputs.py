@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.data.decode import EXTENSIONS
+from dino_xcit.data.folder import image_files
 from dino_xcit.data.images import ImageSet, open_images
 from dino_xcit.errors import UserError
 from dino_xcit.figures.video import VideoFile, is_video
@@ -137,9 +138,7 @@ def images_in(folder: Path, without: Path | None = None) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    files = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
-    )
+    files = image_files(folder)
     if without is not None and without.resolve() != folder.resolve():
         files = [path for path in files if not path.resolve().is_relative_to(without.resolve())]
     if not files:

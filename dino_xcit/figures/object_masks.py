@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import EXTENSIONS
+from dino_xcit.data.folder import image_files
 from dino_xcit.errors import UserError
 from dino_xcit.figures.mask_files import ObjectMask, number_their_objects, read_mask
 from dino_xcit.weights.load import read_run
@@ -80,9 +80,8 @@ def scenes_of_files(
     if not folder.is_dir():
         raise UserError(f"--masks {folder} is not a folder; expected a folder of masks, or shapes")
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and path.is_file():
-            files.setdefault(path.stem, []).append(path)
+    for path in image_files(folder):
+        files.setdefault(path.stem, []).append(path)
     masks = {image: _files_of(Path(image.where), files) for image in images}
     found = [paths[0] for paths in masks.values() if paths]
     problems = _images_without_a_mask([image for image in images if not masks[image]], images)

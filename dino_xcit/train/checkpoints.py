@@ -20,7 +20,14 @@ from typing_extensions import override
 
 from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.files import sync
-from dino_xcit.run_folder import DAMAGED, LAST, LOCK, PREVIOUS, SOUND
+from dino_xcit.run_folder import (
+    DAMAGED,
+    LAST,
+    LOCK,
+    PREVIOUS,
+    SOUND,
+    require_no_others_files,
+)
 from dino_xcit.runtime import is_first_process, say
 
 if TYPE_CHECKING:
@@ -194,10 +201,11 @@ def locked(folder: Path) -> Iterator[FolderLock]:
     """Let this process alone write the run.
 
     Raises:
-        UserError: another run has the folder.
+        UserError: another run has the folder, or it holds files of somebody else.
     """
     lock = FolderLock(folder)
     if is_first_process():
+        require_no_others_files(folder)
         lock.take()
     try:
         yield lock

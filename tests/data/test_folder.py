@@ -12,6 +12,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from dino_xcit.data import folder as folder_module
 from dino_xcit.data.decode import EXTENSIONS
+from dino_xcit.data.folder import image_files
 from dino_xcit.data.images import open_images
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS
@@ -61,13 +62,21 @@ def test_the_class_is_the_first_folder_below_the_split(tmp_path, names):
     ]
 
 
-def test_hidden_folders_and_those_of_archives_are_no_classes(tmp_path):
+def test_hidden_files_and_folders_and_those_of_archives_are_left_out(tmp_path):
     names = [".ipynb_checkpoints/a.png", "__MACOSX/cat/b.png", "cat/c.png", "cat/.x/d.png"]
     root = make_folder(tmp_path, [*names, "dog/e.png"])
-    (root / "cat" / "._c.png").write_bytes(b"metadata")
+    for name in ("._c.png", ".hidden.png", ".DS_Store"):
+        (root / "cat" / name).write_bytes(b"metadata")
     images = open_images(folder_config(root), "train")
     assert [Path(path).name for path in paths(images)] == ["c.png", "e.png"]
     assert images.classes == {"cat": 0, "dog": 1}
+    assert not images.listing.ignored
+    assert [path.name for path in image_files(root)] == ["b.png", "c.png", "e.png"]
+
+
+def test_a_folder_of_hidden_images_alone_is_no_class_beside_train(tmp_path):
+    root = make_folder(tmp_path, ["train/a.png", "notes/.x.png"])
+    assert not open_images(folder_config(root), "train").notes
 
 
 # -- splits ------------------------------------------------------------------------------------
@@ -109,6 +118,15 @@ def test_validation_images_are_never_training_images(tmp_path, names, validation
     folder = names[0].split("/")[0] if names else validation
     with pytest.raises(UserError, match=rf"has {validation}/ but no train/.*{root / folder}$"):
         open_images(folder_config(root), "train")
+
+
+def test_a_class_named_as_a_split_is_one_of_the_classes_of_train(tmp_path):
+    with pytest.raises(UserError, match=r"put the training .* into train/, test/ too if it is a"):
+        open_images(folder_config(make_folder(tmp_path, ["cat/1.png", "test/2.png"])), "train")
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "test"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert open_images(folder_config(tmp_path), "train").classes == {"cat": 0, "test": 1}
 
 
 def test_a_class_named_train_is_one_of_the_classes_and_said(tmp_path):

@@ -8,9 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers import folder_config
 from PIL import Image
 
 from dino_xcit.data.decode import decode
+from dino_xcit.data.images import open_images
 from dino_xcit.errors import ImageError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -90,6 +92,28 @@ def test_depths_of_an_unknown_scale_are_refused_with_the_reason(data, reason):
 def test_colours_of_16_bits_keep_their_upper_half():
     decoded = decode(deep_colour_png(OTHERS[..., :3].astype(np.uint16) * 257), 3)
     assert np.array_equal(decoded.permute(1, 2, 0), OTHERS[..., :3])
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_dark_images_are_read_where_others_of_the_set_fill_16_bits(tmp_path, ending):
+    dark, bright = RAMP.astype(np.uint16), RAMP.astype(np.uint16) * 257
+    for name, pixels in (("bright/0", bright), *((f"dark/{i}", dark + 256 * i) for i in range(3))):
+        path = tmp_path / f"{name}.{ending}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    images = open_images(folder_config(tmp_path), "train")
+    assert [int(images.read(i)[0, 0, 0]) for i in range(4)] == [0, 0, 1, 2]
+    alone = open_images(folder_config(tmp_path / "dark"), "train")
+    with pytest.raises(ImageError, match="as of 12 bits or fewer"):
+        alone.read(2)
+
+
+def test_colours_of_16_bits_may_be_dark_beside_bright_ones(tmp_path):
+    for name, factor in (("bright", 257), ("dark", 8)):
+        pixels = OTHERS[..., :3].astype(np.uint16) * factor
+        (tmp_path / f"{name}.png").write_bytes(deep_colour_png(pixels))
+    images = open_images(folder_config(tmp_path), "train")
+    assert int(images.read(1).max()) == 255 * 8 >> 8
 
 
 # -- bands -------------------------------------------------------------------------------------

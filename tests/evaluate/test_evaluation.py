@@ -95,6 +95,29 @@ def test_knn_eval_prints_writes_and_caches(options, tmp_path, capsys):
     assert (again["results"], again["baselines"]) == (report["results"], report["baselines"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["knn-eval", "linear-eval"])
+def test_raw_pixels_have_one_part_whatever_parts_are_chosen(command, options, tmp_path, capsys):
+    chosen = ["--baselines", "--n_last_blocks", "2", "--avgpool_patchtokens", "true"]
+    own = {"knn-eval": ["--nb_knn", "3"], "linear-eval": ["--epochs", "1", "--lr", "1"]}[command]
+    assert main([command, *options, *own, *chosen]) == 0
+    assert (
+        capsys.readouterr().err.count("raw pixels: --n_last_blocks and --avgpool_patchtokens do")
+        == 1
+    )
+    name = {"knn-eval": "knn.json", "linear-eval": "linear.json"}[command]
+    report = read(tmp_path / "out", name)
+    assert list(report["baselines"]) == ["raw pixels", "xcit_pico2_p4, untrained"]
+    assert report["options"]["n_last_blocks"] == 2
+    if command == "linear-eval":
+        parts = [
+            row["chosen"]["n_last_blocks"]
+            for rows in (report["results"], *report["baselines"].values())
+            for row in rows
+        ]
+        assert parts == [2, 1, 2]
+
+
 def test_default_neighbours_are_at_most_the_training_images(options, tmp_path, capsys):
     few = [*options, "--num_images", "50"]
     assert main(["knn-eval", *few]) == 0

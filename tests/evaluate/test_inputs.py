@@ -22,6 +22,7 @@ from helpers import TINY
 from dino_xcit.config.evaluation import LinearConfig
 from dino_xcit.data import shapes
 from dino_xcit.data.images import open_images
+from dino_xcit.errors import UserError
 from dino_xcit.evaluate import inputs
 from dino_xcit.evaluate.features import Pixels
 from dino_xcit.evaluate.inputs import baselines, open_splits, resolve
@@ -79,6 +80,17 @@ def test_the_default_images_are_the_folder_of_the_run(fabric, tmp_path):
     )
     assert (resolved.data_path, resolved.dataset, resolved.seed) == (str(root), None, 0)
     assert Path(frozen.images["validation"].name(3)) == root / "val/b/1.png"
+
+
+def test_a_folder_of_raw_files_names_the_data_set_of_the_run(tmp_path, fabric):
+    named = dataclasses.replace(TINY, dataset="torch/fashion_mnist", data_path="elsewhere")
+    run = save_run(tmp_path / "run", named)
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"x")
+    config = dataclasses.replace(CPU_ONLY, weights=str(run), data_path=str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"no images in .* used --dataset torch/fashion_mnist$"):
+        opened(config, fabric)
 
 
 def test_named_data_override_those_of_the_run(config, fabric):
@@ -240,6 +252,11 @@ def test_a_saved_head_needs_no_training_images(tmp_path):
     assert (len(images["train"]), images["validation"].labels.tolist()) == (0, [0, 1])
     with pytest.raises(ValueError, match="has val/ but no train/"):
         open_splits(dataclasses.replace(config, evaluate=None))
+    (root / "val").rename(root / "classes")
+    with pytest.raises(
+        ValueError, match=r"expected the images to score in val/, .* --val_fraction"
+    ):
+        open_splits(config)
 
 
 def test_a_share_of_each_class_is_held_out_where_there_is_no_split(

@@ -7,14 +7,23 @@ import re
 from math import log
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import TINY, as_flags, logged_rows
+from helpers import TINY, as_flags, folder_config, logged_rows
+from PIL import Image
 
 from dino_xcit.cli import main
 from dino_xcit.config.pretrain import RunConfig
+from dino_xcit.data.images import Subset, open_images
 from dino_xcit.errors import RunFailedError
-from dino_xcit.train.collapse import PATIENCE, CollapseError, CollapseWatch
+from dino_xcit.train.collapse import (
+    ALIKE,
+    PATIENCE,
+    CollapseError,
+    CollapseWatch,
+    all_alike,
+)
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.pretrain import pretrain
 
@@ -162,6 +171,36 @@ def test_a_run_with_a_warning_continues_and_a_resumed_run_counts_the_rows_before
     assert (
         torch.load(tmp_path / "run/checkpoints/sound.ckpt", weights_only=True)["global_step"] == 12
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alike", [True, False])
+def test_collapse_on_images_that_are_all_alike_names_the_data(tmp_path, alike):
+    noise = np.random.default_rng(0).integers(0, 256, (96, 24, 24, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for i in range(96):
+        Image.fromarray(noise[0 if alike else i]).save(tmp_path / f"images/{i}.png")
+    config = folder_config(
+        tmp_path / "images",
+        output_dir=str(tmp_path / "run"),
+        epochs=8,
+        on_collapse="stop",
+        **COLLAPSING["temperature too high"],
+    )
+    with pytest.raises(CollapseError, match="temperature too high") as error:
+        pretrain(config)
+    assert (ALIKE in str(error.value)) == alike
+
+
+def test_images_are_alike_by_those_that_can_be_read(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (24, 24), (90, 90, 90 + i % 2)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    images = open_images(folder_config(tmp_path), "train")
+    assert all_alike(images)
+    assert not all_alike(Subset(images, np.arange(1)))  # one image is like none
+    Image.new("RGB", (24, 24), (90, 90, 200)).save(tmp_path / "0.png")
+    assert not all_alike(images)
 
 
 def test_a_temperature_that_does_not_sharpen_is_reported_before_the_run(tmp_path, capsys):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import pathlib
+import stat
 from collections import defaultdict
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 from dino_xcit.errors import UserError
-from dino_xcit.weights.reading import read_file
+from dino_xcit.files import replacing
+from dino_xcit.weights.reading import read_file, write_safetensors
 
 DATA = {
     "numpy scalar": np.float64(0.3),
@@ -52,3 +55,16 @@ def test_code_is_named_whole(code, name, tmp_path):
     torch.save({"weights": torch.ones(2), "code": code}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=rf"holds code \({name}\), which is never run"):
         read_file(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_written_weights_have_the_permissions_that_the_umask_gives(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_safetensors({"weights": torch.ones(2)}, tmp_path / "w.safetensors", {})
+        with replacing(tmp_path / "renamed.safetensors") as beside:
+            write_safetensors({"weights": torch.ones(2)}, beside, {})
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()]
+    assert modes == [0o666 & ~umask] * 2
