@@ -130,8 +130,8 @@ class PretrainConfig:
     center_momentum: float = 0.9
     """EMA momentum of the center"""
     koleo_weight: float | Auto = AUTO
-    """weight of KoLeo, which spreads the features of a batch (DINOv2; not in official DINO);
-    0: none"""
+    """weight of KoLeo, which spreads the features of a batch (DINOv2; not in official DINO): better
+    k-NN, but attention maps that follow objects less; 0: none"""
 
     # Optimization
     epochs: int | Auto = AUTO
