@@ -1,12 +1,12 @@
 """Evaluates the Fashion-MNIST runs and writes their tables into README.md.
 
-    dino-xcit pretrain --config configs/fashion_mnist.yaml --data_path DIR --eval_num_images 60000
-    python eval/fashion_mnist.py --run runs/fashion_mnist --data_path DIR
+    dino-xcit pretrain --config configs/fashion_mnist_60k.yaml --data_path DIR
+    python eval/fashion_mnist.py --run runs/fashion_mnist_60k --data_path DIR
 
 k-NN, linear heads and heads on 1 and 10 % of the labels, beside raw pixels, the untrained network
 and, if `eval/results/fashion_mnist_supervised.json` exists (`eval/supervised.py`), the supervised
-one. The minutes to each accuracy are those of training, from the run's metrics.csv; with
-`--eval_num_images 60000` its evaluations use all images. Writes `eval/results/fashion_mnist.json`.
+one. The minutes to each accuracy are those of training, from the run's metrics.csv, whose
+evaluations use all images. Writes `eval/results/fashion_mnist.json`.
 `--tables` writes the tables from that file alone.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist"))
+    parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist_60k"))
     parser.add_argument("--data_path", help="folder of the data")
     parser.add_argument("--tables", action="store_true", help="do not evaluate")
     arguments = parser.parse_args()

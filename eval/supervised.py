@@ -1,6 +1,6 @@
 """The same network trained with labels for the same time, as a reference for pretraining.
 
-    python eval/supervised.py --config configs/fashion_mnist.yaml --data_path DIR --hours 1 \
+    python eval/supervised.py --config configs/fashion_mnist_60k.yaml --data_path DIR --hours 1 \
         --output eval/results/fashion_mnist_supervised.json
 
 Takes the images, the backbone, the size of the crops and the batch from the config of a
