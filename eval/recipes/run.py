@@ -4,8 +4,7 @@
 
 Each run trains the same network on crops of the same sizes for `--minutes` on one thread, then k-NN
 (k = 20) classifies the held-out images by all training images. `eval/results/recipes.json` keeps
-every run; runs that it holds are not repeated. `eval/recipes/tables.py` makes the tables of
-`eval/recipes/README.md`.
+every run; runs that it holds are not repeated.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch.ao.quantization import quantize_dynamic
 
 import dino_xcit
 from dino_xcit.errors import UserError
-from dino_xcit.model.architectures import ARCHITECTURES, timm_name
+from dino_xcit.model.architectures import ARCHITECTURES, OURS, timm_name
 from dino_xcit.model.xcit import XCiT
 
 PARITY = [
@@ -19,7 +19,7 @@ PARITY = [
     ("xcit_t24_p16", (32, 48)),
 ]  # tokens_norm off, on, on
 PUBLISHED = [
-    f"{short}_p{patch}" for short in ARCHITECTURES if short != "xcit_pico2" for patch in (16, 8)
+    f"{short}_p{patch}" for short in ARCHITECTURES if short not in OURS for patch in (16, 8)
 ]
 PICO = {"embed_dim": 64, "depth": 2, "num_heads": 4, "tokens_norm": True}
 

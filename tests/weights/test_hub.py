@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dino_xcit.config.pretrain import RunConfig
+from dino_xcit.model.architectures import ARCHITECTURES, PATCH_SIZES
 from dino_xcit.model.xcit import XCiT
 from dino_xcit.weights.load import PUBLISHED, save_backbone
 
@@ -31,7 +32,7 @@ def test_each_backbone_has_its_official_name():
         "xcit_pico_2_p4",
         *PUBLISHED,
     } <= names
-    assert len(names) == 8 * 3 + len(PUBLISHED)
+    assert len(names) == len(ARCHITECTURES) * len(PATCH_SIZES) + len(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_pico_2_p4"])
