@@ -45,7 +45,8 @@ from dino_xcit.train.module import DINOModule
 DINOModule.training_step = lambda *_: 1 / 0
 """
 ENDLESS = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from dino_xcit.train.module import DINOModule
 def training_step(*_):
     print("step", flush=True)
