@@ -25,11 +25,7 @@ LONGEST_MESSAGE = 500  # characters; the parser quotes its whole input
 
 
 def parse_options(
-    program: str,
-    config_class: type[Config],
-    arguments: list[str],
-    *,
-    epilog: str = "",
+    program: str, config_class: type[Config], arguments: list[str], *, epilog: str = ""
 ) -> Config:
     """Make a config from a command line.
 
