@@ -84,7 +84,9 @@ def resolve(config: PretrainConfig, facts: Facts) -> tuple[RunConfig, list[Setti
     autos = auto_options(config)
     values = {**given, **{name: getattr(OFFICIAL, name) for name in autos}}
     settings = []
-    rules = RULES if config.recipe == "auto" else _official_rules(config)
+    # A checkpoint of official DINO continues with official values.
+    official = config.recipe == "official" or config.continue_from is not None
+    rules = _official_rules(config) if official else RULES
     for name, rule in rules.items():
         if name in autos:
             values[name], why = rule(values, facts)

@@ -40,6 +40,12 @@ def test_recipe_official_is_official_on_any_images(on_cpu):
     assert settings == []
 
 
+def test_a_run_of_official_dino_continues_with_its_values():
+    asked = PretrainConfig(continue_from="checkpoint.pth")
+    config, _ = resolve(asked, facts(images=200, side=28, on_cpu=True))
+    assert config == RunConfig(continue_from="checkpoint.pth")
+
+
 @pytest.mark.parametrize("images", [1, 10, 300, 5000, 60_000, 3_000_000])
 @pytest.mark.parametrize("side", [8, 16, 28, 100, 2000])
 @pytest.mark.parametrize("on_cpu", [True, False])
