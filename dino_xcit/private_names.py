@@ -41,12 +41,6 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has AVX512-BF16; torch 2.8 has no public way to ask."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported())
-
-
 @contextlib.contextmanager
 def compiling(kept_for_backward: float) -> Iterator[None]:
     """Set what torch.compile keeps for the backward pass, as a share; run uncompiled what fails.

@@ -43,6 +43,7 @@ def raises(error):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.slow
 def test_help_imports_nothing_slow(arguments):
     code = (
         "import sys; from dino_xcit.cli import main\n"

@@ -33,11 +33,6 @@ def test_every_batch_norm_is_one():
         assert isinstance(norm, private.BatchNorm)
 
 
-def test_bfloat16_is_asked_of_the_cpu():
-    assert hasattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert private.multiplies_bfloat16() in (True, False)
-
-
 def test_compiling_sets_both_settings_and_puts_them_back():
     before = dynamo.suppress_errors, partitioner.activation_memory_budget
     with private.compiling(0.25):

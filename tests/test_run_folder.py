@@ -43,6 +43,7 @@ def test_files_that_no_run_wrote_are_not_overwritten(tiny_config, name, text):
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tiny_config):
     folder = Path(tiny_config.output_dir)
     folder.mkdir()

@@ -38,10 +38,21 @@ def test_a_refusal_names_the_flags_that_the_command_has():
 
 @pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_automatic_precision_follows_the_cpu(has_bfloat16, expected, monkeypatch):
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(runtime, "bfloat16_is_faster", lambda: has_bfloat16)
     auto = KnnConfig(weights="W", accelerator="cpu", precision="auto")
     assert runtime.resolve_precision(auto) == expected
     assert runtime.resolve_precision(KnnConfig(weights="W", precision="16-mixed")) == "16-mixed"
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_bfloat16_is_timed_against_float32(faster, monkeypatch):
+    times = iter([[0.2, 0.3], [0.1, 0.9] if faster else [0.4, 0.9]])
+    monkeypatch.setattr(runtime.timeit, "repeat", lambda *_, **__: next(times))
+    runtime.bfloat16_is_faster.cache_clear()
+    try:
+        assert runtime.bfloat16_is_faster() is faster
+    finally:
+        runtime.bfloat16_is_faster.cache_clear()
 
 
 def test_a_compiler_that_fails_gives_its_first_line(monkeypatch):

@@ -124,8 +124,8 @@ class AttentionConfig:
     accelerator: str = "auto"
     """cpu, gpu, mps, ...: Lightning's names"""
     precision: str = "32-true"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs with
-    AVX512-BF16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs that
+    multiply it faster, else 32-true"""
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for values that are not allowed."""

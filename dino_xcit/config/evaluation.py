@@ -75,8 +75,8 @@ class EvalConfig:
     devices: str = "auto"
     """processes on this machine, or a list of device indices"""
     precision: str = "auto"
-    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs with
-    AVX512-BF16, else 32-true"""
+    """32-true, bf16-mixed or 16-mixed; auto: bf16-mixed on GPUs with bfloat16 and CPUs that
+    multiply it faster, else 32-true"""
 
     output_dir: str | None = None
     """folder of the results. Default: the run folder of the weights, else runs/NAME"""

@@ -171,7 +171,7 @@ class PretrainConfig:
     """distributed strategy: auto, ddp or a variant of ddp; Lightning's names"""
     precision: str = "auto"
     """32-true, bf16-mixed or 16-mixed; auto, resolved when the run starts: bf16-mixed on GPUs
-    with bfloat16 and CPUs with AVX512-BF16, else 32-true"""
+    with bfloat16 and CPUs that multiply it faster, else 32-true"""
     compile: bool | None = None
     """torch.compile each layer; takes a minute or more at the start. Default: on a GPU, and on
     CPU for 10000 steps or more"""

@@ -98,6 +98,7 @@ def test_a_picture_of_one_class_or_no_vote_opens(tmp_path, of_all):
 
 
 @pytest.mark.parametrize("count", [16, 40, 41, 300])
+@pytest.mark.slow
 def test_pictures_of_many_classes_open(tmp_path, saved, count):
     labels = np.repeat(np.arange(count), 2)
     predicted = labels.copy()

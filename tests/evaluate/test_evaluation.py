@@ -66,6 +66,7 @@ def read(folder: Path, name: str):
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 def test_knn_eval_prints_writes_and_caches(options, tmp_path, capsys):
     assert main(["knn-eval", *options, "--nb_knn", "3", "20", "--baselines"]) == 0
     printed = capsys.readouterr().out
@@ -117,6 +118,7 @@ def test_raw_pixels_have_one_part_whatever_parts_are_chosen(command, options, tm
         assert parts == [2, 1, 2]
 
 
+@pytest.mark.slow
 def test_default_neighbours_are_at_most_the_training_images(options, tmp_path, capsys):
     few = [*options, "--num_images", "50"]
     assert main(["knn-eval", *few]) == 0
@@ -139,6 +141,7 @@ def test_pretraining_logs_the_accuracy_that_knn_eval_finds(run, options, tmp_pat
     assert top1 == pytest.approx(float(logged[-1].split(",")[column]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_results_go_to_the_run_folder_and_every_kind_of_weights_gives_the_same(run, tmp_path):
     found = []
     for weights in (run, run / "teacher.safetensors", run / "checkpoints/last.ckpt"):
@@ -281,6 +284,7 @@ def test_ctrl_c_prints_how_to_continue(options, capsys, monkeypatch):
     assert "the same command continues" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_features_come_from_and_go_to_official_files(options, tmp_path):
     dump = tmp_path / "dump"
     assert main(["knn-eval", *options, "--nb_knn", "10", "--dump_features", str(dump)]) == 0
@@ -315,6 +319,7 @@ def test_features_come_from_and_go_to_official_files(options, tmp_path):
     assert read(dump, "linear_logistic.json")["results"][0]["top1"] > 10
 
 
+@pytest.mark.slow
 def test_parts_of_the_features_can_be_chosen(options, tmp_path):
     widths = {}
     for blocks, pooled in ((1, "false"), (2, "false"), (1, "true"), (2, "true")):
@@ -502,6 +507,7 @@ def test_a_diverged_network_is_an_error(run, tmp_path, capsys):
         assert re.search(r"--weights .*nan.safetensors holds .* not finite .*: norm\.bias", line)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_python_is_the_one_of_the_command(run, options, tmp_path, capsys):
     machine = {"accelerator": "cpu", "precision": "32-true"}
     report = knn_eval(

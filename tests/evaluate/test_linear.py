@@ -175,6 +175,7 @@ def test_the_chosen_head_is_the_best_on_held_out_images_trained_again_on_all(fil
     assert right > 0.6
 
 
+@pytest.mark.slow
 def test_validation_labels_select_nothing(files):
     options = {"lr": (0.003, 0.3), "epochs": 10}
     for protocol, more in (("heads", options), ("logistic", {"c": (0.01, 1.0)})):

@@ -301,6 +301,7 @@ def test_standardisation_is_that_of_all_tokens():
     torch.testing.assert_close(std, features.flatten(0, 1).std(0, correction=0))
 
 
+@pytest.mark.slow
 def test_the_layer_reaches_the_minimum_of_the_convex_objective():
     """On one patch an image this is multinomial regression: many steps end where L-BFGS ends."""
     generator = torch.Generator().manual_seed(0)

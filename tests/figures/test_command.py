@@ -262,6 +262,7 @@ def test_for_a_panorama_beyond_memory_the_message_names_a_size_that_fits(here, c
         (["--output_dir", "w.safetensors"], "--output_dir w.safetensors is a file"),
     ],
 )
+@pytest.mark.slow
 def test_options_that_cannot_be_used_are_refused_in_one_line(here, capsys, arguments, expected):
     assert attention(*arguments, "photos/wide.png") == 2
     error = capsys.readouterr().err.strip()

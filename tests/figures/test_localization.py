@@ -95,6 +95,7 @@ def as_scenes(made):
     [((16, 24),), ((14, 23), (14, 23), (16, 16), (14, 23))],
     ids=["one size", "several sizes, padded"],
 )
+@pytest.mark.slow
 def test_the_score_is_that_of_loops_over_images_heads_and_pixels(sizes, layer, weights):
     config, model, _ = model_and_framing(weights, threshold=0.45, layer=layer, seed=3)
     made = random_scenes(9, sizes)

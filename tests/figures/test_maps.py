@@ -129,6 +129,7 @@ def naive_queries_and_keys(theirs, images, layer):
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize(("arch", "size"), CASES)
+@pytest.mark.slow
 def test_class_attention_is_the_formula_on_timms_weights(arch, size, layer):
     theirs, ours = pair(arch)
     images = torch.randn(2, 3, *size)
@@ -224,6 +225,7 @@ def test_maps_are_float32_whatever_the_pass_is_in():
 @torch.no_grad()
 @pytest.mark.parametrize(("arch", "size"), CASES)
 @pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.slow
 def test_magnitudes_and_covariance_are_those_of_timms_blocks(arch, size, layer):
     theirs, ours = pair(arch)
     images = torch.randn(2, 3, *size)

@@ -51,6 +51,7 @@ OF_ONE_MODEL = [kind for kind, row in FIGURES.items() if row.models == "first" a
     ],
     ids=["one", "padded", "two", "aspects", "eight heads"],
 )
+@pytest.mark.slow
 def test_every_sheet_can_be_written_and_its_options_read(kind, results, tmp_path):
     sheets = (
         [FIGURES[kind].draw([one], CONFIG) for one in results]

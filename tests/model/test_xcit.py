@@ -134,6 +134,7 @@ def test_train_outputs_gradients_and_running_statistics_are_timms(arch, size, me
 
 
 @pytest.mark.parametrize("arch", PUBLISHED)
+@pytest.mark.slow
 def test_state_dict_has_timms_names_and_shapes(arch):
     with torch.device("meta"):
         ours, theirs = XCiT(arch), timm.create_model(timm_name(arch), num_classes=0)
@@ -188,6 +189,7 @@ def test_published_sizes_build_with_patch_4():
 
 @torch.no_grad()
 @pytest.mark.parametrize(("arch", "size"), PARITY)
+@pytest.mark.slow
 def test_class_attention_is_that_of_timms_weights(arch, size):
     ours, theirs = (network.eval() for network in pair(arch))
     images = torch.randn(2, 3, *size)

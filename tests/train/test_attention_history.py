@@ -24,6 +24,7 @@ def evaluating(tiny):
     return dataclasses.replace(tiny, eval_every_n_epochs=1, trainer={"enable_progress_bar": False})
 
 
+@pytest.mark.slow
 def test_a_run_shows_the_same_images_before_training_and_at_each_evaluation(evaluating):
     folder = pretrain(evaluating).folder
     saved = np.load(folder / "attention.npz")

@@ -203,6 +203,7 @@ def test_images_are_alike_by_those_that_can_be_read(tmp_path):
     assert not all_alike(images)
 
 
+@pytest.mark.slow
 def test_a_temperature_that_does_not_sharpen_is_reported_before_the_run(tmp_path, capsys):
     pretrain(
         dataclasses.replace(TINY, output_dir=str(tmp_path / "run"), teacher_temp=0.1, dry_run=True)

@@ -20,6 +20,7 @@ from dino_xcit.train.schedules import Schedules
 
 
 @pytest.mark.parametrize("arch", ["xcit_pico2_p4", "timm:resnet10t"])
+@pytest.mark.slow
 def test_dry_run_stops_after_crops_and_plan(tiny, capsys, arch):
     config = dataclasses.replace(
         tiny, dry_run=True, arch=arch, global_crops_size=32, local_crops_size=16
@@ -37,6 +38,7 @@ def test_dry_run_stops_after_crops_and_plan(tiny, capsys, arch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("arch", ["xcit_pico2_p4", "timm:resnet10t"])
+@pytest.mark.slow
 def test_the_memory_estimate_is_what_a_forward_pass_keeps_besides_weights_gradients_and_moments(
     tiny, precision, arch
 ):

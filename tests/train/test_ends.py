@@ -146,6 +146,7 @@ class FullSharedMemory(Dataset):
 
 
 @pytest.mark.parametrize("by_signal", [False, True])
+@pytest.mark.slow
 def test_too_little_shared_memory_is_one_line_with_what_to_do(by_signal):
     images = FullSharedMemory(by_signal)
     with pytest.raises(LoaderError) as raised:

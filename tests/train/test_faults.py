@@ -21,6 +21,7 @@ from dino_xcit.train.pretrain import pretrain
 # -- files that hang ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_that_nothing_ever_writes_to_counts_as_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(decode_module, "SECONDS_TO_READ", 0.2)
     folder = make_folder(tmp_path / "images", [f"{i:02}.png" for i in range(16)])

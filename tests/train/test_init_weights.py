@@ -39,6 +39,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_our_own_checkpoint_gives_both_networks_heads_and_center(quiet, module):
     last = pretrain(quiet).folder / LAST
     told = start(last, module)
@@ -70,6 +71,7 @@ def official_file(last, path, **changes):
     torch.save({**content, **changes}, path)
 
 
+@pytest.mark.slow
 def test_a_full_official_checkpoint_gives_the_same(quiet, module, tmp_path):
     last = pretrain(quiet).folder / LAST
     official_file(last, tmp_path / "checkpoint.pth")
@@ -108,6 +110,7 @@ def test_heads_of_other_shapes_begin_anew(quiet, module):
     assert "anew: the student's head, the teacher's head, center" in start(last, module)
 
 
+@pytest.mark.slow
 def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
     first = pretrain(quiet).folder
     config = dataclasses.replace(
@@ -135,6 +138,7 @@ def test_a_run_starts_there_and_a_resumed_one_goes_on(quiet, tmp_path, capsys):
         ),
     ],
 )
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_before_anything_is_written(quiet, tmp_path, changes, told):
     first = pretrain(quiet).folder
     config = dataclasses.replace(

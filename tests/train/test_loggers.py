@@ -54,6 +54,7 @@ def wandb_runs(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_the_same_run_of_wandb_and_has_its_options_there(tiny, wandb_runs):
     config = dataclasses.replace(tiny, logger=("wandb",))
     pretrain(dataclasses.replace(config, trainer={"max_steps": 4}))

@@ -160,7 +160,7 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when
     config = dataclasses.replace(tiny, precision="auto", epochs=1)
 
     def planned(multiplies: bool) -> str:
-        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: multiplies)
+        monkeypatch.setattr("dino_xcit.runtime.bfloat16_is_faster", lambda: multiplies)
         pretrain(dataclasses.replace(config, dry_run=True))
         return re.search(r"precision +(\S+) on cpu", capsys.readouterr().out)[1]
 
@@ -213,6 +213,7 @@ def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, of its tracing
+@pytest.mark.slow
 def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
     monkeypatch.setattr("dino_xcit.train.pretrain.STEPS_THAT_PAY_FOR_COMPILING", 6)
     pretrain(
@@ -226,6 +227,7 @@ def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, of its tracing
+@pytest.mark.slow
 def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(tiny, monkeypatch):
     def kept(module):
         sizes = {}
@@ -261,6 +263,7 @@ def test_without_a_compiler_the_run_continues(tiny, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_row(tiny):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     folder = pretrain(dataclasses.replace(tiny, logger=("tensorboard",), epochs=1)).folder
@@ -274,6 +277,7 @@ def test_tensorboard_gets_every_row(tiny):
     assert steps == set(range(1, 7))
 
 
+@pytest.mark.slow
 def test_kept_checkpoints(tiny):
     pretrain(dataclasses.replace(tiny, saveckp_freq=1))
     assert {p.name for p in (Path(tiny.output_dir) / "checkpoints").iterdir()} == {
@@ -424,6 +428,7 @@ def test_accumulated_passes_equal_one_pass_of_the_total_batch(tiny):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_layer_does_not_learn_while_it_is_frozen(tiny):
     frozen = dataclasses.replace(tiny, epochs=1, warmup_epochs=0)
     torch.manual_seed(frozen.seed)
@@ -440,6 +445,7 @@ def test_the_last_layer_does_not_learn_while_it_is_frozen(tiny):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     tiny, monkeypatch, precision
 ):
@@ -496,6 +502,7 @@ def test_bad_files_are_listed_and_the_run_goes_on(tmp_path, tiny, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys, workers):
     (tmp_path / "images").mkdir()
     for i in range(64):
@@ -530,6 +537,7 @@ def test_the_first_bad_image_ends_the_run_if_asked(tmp_path, capsys, workers):
 # -- resuming ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(tiny):
     pretrain(tiny)
     before = rows(tiny.output_dir)
@@ -537,6 +545,7 @@ def test_a_finished_run_is_not_run_again(tiny):
     assert rows(tiny.output_dir) == before
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_config_is_refused_with_the_differing_options(tiny):
     pretrain(tiny)
     with pytest.raises(

@@ -29,6 +29,7 @@ def stopped(tmp_path) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_that_a_limit_ended_is_not_finished(stopped, tmp_path, capsys):
     other = dataclasses.replace(stopped, output_dir=str(tmp_path / "other"))
     outcome = pretrain(dataclasses.replace(other, trainer={"max_steps": 4}))
@@ -40,6 +41,7 @@ def test_a_run_that_a_limit_ended_is_not_finished(stopped, tmp_path, capsys):
     assert pretrain(other).exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_time_of_a_limit_is_that_of_one_start(stopped):
     limited = dataclasses.replace(stopped, trainer={"max_time": {"seconds": 3600}})
     pretrain(limited)
@@ -47,6 +49,7 @@ def test_the_time_of_a_limit_is_that_of_one_start(stopped):
     assert "Timer" not in content["callbacks"]
 
 
+@pytest.mark.slow
 def test_the_options_of_the_checkpoint_count_not_those_of_config_yaml(stopped):
     path = Path(stopped.output_dir) / CONFIG
     path.write_text(path.read_text().replace("lr: 0.0005", "lr: 0.1"))
@@ -55,12 +58,14 @@ def test_the_options_of_the_checkpoint_count_not_those_of_config_yaml(stopped):
     assert pretrain(stopped).step == 6
 
 
+@pytest.mark.slow
 def test_a_moved_folder_of_the_same_images_continues(stopped, tmp_path):
     shutil.move(tmp_path / "images", tmp_path / "elsewhere")
     moved = dataclasses.replace(stopped, data_path=str(tmp_path / "elsewhere"))
     assert pretrain(moved).step == 6
 
 
+@pytest.mark.slow
 def test_a_folder_named_from_where_one_stands_is_the_same(stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "images")
     assert pretrain(dataclasses.replace(stopped, data_path=".")).step == 6
@@ -88,6 +93,7 @@ def replaced(folder: Path) -> None:
         (replaced, "other images: now the 24 images are other files of the same names"),
     ],
 )
+@pytest.mark.slow
 def test_other_images_are_refused_with_what_differs_and_what_to_do(
     stopped, tmp_path, change, difference
 ):
@@ -106,6 +112,7 @@ def test_other_classes_of_the_same_images_are_another_record(tmp_path):
 
 
 @pytest.mark.parametrize("lacking", [("images", "steps_per_epoch"), ("images", "config")])
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_continues_without_its_record(stopped, lacking):
     path = Path(stopped.output_dir) / LAST
     content = torch.load(path, weights_only=True)

@@ -23,6 +23,7 @@ def asked(config, *autos, **changes):
     return PretrainConfig(**{**values, **dict.fromkeys(autos, AUTO), **changes})
 
 
+@pytest.mark.slow
 def test_what_is_resolved_is_printed_written_and_kept(tiny, tmp_path, capsys):
     config = asked(tiny, "out_dim", "lr", "warmup_epochs", epochs=1)
     pretrain(config)
@@ -36,6 +37,7 @@ def test_what_is_resolved_is_printed_written_and_kept(tiny, tmp_path, capsys):
     assert read_config(tmp_path / "run") == first
 
 
+@pytest.mark.slow
 def test_a_begun_run_keeps_what_another_version_would_resolve(tiny, tmp_path, monkeypatch):
     config = asked(tiny, "lr", epochs=1)
     pretrain(config)
@@ -45,6 +47,7 @@ def test_a_begun_run_keeps_what_another_version_would_resolve(tiny, tmp_path, mo
     assert read_config(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_the_hours_become_epochs_by_the_measured_rate(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(settle, "images_per_second", lambda *_: 48.0)
     pretrain(asked(tiny, "epochs", "warmup_epochs", max_hours=3 / 3600))
@@ -52,6 +55,7 @@ def test_the_hours_become_epochs_by_the_measured_rate(tiny, tmp_path, monkeypatc
     assert main(["pretrain", "--config", str(tmp_path / "run/config.yaml")]) == 0  # is finished
 
 
+@pytest.mark.slow
 def test_a_measured_rate_trains_nothing(tiny, tmp_path):
     """The run after it is the run without it."""
     pretrain(dataclasses.replace(tiny, epochs=1))

@@ -82,6 +82,7 @@ FRAMING = {"in_chans": 1, "global_crops_size": 64, "mean": [0.3], "std": [0.2]}
         "xcit_n12_p16_timm/renamed.safetensors",
     ],
 )
+@pytest.mark.slow
 def test_size_and_normalisation_come_back_from_every_file(here, nano, written):
     assert export("--format", "timm", "official") == 0
     folder = Path("export/xcit_n12_p16_timm")

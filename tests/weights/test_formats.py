@@ -72,6 +72,7 @@ def official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", OF_TIMM)
+@pytest.mark.slow
 def test_official_names_become_timms_as_by_timms_own_conversion(arch):
     """All sizes, both patch sizes, both settings of tokens_norm."""
     with torch.device("meta"):
@@ -155,6 +156,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
+@pytest.mark.slow
 def test_the_kind_of_a_file_is_recognised(kind, nano, head, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(FILES[kind](nano, head), path)
@@ -291,6 +293,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(kind, expected, nano, tmp_
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow
 def test_published_checkpoints_are_fetched_once_and_whole(name, nano, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     served = tmp_path / "served.pth"

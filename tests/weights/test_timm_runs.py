@@ -56,6 +56,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_files_of_a_run_have_timms_names_and_its_own_arch(run):
     names = timm.create_model("resnet10t", num_classes=0).state_dict().keys()
     assert safetensors.torch.load_file(run / TEACHER).keys() == names

@@ -171,6 +171,7 @@ def test_a_run_of_another_version_is_an_error_that_names_its_config(run):
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "swin_s3_tiny_224", "resnet10t", "beit_base_patch16_224"]
 )
+@pytest.mark.slow
 def test_networks_of_timm_take_the_image_size_that_is_asked_for(created, name):
     backbone = load_backbone(f"timm:{name}", image_size=96)
     assert backbone.metadata["global_crops_size"] == 96
