@@ -28,7 +28,7 @@ import yaml
 from dino_xcit import __version__
 from dino_xcit.config.attention import AttentionConfig
 from dino_xcit.config.command_line import parse_options
-from dino_xcit.config.evaluation import KnnConfig, LinearConfig, SegConfig
+from dino_xcit.config.evaluation import EmbedConfig, KnnConfig, LinearConfig, SegConfig
 from dino_xcit.config.export import ExportConfig
 from dino_xcit.config.pretrain import PretrainConfig
 from dino_xcit.errors import LoaderError, RunFailedError, UserError
@@ -86,6 +86,12 @@ COMMANDS = {
         SegConfig,
         "evaluate.segmentation:seg_eval",
         "train a linear segmentation layer on frozen patch tokens",
+        resumes=True,
+    ),
+    "embed": Command(
+        EmbedConfig,
+        "evaluate.embed:embed",
+        "write the features of any images, one row an image",
         resumes=True,
     ),
     "attention": Command(

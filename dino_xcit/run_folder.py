@@ -45,6 +45,7 @@ LINEAR_SCRATCH = ".linear"  # folder that exists while linear-eval runs
 SEG = "seg"
 PREDICTED_CLASSES = "predictions.csv"  # of `linear-eval --predict`
 PREDICTED_MASKS = "seg_masks"  # folder, of `seg-eval --predict`
+EMBEDDINGS = "embeddings"  # of `embed`, with the ending of its format
 
 
 def kept_checkpoint(epoch: int) -> str:

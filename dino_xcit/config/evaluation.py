@@ -247,6 +247,30 @@ class SegConfig(EvalConfig):
         check_predict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EvalConfig):
+    """Features of any images, which need no labels: one row an image, with its name.
+
+    All images in --data_path are taken, at any depth; of a named data set its training images.
+    """
+
+    tokens: Literal["class", "patch_mean", "both", "patches"] = "class"
+    """class token, mean of the patch tokens, both after each other, or every patch token"""
+    normalize: bool = False
+    """divide each vector by its Euclidean norm"""
+    format: Literal["npy", "npz", "parquet"] = "npy"
+    """file: embeddings.npy beside embeddings.csv, which has the name of each row's image; or
+    embeddings.npz or .parquet with the names inside (parquet: pip install dino_xcit[parquet])"""
+
+    def __post_init__(self) -> None:
+        """Raise UserError, naming the flag, for values that are not allowed."""
+        super().__post_init__()
+        check = Checks(self)
+        check(not self.baselines, "baselines", "false: embed takes the weights' features alone")
+        in_columns = self.format == "parquet" and self.tokens == "patches"
+        check(not in_columns, "format", "npy or npz with --tokens patches")
+
+
 def check_predict(config: LinearConfig | SegConfig) -> None:
     """Raise UserError if options do not go with --predict."""
     if config.predict is not None:
