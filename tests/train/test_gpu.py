@@ -6,9 +6,10 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
-from helpers import PICO_PATHS, TINY
+from helpers import PICO_PATHS, TINY, last_state
 
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset, collate
@@ -79,3 +80,27 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, precision
     assert (
         sum(strict) == 8
     )  # of 12: not the first two, and not the last of each epoch, which are told
+
+
+class StopAt(L.Callback):
+    """Ends a run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def test_a_stopped_run_continues_bit_for_bit_with_deterministic_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    config = dataclasses.replace(
+        TINY, accelerator="gpu", compile=False, trainer={"deterministic": True}
+    )
+    whole, parted = (dataclasses.replace(config, output_dir=str(tmp_path / n)) for n in "ab")
+    pretrain(whole)
+    assert pretrain(parted, callbacks=[StopAt(7)]).step == 7
+    assert pretrain(parted).step == 12
+    expected, found = last_state(whole), last_state(parted)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
