@@ -87,7 +87,7 @@ def test_the_crops_follow_the_images(tmp_path):
     config = folder_config(folder, output_dir=str(tmp_path / "run"))
     pretrain(asked(config, "global_crops_size", "local_crops_size"))
     written = read_config(tmp_path / "run")
-    assert (written.global_crops_size, written.local_crops_size) == (40, 16)
+    assert (written.global_crops_size, written.local_crops_size) == (28, 12)
 
 
 def test_official_settings_are_one_line_of_the_table():
