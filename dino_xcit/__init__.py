@@ -2,8 +2,8 @@
 
 Each command is also a function of its name: `dino_xcit.pretrain`, `dino_xcit.knn_eval`,
 `dino_xcit.linear_eval`, `dino_xcit.seg_eval`, `dino_xcit.embed`, `dino_xcit.attention`,
-`dino_xcit.export`. It takes the command's config, or its options as keywords. Importing the package does not import torch: each
-public name is loaded when it is first used.
+`dino_xcit.export`. It takes the command's config, or its options as keywords. Importing the package
+does not import torch: each public name is loaded when it is first used.
 """
 
 from __future__ import annotations
