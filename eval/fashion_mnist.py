@@ -61,17 +61,16 @@ def main() -> None:
 
 def plan(run: Path) -> dict[str, Any]:
     """What the table says of the run: network, epochs, minutes of training."""
-    config, rows = read_config(run), read_metrics(run)
-    return {"arch": config.arch, "epochs": config.epochs, "minutes": minutes(rows)[-1]}
+    config = read_config(run)
+    return {"arch": config.arch, "epochs": config.epochs, "minutes": round(minutes(run)[-1], 1)}
 
 
-def minutes(rows: list[dict[str, str]]) -> list[float]:
+def minutes(run: Path) -> list[float]:
     """Minutes of training before each row of metrics.csv, evaluations not counted."""
-    passed, before, seconds = [], 0, 0.0
-    per_epoch = next(int(row["step"]) for row in rows if int(row["epoch"]) == 1) - 1
-    for row in rows:
+    batch, passed, before, seconds = read_config(run).batch_size_per_gpu, [], 0, 0.0
+    for row in read_metrics(run):
         step = int(row["step"])
-        seconds += (step - before) * 60_000 / per_epoch / float(row["images_per_second"])
+        seconds += (step - before) * batch / float(row["images_per_second"])
         before = step
         passed.append(seconds / 60)
     return passed
@@ -79,10 +78,9 @@ def minutes(rows: list[dict[str, str]]) -> list[float]:
 
 def knn_by_time(run: Path) -> list[list[float]]:
     """Minutes of training and k-NN (k = 20, all images) of each evaluation of the run."""
-    rows = read_metrics(run)
     return [
         [round(time, 1), float(row["knn_top1"])]
-        for time, row in zip(minutes(rows), rows, strict=True)
+        for time, row in zip(minutes(run), read_metrics(run), strict=True)
         if row["knn_top1"]
     ]
 
@@ -90,12 +88,13 @@ def knn_by_time(run: Path) -> list[list[float]]:
 def evaluated(
     name: str, command: str, report: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run an evaluation; return the part of its report that is kept."""
+    """Run an evaluation, unless its report is there; return the part of the report that is kept."""
     folder = arguments.run / "tables" / name
     words = [*command.split(), "--weights", str(arguments.run), "--output_dir", str(folder)]
     if arguments.data_path:
         words += ["--data_path", arguments.data_path, "--dataset", "torch/fashion_mnist"]
-    subprocess.run([sys.executable, "-m", "dino_xcit.cli", *words], check=True)
+    if not (folder / report).exists():
+        subprocess.run([sys.executable, "-m", "dino_xcit.cli", *words], check=True)
     whole = json.loads((folder / report).read_text())
     kept = {part: whole[part] for part in ("results", "baselines", "precision")}
     return {"command": command, "seconds": whole["seconds"], **kept}
