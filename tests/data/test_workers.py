@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.resource_sharer as resource_sharer
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -53,12 +54,11 @@ def shape_set(images: type[ShapeSet] = ShapeSet, *args) -> ShapeSet:
     return images(*args, 0, "train", 64, 3)
 
 
-def loader(images: ShapeSet, workers: int, **options) -> CropLoader:
+def loader(images: ShapeSet, workers: int, pin_memory: bool = False, **options) -> CropLoader:
     config = dataclasses.replace(TINY, **options)
     dataset = CropDataset(images, config, PICO_PATHS)
-    return CropLoader(
-        dataset, StepBatchSampler(config, len(images)), num_workers=workers, pin_memory=False
-    )
+    sampler = StepBatchSampler(config, len(images))
+    return CropLoader(dataset, sampler, num_workers=workers, pin_memory=pin_memory)
 
 
 def assert_same_batches(some, others):
@@ -166,6 +166,40 @@ def test_a_worker_may_die_while_it_delivers_a_batch(error, capsys):
     assert list(restartable(loader_from)) == [0, 1, 2, 3]
     assert starts == [0, 3, 3]
     assert capsys.readouterr().err.count("died (Killed); starting others in its place") == 2
+
+
+@pytest.fixture
+def an_accelerator(monkeypatch):
+    """One for which batches are pinned, which does nothing."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_may_die_while_the_thread_that_pins_takes_its_batch(
+    an_accelerator, monkeypatch, capsys
+):
+    """The thread gets the error of the connection and ends; torch reports the thread's end."""
+    others = set(multiprocessing.active_children())
+    detach, taken = resource_sharer.DupFd.detach, []
+
+    def cut_off(descriptor):
+        taken.append(descriptor)
+        if len(taken) == 20:
+            worker = next(iter(set(multiprocessing.active_children()) - others))
+            worker.kill()
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return detach(descriptor)
+
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", cut_off)
+    batches = list(loader(shape_set(), 2, pin_memory=True))
+    assert len(taken) > 20
+    assert "died (Killed); starting others in its place" in capsys.readouterr().err
+    assert_same_batches(batches, list(loader(shape_set(), 0)))
 
 
 @pytest.mark.slow
