@@ -107,9 +107,10 @@ def _choose_c(task: ProbeTask, choice: FeatureChoice) -> dict[str, Any]:
     values = sorted(task.config.c or C_VALUES)
     if len(values) == 1:
         return {"C": values[0]}
-    split, device = task.features.split("train"), task.fabric.device
+    split = task.features.split("train")
     train, held_out = hold_out(task)
     data = FitData(task, train, choice)
+    device = data.device
     axes = data.principal_axes()
     model, best, best_accuracy = None, values[0], -1.0
     with progress(len(values), f"{task.features.name}: C", "fits", shown=True) as bar:

@@ -245,6 +245,17 @@ def test_features_that_exceed_the_memory_and_another_start_give_the_same_fit(fil
         torch.testing.assert_close(one - one.mean(0), other - other.mean(0), rtol=1e-2, atol=1e-3)
 
 
+def test_a_device_without_float64_is_left_alone(files):
+    """There is no such device here: whatever is moved to it is an error."""
+    task = task_of(config_of(files, protocol="logistic", c=(0.1, 1.0)))
+    expected = logistic_protocol(task)
+    task.scratch.remove()
+    on_mps = SimpleNamespace(device=torch.device("mps"), is_global_zero=True)
+    head = logistic_protocol(task._replace(fabric=on_mps))
+    torch.testing.assert_close(head.weight, expected.weight)
+    assert head.chosen == expected.chosen
+
+
 def _wait_for_the_first(rank: int, folder: str) -> None:
     """Processes whose group waits for a second, while the first fits for three."""
     dist.init_process_group(
