@@ -180,6 +180,6 @@ class CropData(L.LightningDataModule):
         return CropLoader(
             CropDataset(self.images, self.config, self.path_shape),
             sampler,
-            num_workers=default_workers() if workers is None else workers,
+            num_workers=default_workers(trainer.num_devices) if workers is None else workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )

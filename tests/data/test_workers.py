@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.resource_sharer as resource_sharer
 import os
 import signal
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,8 +19,9 @@ from dino_xcit.data import workers as workers_module
 from dino_xcit.data.crops import MultiCrop
 from dino_xcit.data.images import ShapeSet
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
-from dino_xcit.data.workers import restartable
+from dino_xcit.data.workers import default_workers, restartable
 from dino_xcit.errors import ImageError, UserError
+from dino_xcit.train.trainer import CropData
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +101,43 @@ def test_a_loader_starts_at_the_samplers_first_step(workers):
     assert len(resumed) == len(whole) - 6
     assert_same_batches(list(resumed), whole[6:])
     assert_same_batches(list(resumed), whole[6:])  # iterating changes nothing
+
+
+# -- how many ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"),
+    [(64, 8, 7), (64, 1, 16), (64, 2, 16), (8, 1, 7), (8, 8, 1), (1, 1, 1), (2, 4, 1)],
+)
+def test_the_processes_of_a_machine_share_its_cores(cores, processes, expected, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert default_workers(processes) == expected
+
+
+def test_a_task_of_slurm_with_cores_of_its_own_shares_none(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert default_workers(4) == 7
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # one task, which starts the processes
+    assert default_workers(4) == 1
+
+
+def test_a_process_of_a_run_takes_its_share(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    config = dataclasses.replace(TINY, num_workers=None)
+    data = CropData(config, shape_set(), PICO_PATHS)
+    data.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=2,
+        num_devices=2,
+        global_step=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    assert data.train_dataloader().num_workers == 7
 
 
 # -- workers that die ----------------------------------------------------------------------------
