@@ -10,10 +10,12 @@ import os
 import sys
 import tempfile
 import timeit
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
     MachineConfig: TypeAlias = EvalConfig | AttentionConfig | PretrainConfig
 
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=30)  # of processes for the first one; by default it is 30 minutes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """The matmul dtype of each half precision."""
@@ -108,6 +113,41 @@ def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
     total = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
     assert isinstance(total, Tensor)
     return total.to(tensor.device)
+
+
+def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """Connect all processes by a further group on the CPU, where waiting does not stop the device.
+
+    Args:
+        timeout: For which one process waits for another; default: torch's.
+
+    Returns:
+        None with one process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert not isinstance(group, int)  # which stands for "not a member"
+    return group
+
+
+class FromFirstProcess:
+    """Hands a value of the first process to all others, which wait for however long it works.
+
+    To be made in all processes before that work begins, and called once.
+    """
+
+    def __init__(self) -> None:
+        self.group = gloo_group(LONGEST_WAIT)
+
+    def __call__(self, value: T) -> T:
+        """Return the first process's value."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        dist.destroy_process_group(self.group)
+        return values[0]
 
 
 def float64_device(fabric: Fabric) -> torch.device:

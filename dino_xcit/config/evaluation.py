@@ -54,7 +54,7 @@ class EvalConfig:
     """length in pixels to which the short side is resized before the crop. Default: 8 / 7 of
     the crop (256 for 224); for crops below 96, the crop's own"""
     num_workers: int | None = None
-    """loader processes per process. Default: the process's CPU cores less one, at most 16"""
+    """loader processes per process. Default: its share of the CPU cores less one, at most 16"""
     seed: int = 0
     """seed of all random numbers"""
 

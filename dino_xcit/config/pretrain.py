@@ -48,7 +48,7 @@ class PretrainConfig:
     """replace: use another image instead of an unreadable one and list it in bad_images.txt;
     raise: end the run"""
     num_workers: int | None = None
-    """loader processes per training process. Default: the process's CPU cores less one, at most
+    """loader processes per training process. Default: its share of the CPU cores less one, at most
     16"""
     seed: int = 0
     """seed of all random numbers"""

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dino_xcit.data.decode import EXTENSIONS, ImageFiles, time_limit
+from dino_xcit.data.names import FileNames
 from dino_xcit.data.pixels import require_readable
 from dino_xcit.data.splits import NoImagesError, NoTrainingImagesError, find_split, is_split
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -39,7 +40,7 @@ again. 2: alpha on white, grey of 16 bits and floats by the rules in `decode.py`
 class Listing(NamedTuple):
     """What lies in a folder, at any depth."""
 
-    files: list[str]
+    files: Sequence[str]
     """paths of the images, in their order"""
     ignored: Counter[str]
     """number of other files by ending"""
@@ -125,7 +126,8 @@ class FolderSet:
             notes: What the user must know about the choice of the folder.
         """
         require_readable(channels)
-        self.folder, self.listing, self.channels, self.notes = folder, listing, channels, notes
+        self.folder, self.channels, self.notes = folder, channels, notes
+        self.listing = listing._replace(files=())  # `files` has them
         names = [self._class_of(file) for file in listing.files]
         self.classes = classes
         if not classes:
@@ -135,7 +137,7 @@ class FolderSet:
             }
         known = self.classes or {}
         taken = [i for i, name in enumerate(names) if name in known]
-        self.files = [listing.files[i] for i in taken]
+        self.files = FileNames(listing.files[i] for i in taken)
         self.reader = ImageFiles(self.files, channels)
         labels = np.array([known[names[i]] for i in taken], dtype=np.int64)
         self.labels = None if classes is None and len(known) <= 1 else labels
@@ -160,7 +162,7 @@ class FolderSet:
         """See `ImageSet`."""
         stats = [Path(path).stat() for path in self.files if Path(path).exists()]
         sizes = [(s.st_size, s.st_mtime_ns) for s in stats]
-        return ["folder", DECODING, len(self), self.channels, self.files, sizes]
+        return ["folder", DECODING, len(self), self.channels, list(self.files), sizes]
 
 
 # -- opening -----------------------------------------------------------------------------------

@@ -136,10 +136,18 @@ def leave_signals_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-def default_workers() -> int:
-    """Return the number of cores that this process may use, less one for itself, at most 16."""
+def default_workers(processes: int = 1) -> int:
+    """Return this process's share of the cores, less one for itself, at most 16.
+
+    Args:
+        processes: On this machine. They share the cores, but tasks of SLURM have cores of their own
+            with --cpus-per-task.
+    """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+    has_own = "SLURM_CPUS_PER_TASK" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+    if not has_own:
+        cores //= processes
     return max(1, min(16, cores - 1))

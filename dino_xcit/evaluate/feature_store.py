@@ -183,7 +183,9 @@ def extract_shared(
     The store is complete in every process when this returns.
     """
     images = len(store.state)
-    workers = default_workers() if config.num_workers is None else config.num_workers
+    workers = config.num_workers
+    if workers is None:
+        workers = default_workers(fabric.world_size)
     extracted = extract(
         function,
         dataset,

@@ -119,7 +119,7 @@ def _load(
         return DataLoader(
             crops,  # type: ignore[arg-type]  # collating makes lists of tensors
             batch_sampler=itertools.islice(passes, number, None),
-            num_workers=default_workers() if workers is None else workers,
+            num_workers=default_workers(task.fabric.world_size) if workers is None else workers,
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # else the loader would use the caller's global one
         )

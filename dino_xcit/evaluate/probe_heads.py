@@ -25,7 +25,7 @@ from dino_xcit.evaluate.probe import (
     hold_out,
 )
 from dino_xcit.evaluate.probe_sgd import SavedSGD, cosine_decay, initial_heads
-from dino_xcit.runtime import progress, say, summed
+from dino_xcit.runtime import FromFirstProcess, progress, say, summed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +63,7 @@ def choices(config: LinearConfig, parts: int) -> list[FeatureChoice]:
 
 def heads_protocol(task: ProbeTask) -> Head:
     """Return the best head on held-out images, trained again on all of the task's images."""
+    from_first = FromFirstProcess()
     tried = choices(task.config, task.features.split("train").features.shape[1])
     rates = task.config.lr or HEADS_LR
     accuracy = torch.zeros(len(tried), len(rates))
@@ -76,7 +77,7 @@ def heads_protocol(task: ProbeTask) -> Head:
     if task.fabric.is_global_zero:
         weight, bias = train_heads(task, task.rows, choice, [rate], "chosen head")
         trained = weight[0].cpu(), bias[0].cpu()
-    weight, bias = task.fabric.broadcast(trained)
+    weight, bias = from_first(trained)
     chosen = {"lr": rate, **choice.options()}
     if accuracy.numel() > 1:
         percent = round(100 * float(accuracy.max()), 3)

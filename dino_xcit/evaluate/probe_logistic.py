@@ -23,7 +23,7 @@ from dino_xcit.evaluate.probe import (
     held_out_accuracy,
     hold_out,
 )
-from dino_xcit.runtime import float64_device, progress, say
+from dino_xcit.runtime import FromFirstProcess, float64_device, progress, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -89,15 +89,16 @@ class FitData(NamedTuple):
 def logistic_protocol(task: ProbeTask) -> Head:
     """Return the fit with the best C on held-out images, on all of the task's images.
 
-    The first process fits; the others wait.
+    The first process fits, for hours if there are many images; the others wait.
     """
+    from_first = FromFirstProcess()
     choice = FeatureChoice.of_options(task.config)
     fitted: Any = None
     if task.fabric.is_global_zero:
         chosen = _choose_c(task, choice)
         data = FitData(task, task.rows, choice)
         fitted = fit(data, chosen["C"], data.principal_axes()), chosen
-    model, chosen = task.fabric.broadcast(fitted)
+    model, chosen = from_first(fitted)
     return Head(model.weight.float(), model.bias.float(), choice, {**chosen, **choice.options()})
 
 
@@ -106,9 +107,10 @@ def _choose_c(task: ProbeTask, choice: FeatureChoice) -> dict[str, Any]:
     values = sorted(task.config.c or C_VALUES)
     if len(values) == 1:
         return {"C": values[0]}
-    split, device = task.features.split("train"), task.fabric.device
+    split = task.features.split("train")
     train, held_out = hold_out(task)
     data = FitData(task, train, choice)
+    device = data.device
     axes = data.principal_axes()
     model, best, best_accuracy = None, values[0], -1.0
     with progress(len(values), f"{task.features.name}: C", "fits", shown=True) as bar:

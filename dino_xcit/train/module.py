@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from dino_xcit.train.schedules import Schedules
 
 
+IGNORES_FOUND_INF = {"mps"}
+"""Types of devices whose fused AdamW does not read `found_inf`: every step there waits for it."""
+
+
 class DINOModule(L.LightningModule):
     """Trains the student on `Batch`es; the teacher follows. The product is `teacher.backbone`.
 
@@ -152,9 +156,11 @@ class DINOModule(L.LightningModule):
         if not self._is_float16:  # its scaler skips steps of infinite gradients by itself
             finite = finite & self._gradient_norm.isfinite()
             # The fused optimizer reads this flag on the device, and leaves weights and moments
-            # alone once it is set.
+            # alone once it is set (not on all devices, see `IGNORES_FOUND_INF`).
             optimizer.found_inf = (~finite).float().maximum(self._broken)  # type: ignore[attr-defined]
         self._broken.copy_((~finite).float().maximum(self._broken))
+        if self.device.type in IGNORES_FOUND_INF:
+            self.stop_if_broken()
         if self.schedules.last_layer_is_frozen(self.global_step):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None

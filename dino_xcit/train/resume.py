@@ -20,6 +20,8 @@ from dino_xcit.run_folder import from_plain, read_config
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
     from dino_xcit.train.schedules import Schedules
@@ -50,7 +52,7 @@ def images_record(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def _files(images: ImageSet) -> tuple[list[str], str]:
+def _files(images: ImageSet) -> tuple[Sequence[str], str]:
     """The files of a set and the folder that they lie in; none for sets of other sources."""
     if isinstance(images, Subset):
         files, root = _files(images.images)

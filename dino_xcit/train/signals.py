@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from dino_xcit.runtime import say
+from dino_xcit.runtime import gloo_group, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,10 +89,7 @@ class StopConsensus:
     """
 
     def __init__(self) -> None:
-        several = dist.is_available() and dist.is_initialized()
-        group = dist.new_group(backend="gloo") if several else None
-        assert not isinstance(group, int)  # which stands for "not a member"
-        self.group = group
+        self.group = gloo_group()
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __call__(self, *wanted: bool) -> list[bool]:

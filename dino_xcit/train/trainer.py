@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
@@ -45,7 +47,8 @@ def make_trainer(
     """Lightning's trainer for one long epoch: the loader hands out every batch of the run.
 
     Raises:
-        UserError: an option of `--trainer` is not the user's to set, or Lightning refuses one.
+        UserError: an option of `--trainer` is not the user's to set, Lightning refuses one, or
+            SLURM or torchrun have not started a process for each device.
     """
     devices = parse_devices(config.devices)
     user = dict(config.trainer)
@@ -77,9 +80,37 @@ def make_trainer(
         # Every process computes the same buffers from the same values: broadcasting is wasted.
         options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        return L.Trainer(**options, **user)
-    except (TypeError, ValueError, MisconfigurationException) as error:
+        trainer = L.Trainer(**options, **user)
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UserError(refusal(config, error)) from error
+    _require_all_processes(config, trainer)
+    return trainer
+
+
+def _require_all_processes(config: PretrainConfig, trainer: L.Trainer) -> None:
+    """Check that there is a process for each device: Lightning takes as many as there are.
+
+    With fewer the total batch would be smaller and the learning rate with it; of more, each would
+    train a network of its own.
+
+    Raises:
+        UserError: SLURM, torchrun or another launcher has started another number of processes.
+    """
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if TorchElasticEnvironment.detect():
+        launcher, way_out = "torchrun", f"torchrun --nproc-per-node={devices}"
+        found = TorchElasticEnvironment().world_size()
+    elif SLURMEnvironment.detect():
+        launcher, way_out = "SLURM", f"srun --nodes={nodes} --ntasks-per-node={devices}"
+        found = SLURMEnvironment().world_size()
+    else:
+        launcher, way_out, found = "the launcher", "one for each device", trainer.world_size
+    if found != devices * nodes:
+        raise UserError(
+            f"{launcher} has started {found} process{'es' * (found > 1)}, but --devices "
+            f"{config.devices} and --num_nodes {nodes} take {devices * nodes}; start as many "
+            f"({way_out}), or set --devices to the processes of a machine"
+        )
 
 
 @contextlib.contextmanager
@@ -149,6 +180,6 @@ class CropData(L.LightningDataModule):
         return CropLoader(
             CropDataset(self.images, self.config, self.path_shape),
             sampler,
-            num_workers=default_workers() if workers is None else workers,
+            num_workers=default_workers(trainer.num_devices) if workers is None else workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )

@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from common import circumstances, peak
+from flops import flops_of
 from torch import Tensor
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.loader import Batch
@@ -410,12 +410,14 @@ def step_flops(task: StepTask) -> int:
     """FLOPs of the step's matrix products and convolutions, when nothing is computed twice."""
     student, teacher = Network(task.config), Network(task.config)
     groups = [views.cpu() for views in task.views()]
-    with FlopCounterMode(display=False) as counter:
+
+    def step() -> None:
         with torch.no_grad():
             of_teacher = teacher.embed(groups[:1])
         logits = (embeddings.logits() for embeddings in (student.embed(groups), of_teacher))
         DINOLoss(task.out_dim)(*logits, 0.04)[0].backward()
-    return counter.get_total_flops()
+
+    return flops_of(step)
 
 
 def measured_peak(task: StepTask) -> float:

@@ -14,12 +14,36 @@ from dino_xcit.data import folder as folder_module
 from dino_xcit.data.decode import EXTENSIONS
 from dino_xcit.data.folder import image_files
 from dino_xcit.data.images import open_images
+from dino_xcit.data.names import FileNames
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import CONFIG, METRICS
 
 
 def paths(images) -> list[str]:
     return [str(Path(images.name(i))) for i in range(len(images))]
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_names_are_those_that_were_given_in_memory_that_reading_does_not_write():
+    given = ["a.png", "", "d\u00e9/\u732b.png", os.fsdecode(b"not-utf8-\xff.png"), "b"]
+    names = FileNames(given)
+    assert list(names) == given
+    assert (names[-1], list(names[1:3]), len(names)) == ("b", given[1:3], 5)
+    assert given[3] in names
+    with pytest.raises(IndexError):
+        names[5]
+    assert list(FileNames([])) == []
+
+
+def test_a_set_of_files_holds_no_python_object_for_each_file(tmp_path):
+    """Each worker would have a copy of them."""
+    root = make_folder(tmp_path, [f"cat/{i}.png" for i in range(5)])
+    images = open_images(folder_config(root), "train")
+    held = [images.files, images.reader.files, images.listing.files]
+    assert not [names for names in held if isinstance(names, list)]
+    assert paths(images) == [str(root / f"cat/{i}.png") for i in range(5)]
 
 
 # -- classes and order -------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import multiprocessing.resource_sharer as resource_sharer
 import os
 import signal
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,8 +19,9 @@ from dino_xcit.data import workers as workers_module
 from dino_xcit.data.crops import MultiCrop
 from dino_xcit.data.images import ShapeSet
 from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
-from dino_xcit.data.workers import restartable
+from dino_xcit.data.workers import default_workers, restartable
 from dino_xcit.errors import ImageError, UserError
+from dino_xcit.train.trainer import CropData
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,12 +56,11 @@ def shape_set(images: type[ShapeSet] = ShapeSet, *args) -> ShapeSet:
     return images(*args, 0, "train", 64, 3)
 
 
-def loader(images: ShapeSet, workers: int, **options) -> CropLoader:
+def loader(images: ShapeSet, workers: int, pin_memory: bool = False, **options) -> CropLoader:
     config = dataclasses.replace(TINY, **options)
     dataset = CropDataset(images, config, PICO_PATHS)
-    return CropLoader(
-        dataset, StepBatchSampler(config, len(images)), num_workers=workers, pin_memory=False
-    )
+    sampler = StepBatchSampler(config, len(images))
+    return CropLoader(dataset, sampler, num_workers=workers, pin_memory=pin_memory)
 
 
 def assert_same_batches(some, others):
@@ -99,6 +101,43 @@ def test_a_loader_starts_at_the_samplers_first_step(workers):
     assert len(resumed) == len(whole) - 6
     assert_same_batches(list(resumed), whole[6:])
     assert_same_batches(list(resumed), whole[6:])  # iterating changes nothing
+
+
+# -- how many ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"),
+    [(64, 8, 7), (64, 1, 16), (64, 2, 16), (8, 1, 7), (8, 8, 1), (1, 1, 1), (2, 4, 1)],
+)
+def test_the_processes_of_a_machine_share_its_cores(cores, processes, expected, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert default_workers(processes) == expected
+
+
+def test_a_task_of_slurm_with_cores_of_its_own_shares_none(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert default_workers(4) == 7
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # one task, which starts the processes
+    assert default_workers(4) == 1
+
+
+def test_a_process_of_a_run_takes_its_share(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    config = dataclasses.replace(TINY, num_workers=None)
+    data = CropData(config, shape_set(), PICO_PATHS)
+    data.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=2,
+        num_devices=2,
+        global_step=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    assert data.train_dataloader().num_workers == 7
 
 
 # -- workers that die ----------------------------------------------------------------------------
@@ -166,6 +205,40 @@ def test_a_worker_may_die_while_it_delivers_a_batch(error, capsys):
     assert list(restartable(loader_from)) == [0, 1, 2, 3]
     assert starts == [0, 3, 3]
     assert capsys.readouterr().err.count("died (Killed); starting others in its place") == 2
+
+
+@pytest.fixture
+def an_accelerator(monkeypatch):
+    """One for which batches are pinned, which does nothing."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_may_die_while_the_thread_that_pins_takes_its_batch(
+    an_accelerator, monkeypatch, capsys
+):
+    """The thread gets the error of the connection and ends; torch reports the thread's end."""
+    others = set(multiprocessing.active_children())
+    detach, taken = resource_sharer.DupFd.detach, []
+
+    def cut_off(descriptor):
+        taken.append(descriptor)
+        if len(taken) == 20:
+            worker = next(iter(set(multiprocessing.active_children()) - others))
+            worker.kill()
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return detach(descriptor)
+
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", cut_off)
+    batches = list(loader(shape_set(), 2, pin_memory=True))
+    assert len(taken) > 20
+    assert "died (Killed); starting others in its place" in capsys.readouterr().err
+    assert_same_batches(batches, list(loader(shape_set(), 0)))
 
 
 @pytest.mark.slow

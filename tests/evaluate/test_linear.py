@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
@@ -33,7 +37,7 @@ from dino_xcit.evaluate.probe import (
 )
 from dino_xcit.evaluate.probe_dino import AugmentedCrops, Steps
 from dino_xcit.evaluate.probe_heads import train_heads
-from dino_xcit.evaluate.probe_logistic import FitData, LinearModel, fit
+from dino_xcit.evaluate.probe_logistic import FitData, LinearModel, fit, logistic_protocol
 from dino_xcit.evaluate.probe_sgd import SavedSGD
 from dino_xcit.runtime import launch
 
@@ -239,6 +243,52 @@ def test_features_that_exceed_the_memory_and_another_start_give_the_same_fit(fil
     warm = fit_all(task, 1.0, start=LinearModel(whole.weight + 1, whole.bias - 1))
     for one, other in zip(whole, warm, strict=True):
         torch.testing.assert_close(one - one.mean(0), other - other.mean(0), rtol=1e-2, atol=1e-3)
+
+
+def test_a_device_without_float64_is_left_alone(files):
+    """There is no such device here: whatever is moved to it is an error."""
+    task = task_of(config_of(files, protocol="logistic", c=(0.1, 1.0)))
+    expected = logistic_protocol(task)
+    task.scratch.remove()
+    on_mps = SimpleNamespace(device=torch.device("mps"), is_global_zero=True)
+    head = logistic_protocol(task._replace(fabric=on_mps))
+    torch.testing.assert_close(head.weight, expected.weight)
+    assert head.chosen == expected.chosen
+
+
+def _wait_for_the_first(rank: int, folder: str) -> None:
+    """Processes whose group waits for a second, while the first fits for three."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=1),
+    )
+    probe_logistic._choose_c = lambda *_: time.sleep(3) or {"C": 1.0}
+    probe_logistic.fit = lambda *_: LinearModel(torch.ones(2, 3), torch.zeros(2))
+    probe_logistic.FitData.principal_axes = lambda _: None
+    fabric = SimpleNamespace(is_global_zero=rank == 0, broadcast=_broadcast)
+    config = LinearConfig(load_features=folder, protocol="logistic")
+    head = logistic_protocol(ProbeTask(config, None, fabric, np.arange(4), 0, 2, None))
+    torch.save((head.weight, head.chosen["C"]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _broadcast(value):
+    """As Fabric does it."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+@pytest.mark.slow
+def test_the_processes_wait_for_longer_than_their_group_while_the_first_one_fits(tmp_path):
+    mp.start_processes(_wait_for_the_first, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        weight, c = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(weight, torch.ones(2, 3))
+        assert c == 1.0
 
 
 # -- dino -----------------------------------------------------------------------------------------

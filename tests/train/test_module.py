@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import TINY
 from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.loader import Batch
 from dino_xcit.data.photometric import PhotometricParam
+from dino_xcit.errors import NotFiniteError
 from dino_xcit.model.architectures import BRANCHES
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.network import Network
@@ -100,6 +102,26 @@ def test_limit_zero_leaves_gradients_alone():
     norms = clip_per_parameter(clipped, 0.0)
     torch.testing.assert_close(clipped, gradients(), rtol=0, atol=0)
     torch.testing.assert_close(norms, torch.stack([g.norm() for g in gradients()]))
+
+
+# -- steps that are not finite --------------------------------------------------------------------
+
+
+def test_a_step_is_stopped_before_it_where_the_optimizer_would_make_it(monkeypatch):
+    """As on MPS, whose fused AdamW does not read `found_inf`."""
+    monkeypatch.setattr(DINOModule, "device", torch.device("mps"))
+    monkeypatch.setattr(
+        DINOModule, "trainer", SimpleNamespace(precision="32-true", world_size=1, global_step=0)
+    )
+    module = DINOModule(TINY, Schedules(config=TINY, steps_per_epoch=6, total_batch=8))
+    optimizer = torch.optim.AdamW(module.student.parameters())
+    for parameter in module.student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    module._sums = {"loss": torch.tensor(1.0)}
+    module.configure_gradient_clipping(optimizer)
+    next(module.student.parameters()).grad.fill_(torch.inf)
+    with pytest.raises(NotFiniteError, match="did not touch the weights"):
+        module.configure_gradient_clipping(optimizer)
 
 
 # -- waiting for the device --------------------------------------------------------------------
