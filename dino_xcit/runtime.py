@@ -110,6 +110,13 @@ def summed(fabric: Fabric, tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; a GPU copies while its earlier work still runs."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def float64_device(fabric: Fabric) -> torch.device:
     """Return the device, or the CPU where the device has no float64."""
     return torch.device("cpu") if fabric.device.type == "mps" else fabric.device
