@@ -36,6 +36,12 @@ def foreach_multiply(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> No
     torch._foreach_mul_(list(tensors), list(factors))
 
 
+def loss_scale(trainer: L.Trainer) -> Tensor:
+    """The factor of the loss in 16-mixed, on the device; the public getter waits for the device."""
+    scale: Tensor = trainer.precision_plugin.scaler._get_scale_async()  # type: ignore[attr-defined]
+    return scale
+
+
 def storage_key(tensor: Tensor) -> int:
     """The same for tensors that share memory; fake tensors have no public address."""
     return int(tensor.untyped_storage()._cdata)

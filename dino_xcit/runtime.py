@@ -150,6 +150,13 @@ class FromFirstProcess:
         return values[0]
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; a GPU copies while its earlier work still runs."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def float64_device(fabric: Fabric) -> torch.device:
     """Return the device, or the CPU where the device has no float64."""
     return torch.device("cpu") if fabric.device.type == "mps" else fabric.device

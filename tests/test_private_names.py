@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.config as dynamo
 import torch._functorch.config as partitioner
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from dino_xcit import private_names as private
@@ -57,3 +58,12 @@ def test_lightning_counts_from_the_step_that_is_set():
     private.set_global_step(trainer, 7)
     assert trainer.global_step == 7
     assert trainer.fit_loop.epoch_loop.state_dict()["state_dict"]["_batches_that_stepped"] == 7
+
+
+def test_the_scale_of_the_loss_is_a_tensor_of_the_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+    trainer = L.Trainer(plugins=[plugin], **options)
+    scaler.scale(torch.zeros(()))
+    torch.testing.assert_close(private.loss_scale(trainer), torch.tensor(8.0))

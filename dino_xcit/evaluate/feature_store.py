@@ -113,6 +113,7 @@ def extract(
     num_workers: int,
     share: tuple[int, int] = (0, 1),
     description: str | None = None,
+    pin_memory: bool = False,
 ) -> int:
     """Extract features for all unfinished rows; return how many.
 
@@ -128,6 +129,7 @@ def extract(
         share: Rank of this process and number of processes. The batches are the same for any
             number of processes.
         description: Label of the progress bar; without one there is no bar.
+        pin_memory: Whether to put the images into memory that a GPU copies from by itself.
 
     Raises:
         NotFiniteError: Features are not finite in the store's dtype.
@@ -139,6 +141,7 @@ def extract(
             dataset,  # type: ignore[arg-type]  # collating makes the pairs' bools a tensor
             batch_sampler=[rows[batch].tolist() for batch in batches[number:]],
             num_workers=min(num_workers, len(batches)),
+            pin_memory=pin_memory,
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # else the loader would use the caller's global one
         )
@@ -195,6 +198,7 @@ def extract_shared(
         num_workers=workers if images >= WORTH_WORKERS else 0,
         share=(fabric.global_rank, fabric.world_size),
         description=description if fabric.is_global_zero else None,
+        pin_memory=fabric.device.type == "cuda",
     )
     fabric.barrier()
     assert NOT_DONE not in store.state

@@ -86,8 +86,9 @@ def knn_classify(
     for test in torch.split(test_features, TEST_PASS):
         similarity, index = nearest(train_features, test, max(nb_knn), device, parts)
         label = train_labels[index]
-        for k in ranked:
-            ranked[k].append(vote(similarity[:, :k], label[:, :k], temperature).cpu())
+        votes = [vote(similarity[:, :k], label[:, :k], temperature) for k in ranked]
+        for k, classes in zip(ranked, torch.stack(votes).cpu(), strict=True):  # waits once
+            ranked[k].append(classes)
     return {k: torch.cat(blocks) for k, blocks in ranked.items()}
 
 

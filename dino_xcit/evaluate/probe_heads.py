@@ -25,7 +25,7 @@ from dino_xcit.evaluate.probe import (
     hold_out,
 )
 from dino_xcit.evaluate.probe_sgd import SavedSGD, cosine_decay, initial_heads
-from dino_xcit.runtime import FromFirstProcess, progress, say, summed
+from dino_xcit.runtime import FromFirstProcess, progress, say, summed, upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,8 +128,8 @@ def train_heads(
                 order = np.random.default_rng((task.seed, 2, epoch)).permutation(rows)
                 order_epoch = epoch
             index = torch.from_numpy(order[number * batch : (number + 1) * batch])
-            x, y = choice.select(features[index].to(device)).float(), labels[index].to(device)
-            loss = _losses(x, y, weight, bias) @ scale
+            x, y = choice.select(upload(features[index], device)), upload(labels[index], device)
+            loss = _losses(x.float(), y, weight, bias) @ scale
             sgd.optimizer.zero_grad()
             torch.autograd.backward(loss)
             sgd.update(cosine_decay(sgd.step / steps))

@@ -28,6 +28,7 @@ from dino_xcit.files import plain
 from dino_xcit.model.batch_norm import synchronise_batch_norms
 from dino_xcit.model.dino import DINOLoss
 from dino_xcit.model.koleo import koleo
+from dino_xcit.private_names import loss_scale
 from dino_xcit.run_folder import LAST
 from dino_xcit.train.collapse import stabler
 from dino_xcit.train.network import Network
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
     from dino_xcit.data.loader import Batch
     from dino_xcit.train.schedules import Schedules
 
-
+NOT_FINITE, NO_SCALE = 1.0, 2.0
+"""Flags: a loss or gradient was not finite; float16's scale of the loss has become useless."""
+SMALLEST_SCALE = 1.0
+"""It begins at 65536 and is halved at each skipped step; below 1 it makes gradients smaller."""
 IGNORES_FOUND_INF = {"mps"}
 """Types of devices whose fused AdamW does not read `found_inf`: every step there waits for it."""
 
@@ -62,7 +66,7 @@ class DINOModule(L.LightningModule):
         self.teacher = Network(config).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.loss = DINOLoss(config.out_dim, config.student_temp, config.center_momentum)
-        # 1 once a loss or gradient was not finite
+        # NOT_FINITE or NO_SCALE once one of them happened
         self.register_buffer("_broken", torch.zeros(()), persistent=False)
         self.row: dict[str, float] = {}
         self.first_step = 0
@@ -153,12 +157,16 @@ class DINOModule(L.LightningModule):
         norms = clip_per_parameter(gradients, self.config.clip_grad)
         self._gradient_norm = torch.linalg.vector_norm(norms)
         finite = self._mean("loss").isfinite()
-        if not self._is_float16:  # its scaler skips steps of infinite gradients by itself
+        if self._is_float16:  # its scaler skips steps of infinite gradients by itself
+            broken = (~finite).float() * NOT_FINITE
+            no_scale = loss_scale(self.trainer) < SMALLEST_SCALE
+            self._broken.copy_((no_scale.float() * NO_SCALE).maximum(broken).maximum(self._broken))
+        else:
             finite = finite & self._gradient_norm.isfinite()
+            self._broken.copy_(((~finite).float() * NOT_FINITE).maximum(self._broken))
             # The fused optimizer reads this flag on the device, and leaves weights and moments
             # alone once it is set (not on all devices, see `IGNORES_FOUND_INF`).
-            optimizer.found_inf = (~finite).float().maximum(self._broken)  # type: ignore[attr-defined]
-        self._broken.copy_((~finite).float().maximum(self._broken))
+            optimizer.found_inf = self._broken.clone()  # type: ignore[attr-defined]
         if self.device.type in IGNORES_FOUND_INF:
             self.stop_if_broken()
         if self.schedules.last_layer_is_frozen(self.global_step):
@@ -178,8 +186,7 @@ class DINOModule(L.LightningModule):
         regularised["lr"] = spared["lr"] = self.schedules.lr(step)
         regularised["weight_decay"] = self.schedules.weight_decay(step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # On a GPU not at every step, since it waits for the device.
-        if self.device.type == "cpu" or self._logs(step):
+        if self.device.type == "cpu":  # a GPU would wait: there a row looks at the flag
             self.stop_if_broken()
         get_ema_multi_avg_fn(self.schedules.momentum(step))(
             list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], None
@@ -196,9 +203,14 @@ class DINOModule(L.LightningModule):
         return done == 1 or done % every == 0 or done % epoch == 0
 
     def _log_row(self, step: int) -> dict[str, float]:
-        """A row of metrics.csv; entropy and KL are in nats. Waits for the device once."""
+        """A row of metrics.csv; entropy and KL are in nats. Waits for the device once.
+
+        Raises:
+            NotFiniteError: see `stop_if_broken`.
+        """
         assert self._gradient_norm is not None
         tensors = {
+            "broken": self._broken,
             **{name: self._mean(name) for name in self._sums},
             "center_norm": self.loss.center.norm(),
             "grad_norm": self._gradient_norm,
@@ -207,6 +219,7 @@ class DINOModule(L.LightningModule):
         if self.trainer.world_size > 1:
             values = self.trainer.strategy.reduce(values, reduce_op="mean")
         measured = dict(zip(tensors, values.tolist(), strict=True))
+        self._raise_if_broken(measured.pop("broken"))
         then, step_then = self._clock
         self._clock = (time.perf_counter(), step + 1)
         images, schedules = (step + 1 - step_then) * self.schedules.total_batch, self.schedules
@@ -283,14 +296,26 @@ class DINOModule(L.LightningModule):
         broken = self._broken
         if self.trainer.world_size > 1:  # all stop, or none
             broken = self.trainer.strategy.reduce(broken.clone(), reduce_op="max")
-        if broken.item():
-            assert self._gradient_norm is not None
-            precision = "" if self.trainer.precision == "32-true" else "--precision 32-true, "
-            raise NotFiniteError(
-                f"by step {self.global_step + 1}: the loss or a gradient is not finite (gradient "
-                f"norm {self._gradient_norm.item():.4g}). It did not touch the weights; "
-                f"{self._way_back()}. Try {precision}{stabler(self.config)}"
-            )
+        self._raise_if_broken(broken.item())
+
+    def _raise_if_broken(self, flag: float) -> None:
+        """Raise NotFiniteError if this value of the flag, a mean over processes, is not 0."""
+        if not flag:
+            return
+        assert self._gradient_norm is not None
+        way = {"32-true": "", "16-mixed": "--precision bf16-mixed or 32-true, "}
+        precision = way.get(str(self.trainer.precision), "--precision 32-true, ")
+        problem = (
+            "the gradients are too large for float16 at any scale of the loss: step after step "
+            "was skipped"
+            if flag == NO_SCALE
+            else "the loss or a gradient is not finite "
+            f"(gradient norm {self._gradient_norm.item():.4g})"
+        )
+        raise NotFiniteError(
+            f"by step {self.global_step + 1}: {problem}. It did not touch the weights; "
+            f"{self._way_back()}. Try {precision}{stabler(self.config)}"
+        )
 
     def _way_back(self) -> str:
         last = Path(self.config.output_dir) / LAST

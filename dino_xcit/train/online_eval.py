@@ -143,6 +143,7 @@ def _features(
         store,
         batch_size=BATCH_SIZE,
         num_workers=default_workers() if len(indices) >= WORTH_WORKERS else 0,
+        pin_memory=extractor.device.type == "cuda",
     )
     readable = store.state == DONE
     if not readable.any():

@@ -13,8 +13,9 @@ from dino_xcit.private_names import foreach_multiply, foreach_norm
 def adamw(student: nn.Module, precision: str | int | None) -> torch.optim.AdamW:
     """The optimizer; learning rate and weight decay are set at each step."""
     # The scaler of float16 has to see the gradients before they are clipped, which a fused
-    # optimizer hides from it.
-    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=precision != "16-mixed")
+    # optimizer hides from it. None, not False: that would also rule out foreach operations.
+    fused = None if precision == "16-mixed" else True
+    return torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=fused)
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
