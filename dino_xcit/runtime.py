@@ -123,10 +123,20 @@ def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
 
     Returns:
         None with one process.
+
+    Raises:
+        UserError: They cannot connect.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:  # torch has no type of error for it
+        raise UserError(
+            f"the processes cannot connect on the CPU ({' '.join(str(error).split())}); where a "
+            "machine's name resolves to its loopback address, set GLOO_SOCKET_IFNAME to the name "
+            "of its network interface, such as eth0 (ip link lists them)"
+        ) from error
     assert not isinstance(group, int)  # which stands for "not a member"
     return group
 

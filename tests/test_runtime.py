@@ -29,6 +29,17 @@ def test_lightnings_logging_level_is_as_before(level, caplog):
     assert not caplog.records
 
 
+def test_processes_that_cannot_connect_are_one_line_with_what_to_set(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("Gloo connectFullMesh failed with\n[pair.cc:144] Connection refused")
+
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "new_group", fail)
+    with pytest.raises(UserError, match=r"Connection refused.*GLOO_SOCKET_IFNAME") as raised:
+        runtime.gloo_group()
+    assert "\n" not in str(raised.value)
+
+
 def test_a_refusal_names_the_flags_that_the_command_has():
     with pytest.raises(UserError, match=r"Lightning refuses --accelerator abacus --precision 32"):
         runtime.device_of(AttentionConfig(weights=("W",), accelerator="abacus"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from dino_xcit.data.crops import MultiCrop, Views
+from dino_xcit.data.crops import GLOBAL_CROPS, MultiCrop, Views
 from dino_xcit.data.decode import one_line
 from dino_xcit.data.workers import leave_signals_to_the_parent, restartable
 from dino_xcit.errors import ImageError, LoaderError, UserError
+from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
 
+BATCHES_AHEAD = 2  # of each worker, in shared memory
+SHARED_MEMORY_FOLDER = "/dev/shm"
 REPLACEMENTS_TRIED = 20  # for an unreadable image, before the run ends
 
 
@@ -174,6 +179,42 @@ class StepBatchSampler(Sampler[list[Position]]):
                 yield [(epoch, int(index)) for index in permutation[start : start + share]]
 
 
+# -- shared memory -----------------------------------------------------------------------------
+
+
+def batch_bytes(config: RunConfig) -> int:
+    """Return the size of the crops of a batch of one process, 8 bits a channel."""
+    pixels = GLOBAL_CROPS * config.global_crops_size**2
+    pixels += config.local_crops_number * config.local_crops_size**2
+    return config.batch_size_per_gpu * config.in_chans * pixels
+
+
+def report_scarce_shared_memory(config: RunConfig, num_workers: int, processes: int) -> None:
+    """Print a line if the batches that wait in shared memory may not fit into it.
+
+    A line only: they wait in full number only while the loader is faster than the training.
+
+    Args:
+        config: Options of the run.
+        num_workers: Of each process.
+        processes: On this machine.
+    """
+    needed = processes * num_workers * BATCHES_AHEAD * batch_bytes(config)
+    try:
+        status = os.statvfs(SHARED_MEMORY_FOLDER)
+    except OSError:  # a system without this folder has no such limit
+        return
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        several = f"{processes} processes x " if processes > 1 else ""
+        say(
+            f"the loader takes up to {needed / 2**30:.2f} GiB of shared memory ({several}"
+            f"{num_workers} worker{'s' * (num_workers > 1)} x {BATCHES_AHEAD} batches), "
+            f"{SHARED_MEMORY_FOLDER} has {free / 2**30:.2f} GiB: give the container more "
+            f"(docker run --shm-size={math.ceil(needed / 2**30)}g) or lower --num_workers"
+        )
+
+
 # -- loader ------------------------------------------------------------------------------------
 
 
@@ -204,6 +245,7 @@ class CropLoader:
             self.dataset,
             batch_sampler=self.sampler.passes(skipped),
             num_workers=self.num_workers,
+            prefetch_factor=BATCHES_AHEAD if self.num_workers else None,
             pin_memory=self.pin_memory,
             collate_fn=collate,
             worker_init_fn=leave_signals_to_the_parent,

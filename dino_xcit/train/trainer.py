@@ -16,7 +16,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
+from dino_xcit.data.loader import (
+    CropDataset,
+    CropLoader,
+    StepBatchSampler,
+    report_scarce_shared_memory,
+)
 from dino_xcit.data.workers import default_workers
 from dino_xcit.errors import RunFailedError, UserError
 from dino_xcit.runtime import parse_devices, refusal, resolve_precision
@@ -177,9 +182,12 @@ class CropData(L.LightningDataModule):
         sampler = StepBatchSampler(self.config, images, trainer.global_rank, trainer.world_size)
         sampler.first_step = trainer.global_step
         workers = self.config.num_workers
+        if workers is None:
+            workers = default_workers(trainer.num_devices)
+        report_scarce_shared_memory(self.config, workers, trainer.num_devices)
         return CropLoader(
             CropDataset(self.images, self.config, self.path_shape),
             sampler,
-            num_workers=default_workers(trainer.num_devices) if workers is None else workers,
+            num_workers=workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )

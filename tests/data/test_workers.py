@@ -15,10 +15,17 @@ import torch
 from helpers import PICO_PATHS, TINY
 from torch.utils.data import DataLoader, Dataset
 
+from dino_xcit.data import loader as loader_module
 from dino_xcit.data import workers as workers_module
 from dino_xcit.data.crops import MultiCrop
 from dino_xcit.data.images import ShapeSet
-from dino_xcit.data.loader import CropDataset, CropLoader, StepBatchSampler
+from dino_xcit.data.loader import (
+    CropDataset,
+    CropLoader,
+    StepBatchSampler,
+    batch_bytes,
+    report_scarce_shared_memory,
+)
 from dino_xcit.data.workers import default_workers, restartable
 from dino_xcit.errors import ImageError, UserError
 from dino_xcit.train.trainer import CropData
@@ -61,6 +68,19 @@ def loader(images: ShapeSet, workers: int, pin_memory: bool = False, **options) 
     dataset = CropDataset(images, config, PICO_PATHS)
     sampler = StepBatchSampler(config, len(images))
     return CropLoader(dataset, sampler, num_workers=workers, pin_memory=pin_memory)
+
+
+def crop_data(processes: int, **options) -> CropData:
+    """The data of the first of several processes."""
+    data = CropData(dataclasses.replace(TINY, **options), shape_set(), PICO_PATHS)
+    data.trainer = SimpleNamespace(
+        global_rank=0,
+        world_size=processes,
+        num_devices=processes,
+        global_step=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    return data
 
 
 def assert_same_batches(some, others):
@@ -128,16 +148,44 @@ def test_a_task_of_slurm_with_cores_of_its_own_shares_none(monkeypatch):
 def test_a_process_of_a_run_takes_its_share(monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    config = dataclasses.replace(TINY, num_workers=None)
-    data = CropData(config, shape_set(), PICO_PATHS)
-    data.trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=2,
-        num_devices=2,
-        global_step=0,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    assert data.train_dataloader().num_workers == 7
+    assert crop_data(2, num_workers=None).train_dataloader().num_workers == 7
+
+
+# -- shared memory -------------------------------------------------------------------------------
+
+
+def test_the_size_of_a_batch_is_that_of_its_crops():
+    batch = next(iter(loader(shape_set(), 0)))
+    crops = [views for name, views in batch.views.items() if name.endswith("_crops")]
+    assert batch_bytes(TINY) == sum(views.nbytes for views in crops)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(0.9, False), (1.0, True)])
+def test_shared_memory_that_may_not_suffice_is_one_line(free, fits, monkeypatch, capsys):
+    needed = 2 * 3 * 2 * batch_bytes(TINY)  # two batches each of three workers of two processes
+    blocks = SimpleNamespace(f_bavail=int(free * needed), f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda _: blocks)
+    report_scarce_shared_memory(TINY, num_workers=3, processes=2)
+    lines = capsys.readouterr().err.splitlines()
+    if fits:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert "2 processes x 3 workers x 2 batches" in line
+        assert "docker run --shm-size=1g" in line
+        assert "lower --num_workers" in line
+    report_scarce_shared_memory(TINY, num_workers=0, processes=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(loader_module, "SHARED_MEMORY_FOLDER", "/no such folder")
+    report_scarce_shared_memory(TINY, num_workers=3, processes=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_compares_its_batches_with_the_shared_memory(monkeypatch, capsys):
+    blocks = SimpleNamespace(f_bavail=0, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda _: blocks)
+    crop_data(2, num_workers=1).train_dataloader()
+    assert "(2 processes x 1 worker x 2 batches), /dev/shm has 0.00" in capsys.readouterr().err
 
 
 # -- workers that die ----------------------------------------------------------------------------
