@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch._dynamo.config as dynamo
 import torch._functorch.config as partitioner
+import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,14 +48,44 @@ def storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; the tensor stays.
+
+    These operations return their result, so a compiler can put them into a graph without a break;
+    the public ones write into a tensor. Neither makes the host wait for a GPU. No gradient.
+    """
+    operations, group = torch.ops._c10d_functional, _all_processes()
+    total: Tensor = operations.wait_tensor(operations.all_reduce(tensor, "sum", group))
+    return total
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """The tensors of all processes, (processes, ...), in their order. See `all_reduce`."""
+    operations, group, world = torch.ops._c10d_functional, _all_processes(), dist.get_world_size()
+    gathered: Tensor = operations.wait_tensor(
+        operations.all_gather_into_tensor(tensor, world, group)
+    )
+    return gathered.view(world, *tensor.shape)
+
+
+def _all_processes() -> str:
+    """Name of the group of all processes."""
+    world = dist.group.WORLD
+    assert world is not None
+    return str(world.group_name)
+
+
 @contextlib.contextmanager
 def compiling(kept_for_backward: float) -> Iterator[None]:
     """Set what torch.compile keeps for the backward pass, as a share; run uncompiled what fails.
 
-    Both have no public setting but a decorator's or an environment variable's.
+    Leave a compiled region whole under DDP: it is a layer, so gradients are reduced early enough
+    without cutting it at the borders of DDP's buckets, which it may not survive.
+
+    They have no public setting but a decorator's or an environment variable's.
     """
     with (
-        dynamo.patch(suppress_errors=True),
+        dynamo.patch(suppress_errors=True, optimize_ddp=False),
         partitioner.patch(activation_memory_budget=kept_for_backward),
     ):
         yield

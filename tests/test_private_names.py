@@ -6,6 +6,7 @@ import lightning as L
 import torch
 import torch._dynamo.config as dynamo
 import torch._functorch.config as partitioner
+import torch.distributed as dist
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -34,13 +35,31 @@ def test_every_batch_norm_is_one():
         assert isinstance(norm, private.BatchNorm)
 
 
-def test_compiling_sets_both_settings_and_puts_them_back():
-    before = dynamo.suppress_errors, partitioner.activation_memory_budget
+def test_collectives_give_what_the_public_ones_write(tmp_path):
+    """Of one process: tests/train/test_processes.py has two of them normalise a batch."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        tensor = torch.randn(2, 3)
+        gathered = private.all_gather(tensor)
+        assert gathered.shape == (1, 2, 3)
+        for result in (gathered[0], private.all_reduce(tensor)):
+            assert torch.equal(result, tensor)
+            assert result.data_ptr() != tensor.data_ptr()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiling_sets_its_settings_and_puts_them_back():
+    def settings() -> tuple[bool, bool, float]:
+        budget = partitioner.activation_memory_budget
+        return dynamo.suppress_errors, dynamo.optimize_ddp, budget
+
+    before = settings()
     with private.compiling(0.25):
-        assert (dynamo.suppress_errors, partitioner.activation_memory_budget) == (True, 0.25)
+        assert settings() == (True, False, 0.25)
         with private.failing_compilation_raises():
             assert dynamo.suppress_errors is False
-    assert (dynamo.suppress_errors, partitioner.activation_memory_budget) == before
+    assert settings() == before
 
 
 def test_lightning_has_what_is_switched_off():

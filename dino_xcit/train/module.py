@@ -85,7 +85,7 @@ class DINOModule(L.LightningModule):
         """Let batch norms use the batches of all processes."""
         if self.trainer.world_size > 1:
             for network in (self.student, self.teacher):
-                synchronise_batch_norms(network, self.trainer.strategy.root_device.type)
+                synchronise_batch_norms(network)
 
     # -- one step ----------------------------------------------------------------------------
 
