@@ -75,14 +75,13 @@ class Watch:
 
     Attributes:
         events: waits, uploads that wait, and operations on several devices.
-        kernels: operations that launch work on the device, by pass.
-        names: the same by their names.
+        names: operations that launch work on the device, of each pass by name.
     """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.kernels: collections.Counter[int] = collections.Counter()
-        self.names: collections.Counter[str] = collections.Counter()
+        self.names: collections.defaultdict[int, collections.Counter[str]]
+        self.names = collections.defaultdict(collections.Counter)
         self.step = BEFORE
         self._pinned: dict[int, torch.Tensor] = {}
         self._modes = contextlib.ExitStack()
@@ -100,6 +99,10 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         self._modes.close()
+
+    def launches(self, step: int) -> int:
+        """Number of operations that launch work on the device in a pass."""
+        return self.names[step].total()
 
     def during(self, step: int, *kinds: str) -> list[str]:
         """What happened in a pass, of some kinds or of all."""
@@ -128,8 +131,7 @@ class Watch:
         return values.tolist() if as_list else values
 
     def launched(self, name: str) -> None:
-        self.kernels[self.step] += 1
-        self.names[name] += 1
+        self.names[self.step][name] += 1
 
     def copied(self, source: torch.Tensor, target: torch.Tensor, non_blocking: bool) -> None:
         """Note a copy between devices."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import pytest
 import torch
@@ -94,3 +95,12 @@ def test_what_cannot_be_a_folder_is_refused_by_its_flag(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to \(No space left"):
         runtime.require_folder(tmp_path / "other", "cache_dir")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_warning_while_compiling_is_no_failure(monkeypatch):
+    def warn(function):
+        warnings.warn("TensorFloat32 tensor cores available but not enabled", stacklevel=1)
+        return function
+
+    monkeypatch.setattr(torch, "compile", warn)  # warnings are errors in these tests
+    assert runtime.why_nothing_compiles(torch.device("cpu")) is None

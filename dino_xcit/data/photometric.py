@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,43 @@ class PhotometricParam(IntEnum):
     SOLARIZE = 11  # 1: invert values of at least 128 of 255
 
 
+class Constants(NamedTuple):
+    """What every batch needs on the device, one value per channel, (C, 1, 1)."""
+
+    mean: Tensor
+    std: Tensor
+    centre: Tensor
+    """of `shift_hue`, as the next two"""
+    sign: Tensor
+    start: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Constants:
+        """Constants on a device; copied there once."""
+        hue = (3.0, 2.0, 4.0), (-1.0, 1.0, 1.0), (2.0, -1.0, -1.0)
+        return cls(*(_constant(values, device) for values in (mean, std, *hue)))
+
+
+WholeBatch: TypeAlias = "Callable[[Tensor, Tensor, Constants, float], Tensor]"
+"""(views, params, constants, max_sigma) -> augmented views, all on one device"""
+
+
+def compiled_whole_batch() -> WholeBatch:
+    """The augmentation of a batch on a GPU as a few kernels instead of hundreds.
+
+    It is compiled once for each size of crops.
+    """
+    compiled: WholeBatch = torch.compile(_augment, dynamic=False)
+    return compiled
+
+
 def photometric(
-    views: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
+    views: Tensor,
+    params: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    max_sigma: float,
+    whole_batch: WholeBatch | None = None,
 ) -> Tensor:
     """Augment and normalise views, on their device.
 
@@ -65,12 +100,14 @@ def photometric(
         mean: Mean of each channel, in [0, 1].
         std: Standard deviation of each channel, in [0, 1].
         max_sigma: Largest sigma that can be sampled, in pixels; sets the size of the kernel.
+        whole_batch: What computes it on a GPU; default: not compiled.
 
     Returns:
         float32 (N, C, H, W).
     """
-    if views.device.type != "cpu":
-        return _augment(views, params, mean, std, max_sigma)
+    constants = Constants.on(views.device, mean, std)
+    if not _chooses_rows(views):
+        return (whole_batch or _augment)(views, params, constants, max_sigma)
     x = torch.empty(views.shape)
     # Sorted by the rank of their hue, those without hue last: so the views that one step of
     # `color_jitter` changes are adjacent.
@@ -81,26 +118,24 @@ def photometric(
     order = (hue_rank + 4 * without_hue).argsort()
     rows_in_cache = max(1, FLOATS_IN_CACHE // views[0].numel())
     for rows in torch.split(order, rows_in_cache):
-        part = _augment(views.index_select(0, rows), params[rows], mean, std, max_sigma)
+        part = _augment(views.index_select(0, rows), params[rows], constants, max_sigma)
         _put(x, rows, part)
     return x
 
 
-def _augment(
-    views: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...], max_sigma: float
-) -> Tensor:
+def _augment(views: Tensor, params: Tensor, constants: Constants, max_sigma: float) -> Tensor:
     sigma = params[:, PhotometricParam.SIGMA]
     views = _on_rows(views, params[:, PhotometricParam.FLIP] > 0, lambda x, _: x.flip(-1))
-    x = color_jitter(views.float().div_(255), params)
+    x = color_jitter(views.float().div_(255), params, constants)
     if x.shape[1] == 3:
         to_gray = params[:, PhotometricParam.GRAYSCALE] > 0
         x = _on_rows(x, to_gray, lambda x, _: gray(x).repeat(1, 3, 1, 1))
     x = _on_rows(x, sigma > 0, lambda x, rows: gaussian_blur(x, sigma[rows], max_sigma))
     x = _on_rows(x, params[:, PhotometricParam.SOLARIZE] > 0, lambda x, _: solarize(x))
-    return x.sub_(_constant(mean, x.device)).div_(_constant(std, x.device))
+    return x.sub_(constants.mean).div_(constants.std)
 
 
-def color_jitter(x: Tensor, params: Tensor) -> Tensor:
+def color_jitter(x: Tensor, params: Tensor, constants: Constants) -> Tensor:
     """Apply brightness, contrast, saturation and hue to each view, in the view's own order.
 
     Brightness, contrast and saturation are one operation with three sets of coefficients
@@ -110,6 +145,7 @@ def color_jitter(x: Tensor, params: Tensor) -> Tensor:
     Args:
         x: float (N, C, H, W) in [0, 1]; overwritten.
         params: (N, len(PhotometricParam)).
+        constants: Of the device.
     """
     hue, hue_rank = params[:, PhotometricParam.HUE], params[:, PhotometricParam.HUE_RANK]
     first, last = PhotometricParam.BRIGHTNESS_RANK, PhotometricParam.SATURATION_RANK
@@ -118,7 +154,7 @@ def color_jitter(x: Tensor, params: Tensor) -> Tensor:
     for rank in (0, 1, 2):
         _blend_at(x, rank, ranks, factors, rank < hue_rank)
     if x.shape[1] == 3:
-        x = _on_rows(x, hue != 0, lambda x, rows: shift_hue(x, hue[rows]))
+        x = _on_rows(x, hue != 0, lambda x, rows: shift_hue(x, hue[rows], constants))
     for rank in (1, 2, 3):
         _blend_at(x, rank, ranks, factors, rank > hue_rank)
     return x
@@ -130,7 +166,7 @@ def _blend_at(x: Tensor, rank: int, ranks: Tensor, factors: Tensor, active: Tens
     factor = torch.where(chosen, factors, 1.0)  # 1 leaves a view unchanged
     if x.shape[1] != 3:
         factor[:, 2] = 1.0  # no saturation without colour
-    if x.device.type == "cpu":
+    if _chooses_rows(x):
         rows = (factor != 1).any(1).nonzero()[:, 0].tolist() or [0]
         x, factor = (tensor[rows[0] : rows[-1] + 1] for tensor in (x, factor))
     _blend(x, factor)
@@ -147,7 +183,7 @@ def _blend(x: Tensor, factor: Tensor) -> Tensor:
         factor: (N, 3), of brightness, contrast and saturation.
     """
     brightness, contrast, saturation = factor[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1) each
-    if x.device.type == "cpu" and bool((factor[:, 1:] == 1).all()):
+    if _chooses_rows(x) and bool((factor[:, 1:] == 1).all()):
         return x.mul_(brightness).clamp_(0, 1)
     g = gray(x)  # (N, 1, H, W)
     offset = g.mean((-2, -1), keepdim=True) * (1 - contrast) + g.mul_(1 - saturation)
@@ -163,7 +199,7 @@ def gray(x: Tensor) -> Tensor:
     return luma.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])[:, None]
 
 
-def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+def shift_hue(x: Tensor, turns: Tensor, constants: Constants) -> Tensor:
     """Shift the hue of RGB views (N, 3, H, W) by `turns` (N,), keeping value and chroma (HSV)."""
     red, green, blue = x.unbind(1)
     top, low = red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
@@ -176,10 +212,8 @@ def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     hue.sub_((hue / 6).floor_(), alpha=6)  # 0 to 6
     # Distance below the top in units of the chroma, clamped to [0, 1]:
     # red 2 - |hue - 3|, green |hue - 2| - 1, blue |hue - 4| - 1.
-    centre = _constant((3.0, 2.0, 4.0), x.device)
-    sign = _constant((-1.0, 1.0, 1.0), x.device)
-    start = _constant((2.0, -1.0, -1.0), x.device)
-    below = (hue[:, None] - centre).abs_().mul_(sign).add_(start).clamp_(0, 1)
+    below = (hue[:, None] - constants.centre).abs_().mul_(constants.sign).add_(constants.start)
+    below.clamp_(0, 1)
     return below.mul_(-chroma[:, None]).add_(top[:, None])
 
 
@@ -207,6 +241,11 @@ def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     return F.conv2d(x, kernel[:, None, None, :], groups=N * C).reshape(N, C, H, W)
 
 
+def _chooses_rows(x: Tensor) -> bool:
+    """Whether operations run on the views that they change; a GPU would wait for the choice."""
+    return x.device.type == "cpu"
+
+
 @functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """One value per channel, (C, 1, 1); cached, because copying to a device waits for it."""
@@ -217,7 +256,7 @@ def _on_rows(
     x: Tensor, active: Tensor, operation: Callable[[Tensor, Tensor | slice], Tensor]
 ) -> Tensor:
     """Apply `operation(views, their rows)` to the active views; on CPU in place."""
-    if x.device.type != "cpu":  # choosing rows would wait for the device
+    if not _chooses_rows(x):
         return torch.where(active[:, None, None, None], operation(x, slice(None)), x)
     rows = active.nonzero()[:, 0]
     if len(rows) == len(x):

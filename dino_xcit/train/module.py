@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
-from dino_xcit.data.photometric import photometric
+from dino_xcit.data.photometric import WholeBatch, compiled_whole_batch, photometric
 from dino_xcit.errors import NotFiniteError, UserError
 from dino_xcit.files import plain
 from dino_xcit.model.batch_norm import synchronise_batch_norms
@@ -72,10 +72,17 @@ class DINOModule(L.LightningModule):
         self.first_step = 0
         self._sums: dict[str, Tensor] = {}  # of loss and scalars, over the passes of a step
         self._gradient_norm: Tensor | None = None
+        self._whole_batch: WholeBatch | None = None  # the augmentation, if it is compiled
         self._clock = (time.perf_counter(), 0)
 
-    def compile_regions(self) -> None:
-        """Compile the regions of both backbones, once for each kind of crop."""
+    def compile_regions(self, device: torch.device) -> None:
+        """Compile the regions of both backbones, once for each kind of crop.
+
+        On a GPU the augmentation too: it is hundreds of small kernels, which read and write every
+        view. On a CPU compiling it saves no time (`eval/speed/README.md`).
+        """
+        if device.type == "cuda":
+            self._whole_batch = compiled_whole_batch()
         for network in (self.student, self.teacher):
             for region in network.backbone.compiled_regions():
                 region.compile(dynamic=False)
@@ -111,7 +118,12 @@ class DINOModule(L.LightningModule):
         # Eight bits of a picture need more than bfloat16 has.
         with torch.autocast(crops.device.type, enabled=False):
             views = photometric(
-                crops.flatten(0, 1), params.flatten(0, 1), c.mean, c.std, c.blur_sigma[1]
+                crops.flatten(0, 1),
+                params.flatten(0, 1),
+                c.mean,
+                c.std,
+                c.blur_sigma[1],
+                self._whole_batch,
             )
         return cast("Tensor", views.unflatten(0, crops.shape[:2]))
 

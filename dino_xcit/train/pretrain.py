@@ -196,9 +196,10 @@ def _start(run: Run, lock: FolderLock) -> Outcome:
     if config.dry_run:
         rank_zero_only(print)(describe_plan(config, module, run.images, trainer))
         return Outcome(folder=folder, step=0, steps=run.schedules.steps)
-    if _compiles(config, run.schedules.steps, trainer.strategy.root_device):
-        module.compile_regions()  # keeps less than the estimate says
-    elif trainer.strategy.root_device.type == "cpu":
+    device = trainer.strategy.root_device
+    if _compiles(config, run.schedules.steps, device):
+        module.compile_regions(device)  # keeps less than the estimate says
+    elif device.type == "cpu":
         refuse_oversized_step(config, trainer.precision)
     return _fit(run, module, checkpoint, lock)
 

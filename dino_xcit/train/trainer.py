@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -85,7 +86,10 @@ def make_trainer(
         # Every process computes the same buffers from the same values: broadcasting is wasted.
         options["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        trainer = L.Trainer(**options, **user)
+        with warnings.catch_warnings():
+            # The user has chosen another device.
+            warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+            trainer = L.Trainer(**options, **user)
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UserError(refusal(config, error)) from error
     _require_all_processes(config, trainer)

@@ -132,7 +132,7 @@ def ours(task: StepTask, turns: Iterator[None], compiled: bool = False) -> None:
     torch.manual_seed(0)
     module = DINOModule(config, task.schedules)
     if compiled:
-        module.compile_regions()
+        module.compile_regions(task.device)
     groups = task.views()
     module.views = lambda _: groups  # type: ignore[method-assign]
     layers = resolve_architecture(task.arch)[1].depth

@@ -1,5 +1,6 @@
 """The batched operations, one by one and in every order, against torchvision and PIL."""
 
+import functools
 from itertools import permutations
 
 import numpy as np
@@ -234,6 +235,26 @@ def test_path_of_accelerators_is_the_path_of_cpus(channels, monkeypatch):
     on_cpu = augment(images, params)
     monkeypatch.setattr(photometric_module, "_on_rows", whole_batch)
     assert_same(augment(images, params), on_cpu, tolerance=1e-6)
+
+
+@pytest.mark.slow
+def test_the_compiled_augmentation_is_the_augmentation_and_compiled_once_for_each_size(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(photometric_module, "_chooses_rows", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    compiled = photometric_module.compiled_whole_batch()
+    large, small = views(8), views(6)[..., :12, :16].contiguous()
+    for batch in (large, small, large.flip(0), small.flip(0)):
+        params = random_params(len(batch))
+        given = batch, params, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), MAX_SIGMA
+        assert_same(photometric(*given, compiled), photometric(*given), tolerance=0)
+    assert len(graphs) == 2
 
 
 @pytest.mark.usefixtures("on_each_device_path")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_cuda import CUDA, Watch, fake_cuda, imagines_cuda
+from fake_cuda import BEFORE, CUDA, Watch, fake_cuda, imagines_cuda
 
 from dino_xcit.data.framing import Transform
 from dino_xcit.evaluate import knn, probe_heads
@@ -118,4 +118,4 @@ def test_training_linear_heads_never_waits(tmp_path, monkeypatch):
     # The learning rates and the initial weights; nothing in the eight steps.
     assert len(watch.events) == 2
     assert {event.kind for event in watch.events} == {"upload"}
-    assert watch.kernels.total() > 8 * 10
+    assert watch.launches(BEFORE) > 8 * 10

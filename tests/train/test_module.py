@@ -4,11 +4,14 @@ import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from helpers import TINY
+from lightning.pytorch.plugins import MixedPrecision
 
 from dino_xcit.config.pretrain import RunConfig
+from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import Batch
 from dino_xcit.data.photometric import PhotometricParam
 from dino_xcit.errors import NotFiniteError
@@ -17,6 +20,7 @@ from dino_xcit.train.module import DINOModule
 from dino_xcit.train.network import Network
 from dino_xcit.train.optimizer import clip_per_parameter, parameter_groups
 from dino_xcit.train.schedules import Schedules
+from dino_xcit.train.trainer import CropData
 
 CONFIG = RunConfig(
     arch="xcit_pico2_p16", out_dim=16, head_hidden_dim=8, head_bottleneck_dim=4, freeze_last_layer=1
@@ -155,3 +159,49 @@ def test_nothing_in_a_step_has_to_know_a_number(monkeypatch):
         with pytest.raises(RuntimeError, match="meta"):  # as anything would that reads one
             module.loss.center.norm().item()
     assert all(p.grad is not None for p in module.student.backbone.parameters())
+
+
+# -- float16 -----------------------------------------------------------------------------------
+
+
+def train_in_float16(change_gradient):
+    """30 steps on the CPU with the scaler that Lightning has on GPUs -> trainer and scaler."""
+    scaler = torch.amp.GradScaler("cpu")
+    trainer = L.Trainer(
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        accelerator="cpu",
+        devices=1,
+        max_steps=30,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    config = replace(TINY, epochs=10)
+    module = DINOModule(config, Schedules(config=config, steps_per_epoch=6, total_batch=8))
+    module.student.head.mlp[0].bias.register_hook(change_gradient)
+    data = CropData(config, open_images(config, "train"), module.student.backbone.path_shape)
+    trainer.fit(module, datamodule=data)
+    return trainer, scaler
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*lr_scheduler.step")
+def test_a_run_whose_every_step_float16_skips_is_stopped():
+    with pytest.raises(NotFiniteError, match=r"too large for float16 .* --precision bf16-mixed"):
+        train_in_float16(lambda gradient: gradient * float("inf"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*lr_scheduler.step")
+def test_a_step_that_float16_skips_now_and_then_stops_nothing():
+    seen = []
+
+    def sometimes_infinite(gradient):
+        seen.append(gradient)
+        return gradient * float("inf") if len(seen) % 10 == 0 else gradient
+
+    trainer, scaler = train_in_float16(sometimes_infinite)
+    assert trainer.global_step == 30
+    assert 1 <= scaler.get_scale() <= 2.0**13
