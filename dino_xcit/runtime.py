@@ -313,3 +313,8 @@ def require_folder(path: Path, flag: str) -> None:
         with contextlib.suppress(OSError):  # another process has begun to use it
             for folder in missing:
                 folder.rmdir()
+
+
+def default_cache() -> Path:
+    """Return the cache folder without `--cache_dir`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_xcit"

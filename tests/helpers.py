@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -72,6 +74,25 @@ def make_folder(root: Path, names: list[str]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.roll(RAMP, 5 * i, axis=1)).save(root / name)
     return root
+
+
+def make_tar(path: Path, files: dict[str, bytes | str]) -> Path:
+    """Write a tar of files of these contents, in this order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def png(number: int = 0) -> bytes:
+    """Return the file of an image of 40 x 60 pixels, another for each number."""
+    file = io.BytesIO()
+    Image.fromarray(np.roll(RAMP, 5 * number, axis=1)).save(file, "PNG")
+    return file.getvalue()
 
 
 def folder_config(root: Path, **options: object) -> RunConfig:

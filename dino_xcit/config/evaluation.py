@@ -27,8 +27,9 @@ class EvalConfig:
 
     # Data
     data_path: str | None = None
-    """folder of labelled images in train/ and val/, or the root of a named data set. Default:
-    the run's own data"""
+    """folder of labelled images or tar files in train/ and val/, tar files such as
+    'shards/{train,val}-{000..099}.tar', or the root of a named data set. Default: the run's own
+    data"""
     dataset: str | None = None
     """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
     such as shapes"""

@@ -27,7 +27,8 @@ class PretrainConfig:
 
     # Data
     data_path: str | None = None
-    """folder of images (directly, or in train/ and val/), or the root of a named data set"""
+    """folder of images or tar files (directly, or in train/ and val/), tar files such as
+    'shards/train-{000..099}.tar', or the root of a named data set"""
     dataset: str | None = None
     """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
     such as shapes. Default: the folder --data_path, else shapes"""

@@ -1,4 +1,4 @@
-"""What a folder of images holds, in a few lines: what was taken, what was left out and why."""
+"""What a folder of images, or tars, hold, in a few lines: taken, left out, and why."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dino_xcit.data.decode import one_line
 from dino_xcit.data.folder import FolderSet
 from dino_xcit.data.images import ShapeSet, Subset
+from dino_xcit.data.shards import ShardSet
 from dino_xcit.errors import ImageError
 from dino_xcit.runtime import say
 
@@ -47,18 +48,20 @@ def report_left_out(*sets: ImageSet) -> None:
         _report_left_out(folder)
 
 
-def _folder_of(images: ImageSet) -> FolderSet | None:
+def _folder_of(images: ImageSet) -> FolderSet | ShardSet | None:
     while isinstance(images, Subset):
         images = images.images
-    return images if isinstance(images, FolderSet) else None
+    return images if isinstance(images, (FolderSet, ShardSet)) else None
 
 
-def _taken(folder: FolderSet, count: int) -> str:
+def _taken(folder: FolderSet | ShardSet, count: int) -> str:
     """`1,200 images in 10 classes of data/train; other files: 12 .heic, 40 .txt`."""
     share = "" if count == len(folder) else f" of {len(folder):,}"
     classes = [name for name in folder.classes or {} if name]
     number = f" in {len(classes):,} class{'es' * (len(classes) > 1)}" if classes else ""
     line = f"{count:,}{share} images{number} of {folder.folder}"
+    if isinstance(folder, ShardSet) and len(folder.shards) > 1:
+        line += f" ({len(folder.shards):,} tars)"
     others = folder.listing.ignored
     if not others:
         return line
@@ -68,7 +71,7 @@ def _taken(folder: FolderSet, count: int) -> str:
     return f"{line}; other files: {', '.join(named + [f'{rest:,} more'] * (rest > 0))}"
 
 
-def _report_left_out(folder: FolderSet) -> None:
+def _report_left_out(folder: FolderSet | ShardSet) -> None:
     for note in folder.notes:
         say(note)
     for kinds, name in ((IMAGE_KINDS, "images"), (VIDEO_KINDS, "videos")):

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -21,7 +20,7 @@ from dino_xcit.data.pixels import LEVELS, DarkError, Storage, from_pil, with_fou
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -34,26 +33,32 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 JPEG = b"\xff\xd8"  # first bytes
 TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
-SAMPLED = 32  # files of a set in which brighter pixels are looked for
+SAMPLED = 32  # images of a set in which brighter pixels are looked for
 SECONDS_TO_READ = 60  # after which an image counts as unreadable, so a hanging file system ends
 
 
-class ImageFiles:
-    """Reads the image files of a set, whose 16-bit files have one depth."""
+class ImageReader:
+    """Reads the images of a set, whose 16-bit ones have one depth.
 
-    def __init__(self, files: Sequence[Path | str], channels: int) -> None:
-        self.files, self.channels = files, channels
+    Args:
+        data: Bytes of an image file by index.
+        count: Images of the set.
+        channels: Of the pixels.
+    """
+
+    def __init__(self, data: Callable[[int], bytes], count: int, channels: int) -> None:
+        self.data, self.count, self.channels = data, count, channels
 
     def read(self, index: int) -> Tensor:
         """Return the image as uint8 (C, H, W).
 
-        A dark image of 16 bits is read where one of a sample of the files has brighter pixels.
+        A dark image of 16 bits is read where one of a sample of the set has brighter pixels.
 
         Raises:
             ImageError: See `decode`.
             OSError: The file cannot be read.
         """
-        data = Path(self.files[index]).read_bytes()
+        data = self.data(index)
         try:
             return decode(data, self.channels)
         except DarkError:
@@ -63,20 +68,19 @@ class ImageFiles:
 
     @functools.cached_property
     def _fill_16_bits(self) -> bool:
-        sample = np.unique(np.linspace(0, len(self.files) - 1, SAMPLED).astype(int))
-        return any(fills_16_bits(Path(self.files[index])) for index in sample)
+        sample = np.unique(np.linspace(0, self.count - 1, SAMPLED).astype(int)).tolist()
+        return any(self._fills_16_bits(index) for index in sample)
 
-
-def fills_16_bits(path: Path) -> bool:
-    """Whether this file has 16 bits and pixels for which 12 do not suffice."""
-    try:
-        with time_limit():
-            data = path.read_bytes()
-            with reading_images(), _open(data) as file:
-                bits = Storage.of(file, data).bits
-            return bits == 16 and int(decode(data, 3).max()) >= LEVELS
-    except (ImageError, OSError):
-        return False
+    def _fills_16_bits(self, index: int) -> bool:
+        """Whether this image has 16 bits and pixels for which 12 do not suffice."""
+        try:
+            with time_limit():
+                data = self.data(index)
+                with reading_images(), _open(data) as file:
+                    bits = Storage.of(file, data).bits
+                return bits == 16 and int(decode(data, 3).max()) >= LEVELS
+        except (ImageError, OSError):
+            return False
 
 
 def decode(data: bytes, channels: int, may_be_dark: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dino_xcit.data.decode import EXTENSIONS, ImageFiles, time_limit
+from dino_xcit.data.decode import EXTENSIONS, ImageReader, time_limit
 from dino_xcit.data.names import FileNames
 from dino_xcit.data.pixels import require_readable
 from dino_xcit.data.splits import NoImagesError, NoTrainingImagesError, find_split, is_split
@@ -138,7 +138,7 @@ class FolderSet:
         known = self.classes or {}
         taken = [i for i, name in enumerate(names) if name in known]
         self.files = FileNames(listing.files[i] for i in taken)
-        self.reader = ImageFiles(self.files, channels)
+        self.reader = ImageReader(self._data, len(self.files), channels)
         labels = np.array([known[names[i]] for i in taken], dtype=np.int64)
         self.labels = None if classes is None and len(known) <= 1 else labels
 
@@ -148,6 +148,9 @@ class FolderSet:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def _data(self, index: int) -> bytes:
+        return Path(self.files[index]).read_bytes()
 
     def read(self, index: int) -> Tensor:
         """See `ImageSet`."""
@@ -177,7 +180,7 @@ def open_folder(config: Config, split: str, classes: dict[str, int] | None) -> F
     root = Path(config.data_path or "")
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"--data_path {root} {kind}; expected a folder of images")
+        raise UserError(f"--data_path {root} {kind}; expected a folder of images, or tar files")
     folder, notes = _folder_of_split(root, split)
     if folder is None:
         return None

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from dino_xcit.data import shapes
-from dino_xcit.data.folder import open_folder
 from dino_xcit.data.named import open_hugging_face, open_torch
+from dino_xcit.data.paths import open_path
 from dino_xcit.errors import ImageError, UserError
 
 if TYPE_CHECKING:
@@ -229,6 +229,6 @@ SOURCES = {
     "shapes": Source(_open_shapes, "shapes (generated)", generated=True),
     "torch/": Source(open_torch, "torch/NAME (torchvision)"),
     "hfds/": Source(open_hugging_face, "hfds/NAME (Hugging Face)"),
-    "": Source(open_folder, "nothing, for a folder --data_path"),
+    "": Source(open_path, "nothing, for files in --data_path"),
 }
 """Sources by --dataset or, with a slash at its end, a prefix of it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino_xcit.data import shapes
-from dino_xcit.data.decode import ImageFiles, one_line
+from dino_xcit.data.decode import ImageReader, one_line
 from dino_xcit.data.framing import Transform, centre_crop
 from dino_xcit.data.images import ImageSet, ShapeSet, require_images, sampled, shape_counts
 from dino_xcit.data.mask_files import read_mask, read_palette
@@ -73,11 +73,14 @@ class MaskedFiles:
         require_readable(channels)
         self.images, self.masks, self.channels = images, masks, channels
         self.palette = palette
-        self.reader = ImageFiles(images, channels)
+        self.reader = ImageReader(self._data, len(images), channels)
         self.labels = np.arange(len(images))
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def _data(self, index: int) -> bytes:
+        return self.images[index].read_bytes()
 
     def read(self, index: int) -> Tensor:
         """See `ImageSet`."""

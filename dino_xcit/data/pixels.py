@@ -7,7 +7,7 @@
 
 Everything else is refused, and so are pixels that would fill fewer than `LEVELS` of the 256 levels:
 12 bits in a file of 16 would be nearly black. They are dark pixels of 16 bits if other files of the
-set have brighter ones, see `decode.ImageFiles`.
+set have brighter ones, see `decode.ImageReader`.
 """
 
 from __future__ import annotations

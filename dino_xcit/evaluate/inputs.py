@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -36,7 +35,7 @@ from dino_xcit.evaluate.features import (
     Take,
     class_features,
 )
-from dino_xcit.runtime import require_folder, resolve_precision, say
+from dino_xcit.runtime import default_cache, require_folder, resolve_precision, say
 from dino_xcit.weights.build import build
 from dino_xcit.weights.config_json import FLAGS, with_assumed
 from dino_xcit.weights.load import load_backbone, read_run
@@ -280,11 +279,6 @@ def _feature_cache(config: EvalConfig, fabric: Fabric) -> Iterator[Path]:
             yield Path(fabric.broadcast(folder))
     else:
         yield Path(fabric.broadcast(""))
-
-
-def default_cache() -> Path:
-    """Return the cache folder without `--cache_dir`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_xcit"
 
 
 def baselines(

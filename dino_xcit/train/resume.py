@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ import torch
 from dino_xcit.config.pretrain import differing_options
 from dino_xcit.data.folder import FolderSet
 from dino_xcit.data.images import Subset
+from dino_xcit.data.shards import ShardSet
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import from_plain, read_config
 from dino_xcit.runtime import say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable
 
     from dino_xcit.config.pretrain import RunConfig
     from dino_xcit.data.images import ImageSet
@@ -41,23 +42,41 @@ def images_record(images: ImageSet) -> dict[str, Any]:
         `count`, and hashes of `names` (below the folder) and `sizes` of files, if there are files,
         and of `labels`.
     """
-    files, root = _files(images)
-    spaced = np.unique(np.linspace(0, max(0, len(files) - 1), SIZES_COMPARED).astype(int))
+    files = _files(images)
+    count = files.number
+    spaced = np.unique(np.linspace(0, max(0, count - 1), SIZES_COMPARED).astype(int)).tolist()
     labels = [] if images.labels is None else images.labels.tolist()
     return {
         "count": len(images),
-        "names": _digest([os.path.relpath(file, root) for file in files]),
-        "sizes": _digest([_size(files[index]) for index in spaced] if files else []),
+        "names": _digest(files.name(index) for index in range(count)),
+        "sizes": _digest(files.size(index) for index in spaced if count),
         "labels": _digest(labels),
     }
 
 
-def _files(images: ImageSet) -> tuple[Sequence[str], str]:
-    """The files of a set and the folder that they lie in; none for sets of other sources."""
+class _Files(NamedTuple):
+    """The files of a set; none for sets of other sources."""
+
+    number: int
+    name: Callable[[int], str]
+    """below the folder of all"""
+    size: Callable[[int], int | None]
+
+
+def _files(images: ImageSet) -> _Files:
     if isinstance(images, Subset):
-        files, root = _files(images.images)
-        return [files[index] for index in images.indices] if files else [], root
-    return (images.files, str(images.folder)) if isinstance(images, FolderSet) else ([], "")
+        files, indices = _files(images.images), images.indices.tolist()
+        count = len(indices) if files.number else 0
+        return _Files(count, lambda i: files.name(indices[i]), lambda i: files.size(indices[i]))
+    if isinstance(images, ShardSet):
+        sizes = images.size
+        return _Files(len(images), images.name_below_folder, lambda i: int(sizes[i]))
+    if isinstance(images, FolderSet):
+        paths, root = images.files, str(images.folder)
+        return _Files(
+            len(paths), lambda i: os.path.relpath(paths[i], root), lambda i: _size(paths[i])
+        )
+    return _Files(0, lambda _: "", lambda _: None)
 
 
 def _size(file: str) -> int | None:
@@ -67,7 +86,7 @@ def _size(file: str) -> int | None:
         return None
 
 
-def _digest(values: list[Any]) -> str:
+def _digest(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
         digest.update(f"{value}\0".encode(errors="surrogateescape"))
