@@ -173,7 +173,9 @@ class XCiT(Backbone):
         """Tokens before the first XCA layer (B, N, C) and the grid H, W."""
         self._check(images)
         tokens, H, W = self.patch_embed(images)
-        return tokens + self.pos_embed(H, W), H, W
+        # Under autocast both are of half precision, the tokens between layers are not: the first
+        # layer takes what the others take, or it would be compiled a second time.
+        return tokens + self.pos_embed(H, W).to(self.cls_token.dtype), H, W
 
     def _xca_layer(
         self, layer: int, tokens: Tensor, H: int, W: int, paths: Tensor | None = None

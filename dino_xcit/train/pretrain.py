@@ -23,6 +23,7 @@ from dino_xcit.private_names import compiling
 from dino_xcit.run_folder import CONFIG, LAST, TEACHER, write_config
 from dino_xcit.runtime import (
     is_first_process,
+    memory_there,
     quiet_logger,
     require_folder,
     say,
@@ -31,7 +32,12 @@ from dino_xcit.runtime import (
 from dino_xcit.train.callback import RunFolderWriter
 from dino_xcit.train.checkpoints import DurableIO, FolderLock, locked, newest_whole
 from dino_xcit.train.collapse import does_not_sharpen
-from dino_xcit.train.dry_run import describe_plan, draw_crop_sheet, refuse_oversized_step
+from dino_xcit.train.dry_run import (
+    describe_plan,
+    draw_crop_sheet,
+    memory_estimate,
+    refuse_oversized_step,
+)
 from dino_xcit.train.module import DINOModule
 from dino_xcit.train.official_resume import resume_official
 from dino_xcit.train.recipe import FEW_STEPS
@@ -54,7 +60,7 @@ if TYPE_CHECKING:
 STEPS_THAT_PAY_FOR_COMPILING = 10_000  # on a CPU
 KEPT_FOR_BACKWARD = 0.3
 """Share of what a compiled region would keep; what is cheap to compute is computed again
-(`eval/speed/README.md`)."""
+(`eval/speed/README.md`). On a GPU only where memory is short, see `share_kept`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +233,8 @@ def _fit(run: Run, module: DINOModule, checkpoint: Path | None, lock: FolderLock
     trainer.callbacks.insert(0, writer)  # type: ignore[attr-defined]
     data = CropData(run.config, run.images, module.student.backbone.path_shape)
     signals.listen()
-    with warnings.catch_warnings(), compiling(KEPT_FOR_BACKWARD):
+    share = share_kept(run.config, trainer.precision, trainer.strategy.root_device)
+    with warnings.catch_warnings(), compiling(share):
         # The loader has a worker for every core; a finished run has no more batches; the last
         # warning is of Lightning's own code.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -268,6 +275,24 @@ def _compiles(config: RunConfig, steps: int, device: torch.device) -> bool:
     if problem is not None:
         say(f"torch.compile does not work here ({problem}); the run is the same without it, slower")
     return problem is None
+
+
+def share_kept(config: RunConfig, precision: str, device: torch.device) -> float:
+    """Share of its activations that a compiled region keeps for the backward pass.
+
+    On a GPU all of them, where they fit: there computing again costs more than memory is worth. The
+    estimate is of layers that are not compiled, so it is on the safe side: compiled ones keep less,
+    and the rest is room for temporary buffers.
+
+    Args:
+        config: options of the run.
+        precision: as Lightning names it.
+        device: of this process.
+    """
+    if device.type != "cuda":
+        return KEPT_FOR_BACKWARD
+    fits = memory_estimate(config, precision) <= memory_there(device)
+    return 1.0 if fits else KEPT_FOR_BACKWARD
 
 
 def _import_official(run: Run, module: DINOModule) -> Path:

@@ -41,7 +41,7 @@ def test_a_set_of_files_holds_no_python_object_for_each_file(tmp_path):
     """Each worker would have a copy of them."""
     root = make_folder(tmp_path, [f"cat/{i}.png" for i in range(5)])
     images = open_images(folder_config(root), "train")
-    held = [images.files, images.reader.files, images.listing.files]
+    held = [images.files, images.listing.files]
     assert not [names for names in held if isinstance(names, list)]
     assert paths(images) == [str(root / f"cat/{i}.png") for i in range(5)]
 

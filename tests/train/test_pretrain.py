@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
-import functools
 import math
 import re
 from pathlib import Path
@@ -26,11 +25,9 @@ from dino_xcit.cli import main, parse
 from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset, StepBatchSampler, collate
-from dino_xcit.model.xcit_layers import ConvPatchEmbed, XCABlock
-from dino_xcit.private_names import compiling, storage_key
 from dino_xcit.run_folder import LAST, PREVIOUS, TEACHER
 from dino_xcit.train.module import DINOModule
-from dino_xcit.train.pretrain import KEPT_FOR_BACKWARD, pretrain
+from dino_xcit.train.pretrain import pretrain
 from dino_xcit.train.schedules import Schedules
 from dino_xcit.weights.load import load_backbone
 
@@ -169,98 +166,6 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it_and_stays_what_it_was_when
     assert planned(False) == "bf16-mixed"
     assert yaml.safe_load((folder / "config.yaml").read_text())["precision"] == "bf16-mixed"
     assert pretrain(config).step == 6
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """Regions that were compiled, by the backend that needs no compiler; none may be recompiled."""
-    regions = []
-    step = DINOModule.training_step
-
-    def compile_region(region, **options):
-        regions.append(region)
-        nn.Module.compile(region, backend="eager", **options)
-
-    def training_step(module, batch, batch_idx):
-        with torch.compiler.set_stance(
-            "fail_on_recompile" if module.global_step > 1 else "default"
-        ):
-            return step(module, batch, batch_idx)
-
-    monkeypatch.setattr("dino_xcit.train.pretrain.why_nothing_compiles", lambda device: None)
-    for region in (ConvPatchEmbed, XCABlock):
-        monkeypatch.setattr(region, "compile", compile_region)
-    monkeypatch.setattr(DINOModule, "training_step", training_step)
-    return regions
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # torch's own, of its tracing
-def test_layers_can_be_compiled_and_are_not_compiled_again(tiny, compiled):
-    config = dataclasses.replace(
-        tiny, compile=True, drop_path_rate=0.1, eval_every_n_epochs=1, eval_num_images=37
-    )
-    pretrain(config)
-    assert len(compiled) == 6  # stem and two layers of student and teacher each
-    whole = network_states(config.output_dir)
-    pretrain(dataclasses.replace(config, compile=False, output_dir=f"{config.output_dir}_eager"))
-    for name, tensor in network_states(f"{config.output_dir}_eager").items():
-        torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # torch's own, of its tracing
-@pytest.mark.slow
-def test_long_runs_are_compiled_unasked(tiny, compiled, monkeypatch):
-    monkeypatch.setattr("dino_xcit.train.pretrain.STEPS_THAT_PAY_FOR_COMPILING", 6)
-    pretrain(
-        dataclasses.replace(tiny, epochs=1, compile=False, output_dir=f"{tiny.output_dir}_asked")
-    )
-    assert not compiled
-    pretrain(dataclasses.replace(tiny, epochs=1))
-    assert compiled
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # torch's own, of its tracing
-@pytest.mark.slow
-def test_a_compiled_layer_keeps_half_as_much_for_the_backward_pass(tiny, monkeypatch):
-    def kept(module):
-        sizes = {}
-
-        def count(tensor):
-            sizes[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        block = module.student.backbone.blocks[0]
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            block(torch.randn(4, 64, module.student.backbone.embed_dim), 8, 8).sum().backward()
-        return sum(sizes.values())
-
-    torch._dynamo.reset()
-    partition = functools.partialmethod(nn.Module.compile, backend="aot_eager_decomp_partition")
-    for region in (ConvPatchEmbed, XCABlock):
-        monkeypatch.setattr(region, "compile", partition)
-    module = DINOModule(tiny, schedules=None)
-    eager = kept(module)
-    module.compile_regions(torch.device("cpu"))
-    with compiling(KEPT_FOR_BACKWARD):
-        assert kept(module) < eager / 2
-
-
-@pytest.mark.slow
-def test_without_a_compiler_the_run_continues(tiny, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "/nonexistent")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
-    pretrain(dataclasses.replace(tiny, compile=True, epochs=1))
-    assert (
-        "torch.compile does not work here (InvalidCxxCompiler: No working C++ compiler"
-        in capsys.readouterr().err
-    )
 
 
 @pytest.mark.slow
