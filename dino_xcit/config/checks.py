@@ -82,3 +82,9 @@ def lists_to_tuples(config: DataclassInstance) -> None:
             str(field.type).startswith("tuple[") and value != AUTO and not isinstance(value, tuple)
         ):
             object.__setattr__(config, field.name, () if value is None else (value,))
+        # What may be one word or several, `str | tuple[str, ...]`, is a word where it is one.
+        value = getattr(config, field.name)
+        if str(field.type).startswith("str | tuple[") and isinstance(value, tuple):
+            if not value:
+                raise UserError(f"--{field.name} has no value; leave it out, or give it one")
+            object.__setattr__(config, field.name, value[0] if len(value) == 1 else value)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -70,6 +71,8 @@ class _Options(NamedTuple):
 
     lists: dict[str, Any]
     """flags of lists, and the type of their items"""
+    several: set[str]
+    """flags of one word or several"""
     switches: set[str]
     """flags of Booleans"""
     takes_images: bool
@@ -79,9 +82,13 @@ class _Options(NamedTuple):
     def of(cls, config_class: type) -> _Options:
         hints = get_type_hints(config_class)
         tuples = {n: _tuple_in(hint) for n, hint in hints.items()}
+        several = {
+            f"--{n}" for n, h in hints.items() if tuples[n] not in (None, h) and str in get_args(h)
+        }
         lists = {f"--{n}": get_args(h)[0] for n, h in tuples.items() if h is not None}
+        lists = {flag: item for flag, item in lists.items() if flag not in several}
         switches = {f"--{n}" for n, h in hints.items() if bool in (h, *get_args(h))}
-        return cls(lists, switches, "images" in hints)
+        return cls(lists, several, switches, "images" in hints)
 
 
 def _tuple_in(hint: Any) -> Any:
@@ -140,6 +147,8 @@ def _with_value(flag: str, following: list[str], options: _Options) -> tuple[lis
         return [
             f"{flag}={' '.join(values)}" if as_typed else f"{flag}=[{', '.join(values)}]"
         ], taken
+    if flag in options.several and len(following) > 1:
+        return [f"{flag}={json.dumps(following)}"], len(following)
     value_is_word = following and (not options.takes_images or following[0] in ("true", "false"))
     if flag in options.switches and not value_is_word:
         return [f"{flag}=true"], 0

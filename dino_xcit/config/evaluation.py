@@ -26,10 +26,10 @@ class EvalConfig:
     """also evaluate raw pixels (at most 32 x 32) and the same network untrained"""
 
     # Data
-    data_path: str | None = None
+    data_path: str | tuple[str, ...] | None = None
     """folder of labelled images or tar files in train/ and val/, tar files such as
-    'shards/{train,val}-{000..099}.tar', or the root of a named data set. Default: the run's own
-    data"""
+    'shards/{train,val}-{000..099}.tar', .txt files of paths and classes, .npz arrays, several of
+    these, or the root of a named data set. Default: the run's own data"""
     dataset: str | None = None
     """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
     such as shapes"""

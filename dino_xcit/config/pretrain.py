@@ -26,9 +26,10 @@ class PretrainConfig:
     official DINO"""
 
     # Data
-    data_path: str | None = None
+    data_path: str | tuple[str, ...] | None = None
     """folder of images or tar files (directly, or in train/ and val/), tar files such as
-    'shards/train-{000..099}.tar', or the root of a named data set"""
+    'shards/train-{000..099}.tar', a .txt file of paths, .npy or .npz arrays, several of these, or
+    the root of a named data set"""
     dataset: str | None = None
     """images by name: torch/NAME (torchvision), hfds/NAME (Hugging Face) or a generated source
     such as shapes. Default: the folder --data_path, else shapes"""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dino_xcit.data.decode import one_line
 from dino_xcit.data.folder import FolderSet
 from dino_xcit.data.images import ShapeSet, Subset
+from dino_xcit.data.joined import JoinedSet
 from dino_xcit.data.shards import ShardSet
 from dino_xcit.errors import ImageError
 from dino_xcit.runtime import say
@@ -30,10 +31,12 @@ VIDEO_KINDS = ".mp4 .mov .m4v .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2
 @rank_zero_only
 def report_start(images: ImageSet) -> None:
     """Print, in the first process, what a run is about to train on."""
-    folder = _folder_of(images)
-    if folder is not None:
-        say(_taken(folder, len(images)))
+    folders = _folders_of(images)
+    for folder in folders:
+        say(_taken(folder, len(images) if len(folders) == 1 else len(folder)))
         _report_left_out(folder)
+    if len(folders) > 1:
+        say(f"{len(images):,} images in all")
     if not isinstance(images, ShapeSet):
         line = look_at(images)
         if line is not None:
@@ -43,15 +46,17 @@ def report_start(images: ImageSet) -> None:
 @rank_zero_only
 def report_left_out(*sets: ImageSet) -> None:
     """Print, in the first process, what the user may miss among the images, once a folder."""
-    folders = [_folder_of(images) for images in sets]
-    for folder in {folder.folder: folder for folder in folders if folder is not None}.values():
+    folders = [folder for images in sets for folder in _folders_of(images)]
+    for folder in {str(folder.folder): folder for folder in folders}.values():
         _report_left_out(folder)
 
 
-def _folder_of(images: ImageSet) -> FolderSet | ShardSet | None:
+def _folders_of(images: ImageSet) -> list[FolderSet | ShardSet]:
     while isinstance(images, Subset):
         images = images.images
-    return images if isinstance(images, (FolderSet, ShardSet)) else None
+    if isinstance(images, JoinedSet):
+        return [folder for one in images.sets for folder in _folders_of(one)]
+    return [images] if isinstance(images, (FolderSet, ShardSet)) else []
 
 
 def _taken(folder: FolderSet | ShardSet, count: int) -> str:

@@ -114,6 +114,7 @@ class FolderSet:
         channels: int,
         classes: dict[str, int] | None = None,
         notes: tuple[str, ...] = (),
+        names: list[str] | None = None,
     ) -> None:
         """Number the classes.
 
@@ -124,11 +125,13 @@ class FolderSet:
             classes: Labels by name of the class; images of other classes are left out. None: in
                 the order of the names, and a set of one class has no labels.
             notes: What the user must know about the choice of the folder.
+            names: Class of each image. None: the folders.
         """
         require_readable(channels)
         self.folder, self.channels, self.notes = folder, channels, notes
         self.listing = listing._replace(files=())  # `files` has them
-        names = [self._class_of(file) for file in listing.files]
+        if names is None:
+            names = [self._class_of(file) for file in listing.files]
         self.classes = classes
         if not classes:
             self.classes = {
@@ -171,16 +174,36 @@ class FolderSet:
 # -- opening -----------------------------------------------------------------------------------
 
 
+def paths_of(config: Config) -> tuple[str, ...]:
+    """Return the paths in `--data_path`."""
+    path = config.data_path
+    return path if isinstance(path, tuple) else (path or "",)
+
+
+def one_path(config: Config) -> str | None:
+    """Return `--data_path` where it must be one path.
+
+    Raises:
+        UserError: There are several.
+    """
+    if isinstance(config.data_path, tuple):
+        raise UserError(f"--data_path is {' '.join(config.data_path)}; expected one path here")
+    return config.data_path
+
+
 def open_folder(config: Config, split: str, classes: dict[str, int] | None) -> FolderSet | None:
     """Open a split of `--data_path`; see `open_images`.
 
     Raises:
         UserError: There is no such folder, it has no images, or validation images but no others.
     """
-    root = Path(config.data_path or "")
+    root = Path(one_path(config) or "")
     if not root.is_dir():
         kind = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"--data_path {root} {kind}; expected a folder of images, or tar files")
+        raise UserError(
+            f"--data_path {root} {kind}; expected a folder of images, or a .tar, .txt, .npy or "
+            ".npz file"
+        )
     folder, notes = _folder_of_split(root, split)
     if folder is None:
         return None

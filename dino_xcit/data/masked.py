@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from dino_xcit.data import shapes
 from dino_xcit.data.decode import ImageReader, one_line
+from dino_xcit.data.folder import one_path
 from dino_xcit.data.framing import Transform, centre_crop
 from dino_xcit.data.images import ImageSet, ShapeSet, require_images, sampled, shape_counts
 from dino_xcit.data.mask_files import read_mask, read_palette
@@ -134,7 +135,7 @@ def open_masked(config: SegConfig) -> tuple[dict[str, MaskedSet], dict[str, int]
             f"--dataset {config.dataset} has no masks; expected shapes, or --data_path with images "
             "and masks"
         )
-    root = Path(config.data_path)
+    root = Path(one_path(config) or "")
     palette = read_palette(root)
     train, validation = (
         MaskedFiles(*find_pairs(root, split), channels, palette) for split in SPLITS

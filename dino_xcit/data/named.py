@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dino_xcit.data.decode import decode, one_line, reading_images, time_limit
+from dino_xcit.data.folder import one_path
 from dino_xcit.data.pixels import from_pil, require_readable
 from dino_xcit.errors import ImageError, UserError
 
@@ -105,7 +106,7 @@ def open_torch(config: Config, split: str, _classes: dict[str, int] | None) -> T
     from timm.data.dataset_factory import create_dataset
 
     try:
-        dataset = create_dataset(config.dataset or "", root=config.data_path, split=split)
+        dataset = create_dataset(config.dataset or "", root=one_path(config), split=split)
     except ImportError as error:
         raise _missing_package(config, error) from error
     except CANNOT_OPEN as error:
@@ -126,7 +127,7 @@ def open_hugging_face(
     name, problem = (config.dataset or "").partition("/")[2], None
     for candidate in HUGGING_FACE_SPLITS[split]:
         try:
-            dataset = datasets.load_dataset(name, split=candidate, cache_dir=config.data_path)
+            dataset = datasets.load_dataset(name, split=candidate, cache_dir=one_path(config))
         except CANNOT_OPEN as error:
             problem = problem or error
             continue

@@ -1,13 +1,26 @@
-"""What `--data_path` names: a folder of images, or tar files."""
+"""What `--data_path` names: folders of images, tars, lists, arrays, or several of these."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dino_xcit.data.folder import list_images, natural_key, open_folder
+from dino_xcit.data.arrays import ArraySet
+from dino_xcit.data.folder import (
+    FolderSet,
+    Listing,
+    list_images,
+    natural_key,
+    one_path,
+    open_folder,
+    paths_of,
+)
+from dino_xcit.data.joined import JoinedSet
+from dino_xcit.data.lists import read_list, require_files
 from dino_xcit.data.shards import Samples, ShardSet, divided
 from dino_xcit.data.splits import (
     SPLITS,
@@ -33,10 +46,44 @@ def open_path(config: Config, split: str, classes: dict[str, int] | None) -> Ima
     Raises:
         UserError: There are no such files, they hold no images, or validation images but no others.
     """
-    tars = _named_tars(expanded(config.data_path or "")) or _tars_in(config)
-    if tars is None:
+    paths = [path for named in paths_of(config) for path in expanded(named)]
+    tars = _named_tars(paths)
+    if tars is not None:
+        return _open_tars(config, tars, split, classes)
+    if len(paths) == 1:
+        return _open_one(config, paths[0], split, classes)
+    splits = _divided(paths, named=True)
+    if splits is not None:
+        paths = splits.train if split == "train" else splits.validation
+        split = "train"  # each is open as a whole
+    opened = [_open_one(config, path, split, classes) for path in dict.fromkeys(paths)]
+    sets = [images for images in opened if images is not None]
+    if len(sets) < 2:
+        return sets[0] if sets else None
+    return JoinedSet(sets, classes)
+
+
+def _open_one(
+    config: Config, path: str, split: str, classes: dict[str, int] | None
+) -> ImageSet | None:
+    """Open a split of one path."""
+    config = dataclasses.replace(config, data_path=path)
+    tars = _named_tars([path]) or _tars_in(config)
+    if tars is not None:
+        return _open_tars(config, tars, split, classes)
+    if path.lower().endswith((".npy", ".npz")) and Path(path).is_file():
+        return None if split == "validation" else ArraySet(Path(path), config.in_chans or 3)
+    if not (path.lower().endswith(".txt") and Path(path).is_file()):
         return open_folder(config, split, classes)
-    return _open_tars(config, tars, split, classes)
+    files, names = read_list(Path(path))
+    tars = _named_tars(files)
+    if tars is not None:
+        return _open_tars(config, tars, split, classes)
+    if split == "validation":
+        return None
+    require_files(path, files)
+    listing = Listing(files, Counter(), [])
+    return FolderSet(Path(path), listing, config.in_chans or 3, classes, names=names)
 
 
 def expanded(path: str) -> list[str]:
@@ -76,19 +123,20 @@ def _named_tars(paths: list[str]) -> _Tars | None:
     """Divide tars that the user names; None if there are others than tars among the paths."""
     if not all(is_tar(path) for path in paths):
         return None
-    return _divided(paths, parents=True) or _Tars(_in_order(paths), [])
+    return _divided(paths, named=True) or _Tars(_in_order(paths), [])
 
 
 def _in_order(paths: list[str]) -> list[str]:
     return sorted(sorted(set(paths)), key=natural_key)
 
 
-def _divided(paths: list[str], parents: bool) -> _Tars | None:
+def _divided(paths: list[str], named: bool) -> _Tars | None:
     """Divide tars by names such as imagenet1k-train-0000.tar and imagenet1k-validation-00.tar.
 
     Args:
         paths: Of the tars.
-        parents: Whether their folders' names count too.
+        named: Whether the user names each: their folders' names count too, and those of no
+            split are training images.
 
     Returns:
         The tars of each split, of which one may have none; None if no name is a split's.
@@ -96,7 +144,7 @@ def _divided(paths: list[str], parents: bool) -> _Tars | None:
     ranked: dict[str, list[tuple[int, str]]] = {split: [] for split in SPLITS}
     for path in paths:
         words = re.split(r"[-_. ]+", Path(path).name)
-        words += [Path(path).parent.name] if parents else []
+        words += [Path(path).parent.name] if named else []
         places = ((split, preference(word, split)) for word in words for split in SPLITS)
         split, place = next(((s, p) for s, p in places if p is not None), ("", 0))
         if split:
@@ -106,13 +154,16 @@ def _divided(paths: list[str], parents: bool) -> _Tars | None:
         for split, found in ranked.items()
         for best in [min((place for place, _ in found), default=0)]
     }
-    if parents and not all(chosen.values()):
+    if named and all(chosen.values()):
+        known = {path for found in ranked.values() for _, path in found}
+        chosen["train"] = _in_order([*chosen["train"], *(p for p in paths if p not in known)])
+    if named and not all(chosen.values()):
         return None
     if not any(chosen.values()):
         return None
     left_out = len(set(paths)) - sum(map(len, chosen.values()))
-    notes = (f"training images are those in {len(chosen['train']):,} tars named as such; "
-             f"{left_out:,} other tars are not used",) if left_out else ()  # fmt: skip
+    notes = (f"training images are those in {len(chosen['train']):,} files named as such; "
+             f"{left_out:,} other files are not used",) if left_out else ()  # fmt: skip
     return _Tars(chosen["train"], chosen["validation"], notes)
 
 
@@ -123,7 +174,7 @@ def _tars_in(config: Config) -> _Tars | None:
         UserError: It is the folder of the run too, whose pictures would become images.
         NoTrainingImagesError: It holds validation tars and no others.
     """
-    root = Path(config.data_path or "")
+    root = Path(one_path(config) or "")
     if not root.is_dir():
         return None
     folders = {split: find_split(root, split) for split in SPLITS}
@@ -141,7 +192,7 @@ def _tars_in(config: Config) -> _Tars | None:
         )
     if in_splits.get("train"):
         return _Tars(in_splits["train"], in_splits.get("validation", []))
-    tars = _divided(flat, parents=False) or _Tars(flat, in_splits.get("validation", []))
+    tars = _divided(flat, named=False) or _Tars(flat, in_splits.get("validation", []))
     if not tars.train:
         held = tars.validation or in_splits["validation"]
         raise NoTrainingImagesError(

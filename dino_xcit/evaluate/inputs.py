@@ -14,6 +14,7 @@ import torch
 from dino_xcit.config.evaluation import ClassificationConfig, EvalConfig
 from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.census import report_left_out
+from dino_xcit.data.folder import paths_of
 from dino_xcit.data.framing import Transform, default_resize
 from dino_xcit.data.images import (
     ImageSet,
@@ -110,7 +111,7 @@ def open_splits(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]
 def _where(config: EvalConfig) -> str:
     if config.dataset is not None:
         return f"--dataset {config.dataset}"
-    return f"--data_path {config.data_path}"
+    return f"--data_path {' '.join(paths_of(config))}"
 
 
 def _training_images(config: EvalConfig) -> ImageSet | None:

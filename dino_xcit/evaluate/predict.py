@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dino_xcit.data.decode import one_line
-from dino_xcit.data.folder import FolderSet, list_images
+from dino_xcit.data.folder import FolderSet, list_images, one_path
 from dino_xcit.data.framing import resize
 from dino_xcit.errors import ImageError, UserError
 from dino_xcit.evaluate.features import FrozenFeatures
@@ -49,7 +49,7 @@ def open_all(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
     Raises:
         UserError: There are none.
     """
-    root = Path(config.data_path or "")
+    root = Path(one_path(config) or "")
     output = Path(config.output_dir).resolve() if config.output_dir else None
     if output == root.resolve():  # masks that an earlier call predicted are no images
         output = output / PREDICTED_MASKS
@@ -139,7 +139,7 @@ def predict_masks(config: SegConfig, task: Task) -> Report:
                     problems.append(f"{name}: {one_line(error)}")
                 else:
                     mask = values[segment(image, features.extractor, head)]
-                    _write_mask(mask, folder / Path(name).relative_to(config.data_path or ""))
+                    _write_mask(mask, folder / Path(name).relative_to(one_path(config) or ""))
                 bar.update()
     if problems:
         say(

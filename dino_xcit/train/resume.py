@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from dino_xcit.config.pretrain import differing_options
+from dino_xcit.data.arrays import ArraySet
 from dino_xcit.data.folder import FolderSet
 from dino_xcit.data.images import Subset
+from dino_xcit.data.joined import JoinedSet
 from dino_xcit.data.shards import ShardSet
 from dino_xcit.errors import UserError
 from dino_xcit.run_folder import from_plain, read_config
@@ -68,6 +70,11 @@ def _files(images: ImageSet) -> _Files:
         files, indices = _files(images.images), images.indices.tolist()
         count = len(indices) if files.number else 0
         return _Files(count, lambda i: files.name(indices[i]), lambda i: files.size(indices[i]))
+    if isinstance(images, JoinedSet):
+        return _files_of_all(images)
+    if isinstance(images, ArraySet):
+        path, bytes_of_all = images.path.name, _size(str(images.path))
+        return _Files(len(images), lambda _: path, lambda _: bytes_of_all)
     if isinstance(images, ShardSet):
         sizes = images.size
         return _Files(len(images), images.name_below_folder, lambda i: int(sizes[i]))
@@ -77,6 +84,20 @@ def _files(images: ImageSet) -> _Files:
             len(paths), lambda i: os.path.relpath(paths[i], root), lambda i: _size(paths[i])
         )
     return _Files(0, lambda _: "", lambda _: None)
+
+
+def _files_of_all(images: JoinedSet) -> _Files:
+    every = [_files(one) for one in images.sets]
+
+    def name(index: int) -> str:
+        number, own = images.place(index)
+        return f"{number}/{every[number].name(own)}"
+
+    def size(index: int) -> int | None:
+        number, own = images.place(index)
+        return every[number].size(own)
+
+    return _Files(len(images) if all(files.number for files in every) else 0, name, size)
 
 
 def _size(file: str) -> int | None:

@@ -77,11 +77,11 @@ def test_shapes_are_the_default_and_labelled():
 
 
 def test_empty_and_wrong_folders_say_what_was_found(tmp_path):
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.md").write_text("no image")
     with pytest.raises(UserError, match=r"no images in --data_path .*1 other files"):
         open_images(folder_config(tmp_path), "train")
     with pytest.raises(UserError, match="is a file"):
-        open_images(folder_config(tmp_path / "notes.txt"), "train")
+        open_images(folder_config(tmp_path / "notes.md"), "train")
     with pytest.raises(UserError, match="does not exist"):
         open_images(folder_config(tmp_path / "nowhere"), "train")
 

@@ -185,7 +185,7 @@ def test_validation_tars_are_never_training_images(tmp_path):
     make_tar(tmp_path / "train.tar", {"1.png": png()})
     images = opened(tmp_path)
     assert images.folder == str(tmp_path / "train.tar")
-    assert "1 other tars are not used" in images.notes[0]
+    assert "1 other files are not used" in images.notes[0]
 
 
 def test_a_folder_of_images_with_a_tar_beside_them_is_a_folder_of_images(tmp_path):
