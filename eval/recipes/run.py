@@ -192,6 +192,8 @@ def write_tables(kept: dict[str, Any]) -> None:
     ablated = ["| changed to | k-NN | rate |", "|---|---|---|"]
     ablated.append(f"| nothing (`auto`) | {spread(base[:1])} | 1 |")
     for option, flags in ABLATIONS.items():
+        if (ABLATED, option) not in scores:
+            continue
         changed = flags.removeprefix(AUTO).strip()
         rate = relative_rate(kept, option)
         cell = spread(scores.get((ABLATED, option), []))
