@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from dino_xcit.model.architectures import BRANCHES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dino_xcit.model.architectures import Architecture
 
 LAYER_NORM_EPS = 1e-6
@@ -199,16 +201,22 @@ class XCABlock(nn.Module):
         Returns:
             Tokens, (B, N, C).
         """
-        xca, lpi, mlp = (
-            (1,) * BRANCHES if paths is None else paths.to(x.dtype)[..., None, None].unbind(1)
-        )  # (B, 1, 1) each
+        factors: Sequence[Tensor | None] = (None,) * BRANCHES
+        if paths is not None:
+            factors = paths.to(x.dtype)[..., None, None].unbind(1)  # (B, 1, 1) each
+        xca, lpi, mlp = factors
         # LayerScale times factor first: the backward pass then keeps no second copy of an update.
         if self.has_xca:
-            x = x + self.gamma1 * xca * self.attn(self.norm1(x))
+            x = x + _scale(self.gamma1, xca) * self.attn(self.norm1(x))
         if self.has_lpi:
-            x = x + self.gamma3 * lpi * self.local_mp(self.norm3(x), H, W)
-        update: Tensor = self.gamma2 * mlp * self.mlp(self.norm2(x))
+            x = x + _scale(self.gamma3, lpi) * self.local_mp(self.norm3(x), H, W)
+        update: Tensor = _scale(self.gamma2, mlp) * self.mlp(self.norm2(x))
         return x + update
+
+
+def _scale(gamma: Tensor, factor: Tensor | None) -> Tensor:
+    """LayerScale (C,), times each sample's factor (B, 1, 1) if there is one."""
+    return gamma if factor is None else gamma * factor
 
 
 class FoldedLinear(nn.Linear):

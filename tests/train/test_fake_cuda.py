@@ -13,8 +13,11 @@ from fake_cuda import AFTER, BEFORE, Watch, fake_cuda, fake_run, imagines_cuda
 from helpers import PICO_PATHS, TINY
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from dino_xcit.config.pretrain import RunConfig
 from dino_xcit.data.images import open_images
 from dino_xcit.data.loader import CropDataset
+from dino_xcit.train.checkpoints import DurableIO
+from dino_xcit.train.trainer import make_trainer
 
 pytestmark = pytest.mark.skipif(
     not imagines_cuda(), reason="this torch has no fake CUDA tensors without a driver"
@@ -120,3 +123,19 @@ def test_batches_are_pinned_whole():
             tensor.to("cuda", non_blocking=True)
     assert not watch.events
     assert watch.names[BEFORE]["_to_copy"] == len(batch.views) == 6
+
+
+# -- launches ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_step_of_the_smallest_published_network_launches_no_more_than_it_did():
+    """Lower the limit when the number falls (5,582); versions of torch differ a little."""
+    config = RunConfig(arch="xcit_n12_p16", precision="bf16-mixed", batch_size_per_gpu=2)
+    assert fake_run(config, 2).launches(1) <= 5700
+
+
+def test_a_gpu_that_is_not_used_is_no_warning(tmp_path):
+    with fake_cuda():  # warnings are errors here
+        trainer = make_trainer(dataclasses.replace(TINY, output_dir=str(tmp_path)), DurableIO())
+    assert trainer.strategy.root_device.type == "cpu"
