@@ -2,8 +2,8 @@
 
     python eval/fashion_mnist.py --run runs/fashion_mnist_60k --data_path DIR
 
-Evaluates the teacher, raw pixels and the untrained network on the 10,000 test images: k-NN, linear
-heads with all labels, logistic regression with 1 and 10 % of them (three draws). What
+Evaluates the teacher, raw pixels and the untrained network on the 10,000 test images of 28 pixels:
+k-NN, linear heads with all labels, logistic regression with 1 and 10 % of them (three draws). What
 `eval/results/fashion_mnist.json` holds of the run is not evaluated again. The tables stand between
 two marks of the README and are written from that file, which also has the result of
 `eval/supervised.py`.
@@ -27,18 +27,16 @@ README = ROOT / "README.md"
 START, END = "<!-- eval/fashion_mnist.py -->", "<!-- end -->"
 TARGETS = (80, 85, 88, 90)
 """percent of k-NN"""
-WHOLE = "--image_size 28 --baselines true"
-LABELS = "linear-eval --protocol logistic --train_fraction 0.01 0.1 --num_seeds 3"
 PROTOCOLS = {
     "knn": ("knn-eval", "knn.json"),
     "linear": ("linear-eval", "linear.json"),
-    "labels": (LABELS, "linear_logistic.json"),
-    "knn_whole": (f"knn-eval {WHOLE}", "knn.json"),
-    "linear_whole": (f"linear-eval {WHOLE}", "linear.json"),
-    "labels_whole": (f"{LABELS} {WHOLE}", "linear_logistic.json"),
+    "labels": (
+        "linear-eval --protocol logistic --train_fraction 0.01 0.1 --num_seeds 3",
+        "linear_logistic.json",
+    ),
 }
-"""command and its report, by name; the teacher at the size of its crops, baselines at 28 pixels"""
-PARTS = ("knn", "linear", "labels")
+"""command and its report, by name"""
+WHOLE = "--image_size 28 --baselines true"
 
 
 def main() -> None:
@@ -90,14 +88,15 @@ def evaluated(
 ) -> dict[str, Any]:
     """Run an evaluation, unless its report is there; return the part of the report that is kept."""
     folder = arguments.run / "tables" / name
-    words = [*command.split(), "--weights", str(arguments.run), "--output_dir", str(folder)]
+    words = [*command.split(), *WHOLE.split(), "--weights", str(arguments.run)]
+    words += ["--output_dir", str(folder)]
     if arguments.data_path:
         words += ["--data_path", arguments.data_path, "--dataset", "torch/fashion_mnist"]
     if not (folder / report).exists():
         subprocess.run([sys.executable, "-m", "dino_xcit.cli", *words], check=True)
     whole = json.loads((folder / report).read_text())
     kept = {part: whole[part] for part in ("results", "baselines", "precision")}
-    return {"command": command, "seconds": whole["seconds"], **kept}
+    return {"command": f"{command} {WHOLE}", "seconds": whole["seconds"], **kept}
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -113,14 +112,11 @@ def write_tables(results: dict[str, Any]) -> None:
 def scores_table(results: dict[str, Any]) -> list[str]:
     """k-NN, linear, and few labels, of the teacher and what it is compared with."""
     arch, minutes = results["run"]["arch"], results["run"]["minutes"]
-    rows = [
-        cells(
-            kind.replace("_", " "), [results[f"{part}_whole"]["baselines"][kind] for part in PARTS]
-        )
-        for kind in results["knn_whole"]["baselines"]
-    ]
+    reports = [results.get(part, {}) for part in PROTOCOLS]
+    baselines = [report.get("baselines", {}) for report in reports]
+    rows = [cells(name, [of_part.get(name) for of_part in baselines]) for name in baselines[0]]
     teacher = f"{arch}, DINO teacher after {minutes:.0f} minutes"
-    rows.append(cells(teacher, [results[part]["results"] for part in PARTS]))
+    rows.append(cells(teacher, [report.get("results") for report in reports]))
     if SUPERVISED.exists():
         of_labels = json.loads(SUPERVISED.read_text())
         name = f"{arch}, supervised for {60 * of_labels['hours']:.0f} minutes"
@@ -129,12 +125,13 @@ def scores_table(results: dict[str, Any]) -> list[str]:
     return markdown([header, *rows])
 
 
-def cells(name: str, reports: list[list[dict[str, Any]]]) -> list[str]:
-    """The table's row of one network."""
+def cells(name: str, reports: list[list[dict[str, Any]] | None]) -> list[str]:
+    """The table's row of one network; a dash for what was not evaluated."""
     knn, linear, labels = reports
-    (at_20,) = [row["top1"] for row in knn if row["k"] == 20]
-    few = [f"{row['top1']:.1f} ± {row['top1_std']:.1f} %" for row in labels]
-    return [name, f"{at_20:.1f} %", f"{linear[0]['top1']:.1f} %", *few]
+    at_20 = [f"{row['top1']:.1f} %" for row in knn or () if row["k"] == 20]
+    all_labels = [f"{row['top1']:.1f} %" for row in linear or ()]
+    few = [f"{row['top1']:.1f} ± {row['top1_std']:.1f} %" for row in labels or ()]
+    return [name, *(at_20 or ["-"]), *(all_labels or ["-"]), *(few or ["-", "-"])]
 
 
 def times_table(results: dict[str, Any]) -> list[str]:

@@ -66,7 +66,6 @@ def read(folder: Path, name: str):
     return json.loads((folder / name).read_text())
 
 
-@pytest.mark.slow
 def test_knn_eval_prints_writes_and_caches(options, tmp_path, capsys):
     assert main(["knn-eval", *options, "--nb_knn", "3", "20", "--baselines"]) == 0
     printed = capsys.readouterr().out
@@ -284,7 +283,6 @@ def test_ctrl_c_prints_how_to_continue(options, capsys, monkeypatch):
     assert "the same command continues" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_features_come_from_and_go_to_official_files(options, tmp_path):
     dump = tmp_path / "dump"
     assert main(["knn-eval", *options, "--nb_knn", "10", "--dump_features", str(dump)]) == 0
