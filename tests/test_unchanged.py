@@ -155,6 +155,7 @@ def test_an_old_feature_cache_is_found_and_holds_these_features(old, monkeypatch
     np.testing.assert_allclose(features.numpy(), before, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_old_heads_are_evaluated_to_the_old_scores(old):
     before = json.loads((old / "linear.json").read_text())["results"][0]
     head, about = load_head(old / "linear_head.safetensors")

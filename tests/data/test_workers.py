@@ -113,6 +113,7 @@ def test_batches_are_the_samples_in_the_samplers_order(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_a_loader_starts_at_the_samplers_first_step(workers):
     options = {"batch_size_per_gpu": 4, "accumulate_grad_batches": 2}
     whole = list(loader(shape_set(), 0, **options))
@@ -320,6 +321,7 @@ class Failing(Dataset):
         (ConnectionResetError(), 0),
     ],
 )
+@pytest.mark.slow
 def test_errors_of_living_workers_are_not_taken_for_a_death(error, workers, capsys):
     with pytest.raises(type(error)):
         list(restartable(lambda number: DataLoader(Failing(error), num_workers=workers)))

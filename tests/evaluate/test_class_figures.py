@@ -129,6 +129,7 @@ def test_pictures_of_many_classes_open(tmp_path, saved, count):
 
 
 @pytest.mark.parametrize("present", [1, 4, 7])
+@pytest.mark.slow
 def test_few_classes_with_validation_images_among_many_open(tmp_path, saved, present):
     predicted = np.arange(60)
     labels = predicted % present

@@ -160,6 +160,7 @@ def test_options_that_change_no_features_leave_the_cache_valid(config, fabric, o
         {"feature_dtype": "float16"},
     ],
 )
+@pytest.mark.slow
 def test_options_that_change_features_need_new_features(config, fabric, options):
     extracted(config, fabric)
     assert extracted(dataclasses.replace(config, **options), fabric) == IMAGES
@@ -223,6 +224,7 @@ def repaint(path):
 
 
 @pytest.mark.parametrize("change", [rewrite, touch, move, repaint, Path.unlink])
+@pytest.mark.slow
 def test_a_changed_image_needs_new_features_of_its_split(config, fabric, tmp_path, change):
     extracted(config, fabric)
     change(tmp_path / "images/train/a/1.png")

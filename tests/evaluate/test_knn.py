@@ -185,6 +185,7 @@ def set_blocks(monkeypatch, blocks):
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("dim", [2, 4, 16])
+@pytest.mark.slow
 def test_every_k_ranks_as_the_naive_vote_with_ties(monkeypatch, dim, blocks):
     set_blocks(monkeypatch, blocks)
     for seed in range(6):

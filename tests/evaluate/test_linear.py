@@ -110,6 +110,7 @@ def test_held_out_images_are_not_trained_on_and_a_class_of_one_image_is(files):
     assert torch.bincount(labels[held]).tolist() == [round(0.2 * n) for n in of_classes.tolist()]
 
 
+@pytest.mark.slow
 def test_one_image_of_each_class_leaves_nothing_to_hold_out(files):
     with pytest.raises(ValueError, match=r"--train_fraction .* single --lr"):
         linear_eval(config_of(files, train_fraction=(0.01,), epochs=1))
@@ -203,6 +204,7 @@ def test_a_head_that_diverged_is_not_chosen(files):
     )
 
 
+@pytest.mark.slow
 def test_the_largest_rate_or_an_outermost_c_being_best_is_printed(files, capsys):
     linear_eval(config_of(files, lr=(1e-6, 0.25), epochs=10))
     assert "largest tried, 0.25; try larger ones with --lr" in capsys.readouterr().err
@@ -214,6 +216,7 @@ def test_the_largest_rate_or_an_outermost_c_being_best_is_printed(files, capsys)
 
 
 @pytest.mark.parametrize("c", [1e-4, 0.1, 1.0, 300.0])
+@pytest.mark.slow
 def test_logistic_regression_is_scikit_learns(files, c):
     LogisticRegression = pytest.importorskip("sklearn.linear_model").LogisticRegression
     x, y = torch.load(files / "trainfeat.pth"), torch.load(files / "trainlabels.pth")
@@ -493,6 +496,7 @@ def test_saved_state_is_not_used_for_other_options_rows_or_seeds(files):
 # -- the report -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fractions_and_seeds_have_their_rows_and_heads(files):
     report = linear_eval(
         config_of(files, train_fraction=(1.0, 0.1), num_seeds=3, lr=(0.1, 0.3), epochs=10)
@@ -511,6 +515,7 @@ def test_fractions_and_seeds_have_their_rows_and_heads(files):
         assert (files / name).exists()
 
 
+@pytest.mark.slow
 def test_a_head_is_evaluated_again_to_the_same_numbers(files):
     trained = linear_eval(config_of(files, protocol="logistic", c=(0.1, 1.0)))
     head = files / "linear_logistic_head.safetensors"
@@ -521,6 +526,7 @@ def test_a_head_is_evaluated_again_to_the_same_numbers(files):
     assert not list((files / "again").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_head_is_evaluated_on_images_of_some_of_its_classes_by_name(files, capsys):
     linear_eval(config_of(files, protocol="logistic", c=(1.0,)))
     head = files / "linear_logistic_head.safetensors"

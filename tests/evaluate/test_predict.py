@@ -52,6 +52,7 @@ def test_classes_of_the_evaluated_images_are_predicted_again_without_labels(run,
     assert report["results"][0]["top1"] == pytest.approx(100 * np.mean(right))
 
 
+@pytest.mark.slow
 def test_masks_have_the_size_of_their_images_and_the_values_of_the_training_masks(run, tmp_path):
     rng = np.random.default_rng(0)
     for split, number in (("train", 0), ("train", 1), ("val", 2)):
@@ -122,6 +123,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, run, capsys):
     assert "nowhere is no folder; expected a folder of images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_linear_head_does_not_segment(run, tmp_path, capsys):
     options = {**vars(CPU_ONLY), "weights": str(run), "no_cache": True, "protocol": "logistic"}
     images = str(random_folder(tmp_path / "images"))

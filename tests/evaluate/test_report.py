@@ -42,6 +42,7 @@ def resampled_interval(of_images, repetitions=4000):
     "values", [[0, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1], [0, 0.2, 0.4, 1], [-3.0, 5.5]]
 )
 @pytest.mark.parametrize("images", [50, 400])
+@pytest.mark.slow
 def test_bootstrap_is_a_loop_over_resampled_images(values, images):
     of_images = np.random.default_rng(0).choice(np.array(values, dtype=float), images)
     spread = np.ptp(resampled_interval(of_images))

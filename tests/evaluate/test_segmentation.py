@@ -169,6 +169,7 @@ def test_masks_are_framed_as_their_images(tmp_path):
     ],
     ids=["size", "colour", "value", "damaged"],
 )
+@pytest.mark.slow
 def test_images_without_a_usable_mask_are_left_out(run, tmp_path, capsys, mask, reason):
     root = ade(tmp_path)
     bad = root / "annotations/training/a.png"
@@ -252,6 +253,7 @@ def test_masks_of_0_and_255_are_refused_with_the_flag_that_scores_them(run, tmp_
     assert load_file(tmp_path / "out/seg_head.safetensors")["bias"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_values_of_the_masks(run, tmp_path):
     scores = []
     for value in (1, 200):
@@ -265,6 +267,7 @@ def test_scores_do_not_depend_on_the_values_of_the_masks(run, tmp_path):
     assert scores[0]["miou"] > 60
 
 
+@pytest.mark.slow
 def test_masks_with_the_values_of_a_compressed_picture_are_reported(run, tmp_path, capsys):
     root = ade(tmp_path / "smeared")
     for path in (root / "annotations").rglob("*.png"):

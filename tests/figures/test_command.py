@@ -290,6 +290,7 @@ def save_video(path: str, frames: int = 6) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif", "frames"])
+@pytest.mark.slow
 def test_videos_become_videos_on_one_scale(here, kind):
     save_video("clip.mp4")
     assert attention("--image_size", 48, "--video_format", kind, "clip.mp4") == 0

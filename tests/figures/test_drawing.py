@@ -314,6 +314,7 @@ def test_an_svg_asks_for_no_font_and_for_nothing_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+@pytest.mark.slow
 def test_the_same_sheet_is_the_same_file(kind, tmp_path):
     one = sheet(1, 2, note="note", bar=BAR)
     (tmp_path / "again").mkdir()

@@ -157,6 +157,7 @@ def test_last_class_attention_layer_is_the_default_and_negative_layers_count_fro
 
 @torch.no_grad()
 @pytest.mark.parametrize(("arch", "size"), CASES)
+@pytest.mark.slow
 def test_patch_features_are_timms_and_asking_for_them_changes_no_map(arch, size):
     theirs, ours = pair(arch)
     images = torch.randn(2, 3, *size)

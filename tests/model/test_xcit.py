@@ -156,6 +156,7 @@ def test_state_dict_loads_strictly_both_ways():
 
 @torch.no_grad()
 @pytest.mark.parametrize("in_chans", [1, 5])
+@pytest.mark.slow
 def test_other_channel_counts_are_timms(in_chans):
     ours, theirs = pair("xcit_n12_p16", in_chans)
     images = torch.randn(2, in_chans, 32, 80)

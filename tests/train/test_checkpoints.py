@@ -172,6 +172,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, caps
     same_end(whole, config)
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path, capsys):
     config, folder = stopped_run(tmp_path)
     for name in ("last.ckpt", "previous.ckpt"):
@@ -203,6 +204,7 @@ def test_a_checkpoint_that_would_run_code_is_no_whole_one(tmp_path):
     assert newest_whole(tmp_path) is None  # a folder without checkpoints
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(tmp_path):
     config = dataclasses.replace(
         TINY,

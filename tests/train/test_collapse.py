@@ -238,6 +238,7 @@ def test_nan_in_a_weight_is_found_by_the_next_step_and_never_saved(
     assert pretrain(config).step == 12
 
 
+@pytest.mark.slow
 def test_a_weight_that_no_loss_has_seen_is_not_saved_either(tmp_path, monkeypatch, capsys):
     step = DINOModule.optimizer_step
 

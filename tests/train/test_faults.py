@@ -38,6 +38,7 @@ def test_a_file_that_nothing_ever_writes_to_counts_as_unreadable(tmp_path, monke
 # -- images that lie about their size, names that break files ----------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_an_image_bomb(tmp_path):
     folder = make_folder(tmp_path / "images", [f"{i:02}.png" for i in range(16)])
     (folder / "07.png").write_bytes(png_bomb())
@@ -58,6 +59,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_bad_images_of_any_name_are_listed_one_a_line_and_once(tmp_path):
     folder = make_folder(tmp_path / "images", [f"{i:02}.png" for i in range(16)])
     for name in NAMES:

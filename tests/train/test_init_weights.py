@@ -84,6 +84,7 @@ def test_a_full_official_checkpoint_gives_the_same(quiet, module, tmp_path):
     assert "center; anew: optimizer, schedules" in told
 
 
+@pytest.mark.slow
 def test_a_file_of_one_network_serves_both_and_says_what_begins_anew(quiet, module, tmp_path):
     folder = pretrain(quiet).folder
     before = {name: tensor.clone() for name, tensor in module.student.head.state_dict().items()}
@@ -105,6 +106,7 @@ def test_a_file_of_one_network_serves_both_and_says_what_begins_anew(quiet, modu
     )
 
 
+@pytest.mark.slow
 def test_heads_of_other_shapes_begin_anew(quiet, module):
     last = pretrain(dataclasses.replace(quiet, out_dim=16)).folder / LAST
     assert "anew: the student's head, the teacher's head, center" in start(last, module)

@@ -16,12 +16,14 @@ from dino_xcit.run_folder import WANDB_ID, read_metrics
 from dino_xcit.train.pretrain import pretrain
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_options_of_the_run(tiny):
     pytest.importorskip("tensorboard")
     folder = pretrain(dataclasses.replace(tiny, logger=("tensorboard",), epochs=1)).folder
     assert "arch: xcit_pico2_p4" in (folder / "tensorboard/hparams.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_tensorboard_does_not_end_the_run(tiny, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

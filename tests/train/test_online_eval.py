@@ -84,6 +84,7 @@ def test_images_without_labels_have_a_rankme_and_no_accuracy(tiny):
     assert 1 <= scores.rankme <= 64
 
 
+@pytest.mark.slow
 def test_a_run_without_labels_leaves_the_column_of_the_accuracy_empty(tiny, tmp_path):
     from PIL import Image
 

@@ -41,6 +41,7 @@ def test_each_numeric_column_with_a_value_has_a_panel(tmp_path, figures):
     }
 
 
+@pytest.mark.slow
 def test_the_scalar_of_a_new_loss_term_has_a_panel_under_its_own_name(tmp_path, figures):
     names = [f"term_{i}" for i in range(6)]
     text = f"step,epoch,{','.join(names)}\n" + "3,0" + ",1.5" * 6 + "\n"

@@ -120,12 +120,14 @@ def test_the_teacher_loads_strictly_into_timm_and_gives_the_same_features(tiny):
         )
 
 
+@pytest.mark.slow
 def test_checkpoints_are_tensors_and_plain_values(tiny):
     saved = checkpoint(pretrain(tiny).folder)  # weights_only refuses anything else
     assert "loss.center" in saved["state_dict"]
     assert saved["config"]["arch"] == tiny.arch
 
 
+@pytest.mark.slow
 def test_a_limit_given_to_the_trainer_ends_with_everything_saved(tiny):
     outcome = pretrain(dataclasses.replace(tiny, trainer={"max_steps": 4}))
     assert outcome.step == checkpoint(outcome.folder)["global_step"] == 4
@@ -142,6 +144,7 @@ def test_the_augmentation_is_float32_under_mixed_precision(tiny):
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_grey_images_and_no_local_crops(tiny):
     config = dataclasses.replace(
         tiny, in_chans=1, mean=(0.5,), std=(0.25,), local_crops_number=0, epochs=1
@@ -193,6 +196,7 @@ def test_kept_checkpoints(tiny):
     }
 
 
+@pytest.mark.slow
 def test_load_backbone_says_what_is_wrong(tmp_path, tiny):
     with pytest.raises(ValueError, match="does not exist"):
         load_backbone(tmp_path / "nowhere")

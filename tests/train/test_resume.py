@@ -120,6 +120,7 @@ def test_a_checkpoint_of_an_earlier_version_continues_without_its_record(stopped
     assert pretrain(stopped).step == 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_refused_on_another_number_of_images(
     stopped, tmp_path
 ):
@@ -132,6 +133,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_on_another_number_of_imag
         pretrain(stopped)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_after_the_last_step_of_the_images_is_refused(stopped, tmp_path):
     path = Path(stopped.output_dir) / LAST
     content = torch.load(path, weights_only=True)

@@ -82,6 +82,7 @@ def test_images_that_cannot_be_read_have_no_size(tmp_path):
         pretrain(asked(config, "lr"))
 
 
+@pytest.mark.slow
 def test_the_crops_follow_the_images(tmp_path):
     folder = make_folder(tmp_path / "images", [f"{number}.png" for number in range(9)])  # 40 x 60
     config = folder_config(folder, output_dir=str(tmp_path / "run"))

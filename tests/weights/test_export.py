@@ -53,6 +53,7 @@ def same_features(nano, other, size=(32, 48), batch=2):
         torch.testing.assert_close(other(images), nano(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_timm_opens_the_folder_with_its_size_and_normalisation(here, nano):
     assert export("--format", "timm") == 0
     network = timm.create_model("local-dir:export/xcit_n12_p16_timm", pretrained=True).eval()
@@ -131,6 +132,7 @@ def test_what_had_to_be_assumed_is_printed(here, capsys):
         with_assumed({"in_chans": 1}, "w")
 
 
+@pytest.mark.slow
 def test_official_names_come_back(here, nano):
     assert export("--format", "official", "--output_dir", "out") == 0
     tensors = torch.load("out/dino_xcit_nano_12_p16.pth", weights_only=True)
@@ -265,6 +267,7 @@ def test_a_file_with_other_features_is_not_kept(here, monkeypatch):
     assert list(Path("export").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_folder_of_timm_stays_when_the_hub_folder_is_written(here):
     assert export("--format", "timm") == 0
     assert export("--format", "hf") == 0

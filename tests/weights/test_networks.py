@@ -42,6 +42,7 @@ def same(backbone, tensors) -> bool:
     ],
 )
 @pytest.mark.parametrize("outer", [None, "state_dict", "whatever"])
+@pytest.mark.slow
 def test_a_backbone_is_found_under_any_prefix_and_key(one, tmp_path, prefix, outer):
     tensors = under(prefix, one)
     content = {outer: tensors, "epoch": 3} if outer else tensors
