@@ -56,7 +56,7 @@ def open_all(config: EvalConfig) -> tuple[dict[str, ImageSet], dict[str, int]]:
     listing = list_images(root, output)
     if not listing.files:
         found = "has no images" if root.is_dir() else "is no folder"
-        raise UserError(f"--data_path {root} {found}; expected a folder of images to predict")
+        raise UserError(f"--data_path {root} {found}; expected a folder of images")
     images = FolderSet(root, listing, config.in_chans or 3)
     images.labels = np.arange(len(images))
     return {SPLIT: images}, {}

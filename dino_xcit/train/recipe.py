@@ -31,7 +31,7 @@ IMAGENET = 1_000_000
 SMALL_VIEW = 64
 """pixels on a side of the global crops on a CPU"""
 SMALLER = 5 / 7
-"""a side of the global crops on a CPU, of the images' side: twice as many are seen in the time"""
+"""side of the global crops on a CPU, relative to the images': 1.6 times as many seen in the time"""
 IMAGES_PER_PROTOTYPE = 20
 FEWEST_PROTOTYPES = 1024
 IMAGES_SEEN, MOST_EPOCHS = 20_000_000, 1000
