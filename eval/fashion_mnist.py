@@ -3,9 +3,9 @@
     python eval/fashion_mnist.py --run runs/fashion_mnist_60k --data_path DIR
 
 Evaluates the teacher, raw pixels and the untrained network on the 10,000 test images of 28 pixels:
-k-NN, linear heads with all labels, logistic regression with 1 and 10 % of them (three subsets). What
-`eval/results/fashion_mnist.json` holds of the run is not evaluated again. The tables stand between
-two marks of the README and are written from that file, which also has the result of
+k-NN, linear heads with all labels, logistic regression with 1 and 10 % of them (three subsets).
+What `eval/results/fashion_mnist.json` holds of the run is not evaluated again. The tables stand
+between two marks of the README and are written from that file, and from the result of
 `eval/supervised.py`.
 """
 

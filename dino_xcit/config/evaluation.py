@@ -252,7 +252,8 @@ class SegConfig(EvalConfig):
 class EmbedConfig(EvalConfig):
     """Features of any images, which need no labels: one row an image, with its name.
 
-    All images in the folder --data_path are taken, at any depth (no tar files, lists or arrays); of a named data set its training images.
+    All images in the folder --data_path are taken, at any depth (no tar files, lists or arrays);
+    of a named data set its training images.
     """
 
     tokens: Literal["class", "patch_mean", "both", "patches"] = "class"
